@@ -1,0 +1,62 @@
+"""Batch norm whose scale γ starts below 1 (Section 4 of the paper)."""
+
+import math
+from numbers import Real
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+# The base is nn.BatchNorm2d's own base, not nn.BatchNorm2d: torchvision's constructors set γ to 1 in whatever is an
+# nn.BatchNorm2d after they have built the network, and bn_weight would silently be lost.
+class ScaleBatchNorm2d(_BatchNorm):
+    """Batch normalization over (N, C, H, W) whose scale γ starts at `bn_weight` and whose shift β starts at 0.
+
+    In everything else it is `torch.nn.BatchNorm2d`: the same formula, buffers and `state_dict` names. γ starts at
+    `bn_weight` again after `reset_parameters()`.
+
+    Args:
+        num_features: number of channels C. `num_feature`, the spelling in the paper's repository, is understood too.
+        eps: added to the variance.
+        momentum: weight of the new batch in the running statistics, or None for their cumulative average.
+        affine: whether there are γ and β at all; without them `bn_weight` has no effect.
+        bn_weight: where every element of γ starts. The paper proposes a value below 1, such as 0.1.
+        **batch_norm_arguments: further arguments of `torch.nn.BatchNorm2d`, such as `track_running_stats`, `device`
+            and `dtype`.
+
+    Raises:
+        ValueError: `bn_weight` is not a finite number above 0, or the input of `forward` does not have 4 dimensions.
+    """
+
+    def __init__(
+        self,
+        num_features: int | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        bn_weight: float = 1.0,
+        *,
+        num_feature: int | None = None,
+        **batch_norm_arguments: Any,
+    ) -> None:
+        if (num_features is None) == (num_feature is None):
+            raise TypeError("ScaleBatchNorm2d needs num_features, the number of channels, exactly once")
+        if not (isinstance(bn_weight, Real) and math.isfinite(bn_weight) and bn_weight > 0):
+            raise ValueError(f"bn_weight must be a finite number above 0, not {bn_weight!r}")
+        self.bn_weight = float(bn_weight)  # before the constructor of torch, which calls reset_parameters
+        channels = num_feature if num_features is None else num_features
+        super().__init__(channels, eps, momentum, affine, **batch_norm_arguments)
+
+    def reset_parameters(self) -> None:
+        """Reset the running statistics, set γ to `bn_weight` and β to 0."""
+        super().reset_parameters()
+        if self.affine:
+            nn.init.constant_(self.weight, self.bn_weight)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 4:
+            raise ValueError(f"expected 4D input (got {input.dim()}D input)")
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bn_weight={self.bn_weight}"
