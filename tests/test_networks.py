@@ -1,0 +1,117 @@
+import math
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from batch_norm import ScaleBatchNorm2d
+from networks import NETWORKS, construct_network, reinit_network, zero_biases
+
+
+@pytest.mark.parametrize("input_norm", ["bn", "dataset"])
+def test_initial_weights_are_those_of_the_contract(input_norm):
+    torch.manual_seed(3)
+    network = construct_network("resnet18", 10, "cifar10", 0.1, input_norm)
+
+    torch.manual_seed(3)
+    expected = torchvision.models.resnet18(num_classes=10)
+    expected.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+    with torch.no_grad():
+        for module in expected.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_in = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+                module.weight.normal_(0, math.sqrt(2 / fan_in))
+            elif isinstance(module, nn.Linear):
+                bound = math.sqrt(6 / module.in_features)
+                module.weight.uniform_(-bound, bound)
+                module.bias.zero_()
+            elif isinstance(module, nn.BatchNorm2d):
+                module.weight.fill_(0.1)
+    if input_norm == "bn":
+        expected = nn.Sequential(nn.BatchNorm2d(3), expected)
+        with torch.no_grad():
+            expected[0].weight.fill_(0.1 * 0.58)
+
+    state = network.state_dict()
+    assert list(state) == list(expected.state_dict())
+    for name, value in expected.state_dict().items():
+        assert torch.equal(state[name], value), name
+    if input_norm == "bn":
+        assert {name[:2] for name in state} == {"0.", "1."}
+        assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["0.bias"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_runs(name):
+    with torch.device("meta"):
+        network = construct_network(name, num_classes=7)
+        assert network(torch.empty(2, 3, 32, 32)).shape == (2, 7)
+    number_of_layers = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in network.modules())
+    number_of_shortcuts = sum("downsample.0.weight" in n for n, _ in network.named_parameters())
+    assert f"resnet{number_of_layers - number_of_shortcuts}" == name
+
+
+def test_stem_for_small_and_large_images():
+    small, large = (construct_network(dataset=name, input_norm="dataset") for name in ("digits", "imagenet"))
+    assert small.conv1.kernel_size == (3, 3) and small.conv1.stride == (1, 1) and small.conv1.bias is None
+    assert isinstance(small.maxpool, nn.Identity)
+    assert large.conv1.kernel_size == (7, 7) and large.conv1.stride == (2, 2)
+    assert isinstance(large.maxpool, nn.MaxPool2d)
+
+
+def test_defaults():
+    network = construct_network()
+    assert network[1].fc.out_features == 10
+    assert all(torch.all(m.weight == 1) for m in network[1].modules() if isinstance(m, ScaleBatchNorm2d))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"network_name": "resnet19"}, "network_name must be one of resnet18, resnet34"),
+        ({"input_norm": "layer"}, "input_norm must be one of bn, dataset"),
+        ({"bn_weight": 0}, "bn_weight must be a finite number above 0"),
+        ({"bn_weight": float("nan")}, "bn_weight must be a finite number above 0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        construct_network(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("fan", "activation_function", "gain"),
+    [("in", nn.ReLU, math.sqrt(2)), ("out", nn.ReLU, math.sqrt(2)), ("in", nn.LeakyReLU, math.sqrt(2 / 1.0001))],
+)
+def test_reinit_network(fan, activation_function, gain):
+    network = nn.Sequential(nn.Conv2d(16, 64, 3), nn.BatchNorm2d(64), nn.Linear(400, 300))
+    kept = {name: p.clone() for name, p in network.named_parameters() if name not in ("0.weight", "2.weight")}
+    torch.manual_seed(5)
+    reinit_network(network, fan, activation_function)
+
+    torch.manual_seed(5)
+    channels = 16 if fan == "in" else 64
+    conv = torch.empty(64, 16, 3, 3).normal_(0, gain / math.sqrt(channels * 9))
+    features = 400 if fan == "in" else 300
+    bound = math.sqrt((6 if activation_function is nn.ReLU else 1) / features)
+    linear = torch.empty(300, 400).uniform_(-bound, bound)
+    torch.testing.assert_close(network[0].weight.data, conv)
+    torch.testing.assert_close(network[2].weight.data, linear)
+    for name, value in kept.items():
+        assert torch.equal(network.get_parameter(name), value)
+
+
+@pytest.mark.parametrize("arguments", [{"fan": "both"}, {"activation_function": nn.GELU}])
+def test_reinit_network_with_bad_arguments(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        reinit_network(nn.Linear(2, 2), **arguments)
+
+
+def test_zero_biases():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    for parameter in network.parameters():
+        nn.init.ones_(parameter)
+    zero_biases(network)
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, torch.full_like(parameter, 0 if name.endswith("bias") else 1))
