@@ -1,0 +1,149 @@
+import pytest
+import torch
+import torchvision
+from torch import nn, optim
+
+from networks import construct_network
+from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
+
+
+def names(network: nn.Module, group: dict) -> list[str]:
+    """The names of a group's parameters."""
+    by_parameter = {parameter: name for name, parameter in network.named_parameters()}
+    return [by_parameter[parameter] for parameter in group["params"]]
+
+
+def test_groups_of_the_paper_network():
+    network = construct_network("resnet18")
+    biases, scales, weights = adjust_weight_decay_and_learning_rate(network, 1e-4, 0.1, 100)
+
+    expected_biases, expected_scales, expected_weights = [], [], []
+    for name, parameter in network.named_parameters():  # in a ResNet, names and shapes tell what is what
+        if name == "0.bias":
+            continue  # frozen
+        if name.endswith("bias"):
+            expected_biases.append(name)
+        elif parameter.dim() == 1:
+            expected_scales.append(name)
+        else:
+            expected_weights.append(name)
+    assert names(network, biases) == expected_biases and len(expected_biases) == 21
+    assert names(network, scales) == expected_scales and len(expected_scales) == 21
+    assert names(network, weights) == expected_weights and len(expected_weights) == 21
+
+    assert (biases["weight_decay"], biases["lr"]) == (0, 0.1)
+    assert (scales["weight_decay"], scales["lr"]) == (0, 0.1 / 100)
+    assert (weights["weight_decay"], weights["lr"]) == (1e-4, 0.1)
+
+
+def test_one_step_of_sgd():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    groups = adjust_weight_decay_and_learning_rate(network, weight_decay=0.01, learning_rate=0.5, c=10)
+    optimizer = optim.SGD(groups, lr=0.5, momentum=0.9)
+    network(torch.rand(2, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    for name, parameter in network.named_parameters():
+        decay = 0.01 if name == "0.weight" else 0
+        rate = 0.05 if name == "1.weight" else 0.5
+        torch.testing.assert_close(parameter, before[name] - rate * (parameter.grad + decay * before[name]))
+
+
+@pytest.mark.parametrize("c", [0, 1, 1.0])
+def test_no_reduction(c):
+    for group in adjust_weight_decay_and_learning_rate(construct_network(), learning_rate=0.2, c=c):
+        assert group["lr"] == 0.2
+
+
+@pytest.mark.parametrize("c", [0.5, -1, 0.999, float("nan"), float("inf")])
+def test_bad_c(c):
+    with pytest.raises(ValueError, match="c must be 0 or 1"):
+        adjust_weight_decay_and_learning_rate(nn.Linear(2, 2), c=c)
+
+
+def test_type_decides_not_shape():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.depthwise = nn.Conv2d(4, 4, 1, groups=4)
+            self.one_channel = nn.Conv2d(1, 1, 1, bias=False)
+            self.unit = nn.Linear(1, 1)
+            self.batch_norm_of_one = nn.BatchNorm2d(1)
+            self.weight_norm = nn.BatchNorm1d(7)
+            self.layer_norm = nn.LayerNorm((2, 3))
+            self.group_norm = nn.GroupNorm(2, 4)
+            self.instance_norm = nn.InstanceNorm2d(4, affine=True)
+            self.rms_norm = nn.RMSNorm(4)
+            self.attention = nn.MultiheadAttention(4, 2)
+            self.recurrent = nn.GRU(2, 2)
+            self.token = nn.Parameter(torch.zeros(4))
+
+    network = Network()
+    no_decay, scales, decay = adjust_weight_decay_and_learning_rate(network)
+    assert names(network, scales) == ["batch_norm_of_one.weight", "weight_norm.weight"]
+    assert sorted(names(network, decay)) == sorted(
+        [
+            *("depthwise.weight", "one_channel.weight", "unit.weight", "token"),
+            *("attention.in_proj_weight", "attention.out_proj.weight"),
+            *("recurrent.weight_ih_l0", "recurrent.weight_hh_l0"),
+        ]
+    )
+    assert {"layer_norm.weight", "group_norm.weight", "instance_norm.weight", "rms_norm.weight"} < set(
+        names(network, no_decay)
+    )
+    assert {"attention.in_proj_bias", "recurrent.bias_hh_l0", "depthwise.bias"} < set(names(network, no_decay))
+    total = sum(len(group["params"]) for group in (no_decay, scales, decay))
+    assert total == len(list(network.parameters()))
+
+
+def test_skip_list():
+    network = construct_network()
+    biases, scales, weights = adjust_weight_decay_and_learning_rate(network, c=100, skip_list=["1.fc.weight"])
+    assert "1.fc.weight" in names(network, biases)
+    assert "1.fc.weight" not in names(network, weights)
+    assert len(scales["params"]) == 21
+
+
+def test_skip_list_never_raises_the_rate_of_a_scale():
+    network = construct_network()
+    _, scales, _ = adjust_weight_decay_and_learning_rate(network, c=100, skip_list=["1.bn1.weight"])
+    assert "1.bn1.weight" in names(network, scales)
+
+
+@pytest.mark.parametrize("skip_list", [["fc.weigth"], "fc.weight"])
+def test_skip_list_with_a_name_that_is_not_there(skip_list):
+    with pytest.raises(ValueError, match="skip_list names what is no parameter"):
+        adjust_weight_decay_and_learning_rate(nn.Linear(2, 2), skip_list=skip_list)
+
+
+def test_frozen_parameters_are_left_out():
+    network = construct_network()
+    for parameter in network[1].layer1.parameters():
+        parameter.requires_grad = False
+    for group in adjust_weight_decay_and_learning_rate(network):
+        assert all(parameter.requires_grad for parameter in group["params"])
+        assert not any("layer1" in name for name in names(network, group))
+
+
+def test_shared_parameter_appears_once():
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    network[1].weight = network[0].weight
+    _, decay = adjust_weight_decay_and_learning_rate(network, skip_list=[])
+    assert len(decay["params"]) == 1 and decay["params"][0] is network[0].weight
+
+
+def test_empty_groups_are_left_out():
+    assert len(adjust_weight_decay_and_learning_rate(nn.Linear(2, 2, bias=False))) == 1
+    assert adjust_weight_decay_and_learning_rate(nn.ReLU()) == []
+
+
+@pytest.mark.parametrize("constructor", ["mobilenet_v3_small", "convnext_tiny", "vit_b_16", "swin_t"])
+def test_any_network_of_torchvision(constructor, capsys):
+    with torch.device("meta"):
+        network = torchvision.models.get_model(constructor)
+    groups = adjust_weight_decay_and_learning_rate(network)
+    grouped = [parameter for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(list(network.parameters()))
+    optim.SGD(groups, lr=0.1)
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,76 @@
+"""The parameter groups: a smaller learning rate for the γ's, and weight decay for weights alone (Section 4)."""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # _NormBase: batch norms and instance norms
+
+
+def adjust_weight_decay_and_learning_rate(
+    network: nn.Module,
+    weight_decay: float = 1e-4,
+    learning_rate: float = 0.1,
+    c: float = 1,
+    skip_list: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Sort the parameters of a network into the groups of the paper, for an optimizer such as `torch.optim.SGD`.
+
+    In this order, empty ones left out:
+
+    1. biases, the scales of other normalization layers and whatever `skip_list` names: no weight decay, full rate;
+    2. batch norm scales γ: no weight decay, rate `learning_rate / c`;
+    3. the rest (weights of convolutional and linear layers): `weight_decay`, full rate.
+
+    What a parameter is follows from the type of the module that holds it, not from its shape. Frozen parameters
+    (`requires_grad` is False) are left out, and one that several modules share appears once, in the group of the first.
+
+    Args:
+        network: any module. It is left as it is.
+        weight_decay: coefficient for the third group.
+        learning_rate: rate of the first and third group, before any schedule.
+        c: the γ's learn at 1/c of the rate; 0 or 1 for no reduction.
+        skip_list: names, as in `network.named_parameters()`, of parameters of the third group that get no decay.
+
+    Returns:
+        Dictionaries with 'params' (a list), 'weight_decay' and 'lr'.
+
+    Raises:
+        ValueError: `c` is neither 0 nor a finite number of at least 1, or `skip_list` names no parameter of `network`.
+    """
+    if not (c == 0 or (c >= 1 and math.isfinite(c))):
+        raise ValueError(f"c must be 0 or 1 (no reduction) or above 1, not {c!r}")
+    unknown = set(skip_list) - {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    if unknown:
+        raise ValueError(f"skip_list names what is no parameter of the network: {', '.join(sorted(unknown))}")
+
+    no_decay, batch_norm_scales, decay = [], [], []
+    seen = set()
+    for module_name, module in network.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{module_name}.{name}" if module_name else name
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            if isinstance(module, _BatchNorm) and name == "weight":
+                batch_norm_scales.append(parameter)
+            elif is_bias(name) or isinstance(module, NORMALIZATIONS) or full_name in skip_list:
+                no_decay.append(parameter)
+            else:
+                decay.append(parameter)
+
+    groups = [
+        {"params": no_decay, "weight_decay": 0.0, "lr": learning_rate},
+        {"params": batch_norm_scales, "weight_decay": 0.0, "lr": learning_rate / max(c, 1)},
+        {"params": decay, "weight_decay": weight_decay, "lr": learning_rate},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def is_bias(name: str) -> bool:
+    """Whether a module calls this parameter a bias: `bias`, or as in attention and recurrent layers `in_proj_bias`,
+    `bias_hh_l0`."""
+    return name.startswith("bias") or name.endswith("bias")
