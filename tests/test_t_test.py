@@ -1,0 +1,73 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from t_test import evaluate
+
+PROPOSED = [91.7, 93.4, 92.2, 90.0, 91.9]
+BASELINE = [91.0, 92.7, 92.2, 90.1, 91.5]
+
+
+def by_hand(d1, d2) -> float:
+    """The test from its definition: t = mean / (s / √n), and the upper tail of Student's distribution."""
+    differences = [float(a) - float(b) for a, b in zip(d1, d2, strict=True)]
+    n = len(differences)
+    mean = sum(differences) / n
+    variance = sum((d - mean) ** 2 for d in differences) / (n - 1)
+    return stats.t.sf(mean / math.sqrt(variance / n), df=n - 1)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [list, tuple, np.array, torch.tensor, lambda d: torch.tensor(d, requires_grad=True, dtype=torch.float64)],
+)
+def test_p_value(convert):
+    p_value = evaluate(convert(PROPOSED), convert(BASELINE))
+    assert type(p_value) is float
+    assert p_value == pytest.approx(by_hand(PROPOSED, BASELINE), rel=1e-5)
+
+
+def test_is_one_sided():
+    assert evaluate(PROPOSED, BASELINE) < 0.1
+    assert evaluate(BASELINE, PROPOSED) == pytest.approx(1 - evaluate(PROPOSED, BASELINE))
+
+
+def test_is_paired():
+    shift = np.array([0.0, 50.0, -20.0, 3.0, 7.0])
+    assert evaluate(PROPOSED + shift, BASELINE + shift) == pytest.approx(evaluate(PROPOSED, BASELINE))
+
+
+def test_low_precision_tensors():
+    d1, d2 = torch.tensor(PROPOSED).bfloat16(), torch.tensor(BASELINE).bfloat16()
+    assert evaluate(d1, d2) == pytest.approx(by_hand(d1, d2))
+
+
+def test_without_spread():
+    assert math.isnan(evaluate(PROPOSED, PROPOSED))
+    with pytest.warns(RuntimeWarning, match="nearly identical"):
+        assert evaluate([1, 2, 3], [0, 1, 2]) == 0
+    with pytest.warns(RuntimeWarning, match="nearly identical"):
+        assert evaluate([0, 1, 2], [1, 2, 3]) == 1
+
+
+@pytest.mark.parametrize(
+    ("d1", "d2", "message"),
+    [
+        ([1, 2, 3], [1, 2], "as many values in d1 as in d2, not 3 and 2"),
+        ([1], [2], "at least two pairs, not 1"),
+        ([], [], "at least two pairs, not 0"),
+        ([[1, 2], [3, 4]], [[1, 2], [3, 4]], "d1 must have one dimension, not 2"),
+        ([1, 2], torch.zeros(2, 1), "d2 must have one dimension, not 2"),
+        (1.0, 2.0, "d1 must have one dimension, not 0"),
+        ([1, 2], [1, float("nan")], "d2 holds a value that is not a finite number"),
+        ([1, float("inf")], [1, 2], "d1 holds a value that is not a finite number"),
+        ([1, None], [1, 2], "d1 holds a value that is not a finite number"),
+        (["a", "b"], [1, 2], "d1 must be a sequence of numbers"),
+    ],
+)
+def test_bad_input(d1, d2, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(d1, d2)
