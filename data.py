@@ -1,0 +1,180 @@
+"""Image sets, the split into training and validation images, and the batches.
+
+The images of a set live once, as one uint8 tensor on the training device. A split is a vector of indices into it, and
+a batch is one gather, one flip and one conversion.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CIFAR10
+
+from seeds import make_complex
+
+
+class Size(NamedTuple):
+    """How much of it there is, known before any file is read."""
+
+    num_train: int  # images that are trained on
+    pixels: int  # height and width of an image
+
+
+DATASETS = {"cifar10": Size(45_000, 32), "digits": Size(1_293, 8)}
+
+
+@dataclass
+class ImageSet:
+    """Labelled images and how they are split.
+
+    Attributes:
+        images: uint8 (N, 3, H, W).
+        labels: int64 (N,), on the same device.
+        splits: for 'train', 'val' and 'test' the indices into the two above, int64, on the same device.
+        classes: the name of each label.
+        flip: whether training images are mirrored left to right at random.
+        mean, std: of the three channels of the training and validation images, on a scale from 0 to 1.
+    """
+
+    images: Tensor
+    labels: Tensor
+    splits: dict[str, Tensor]
+    classes: list[str]
+    flip: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def load_image_set(name: str, folder: Path | str = "images", device: torch.device | str = "cpu") -> ImageSet:
+    """Load a data set onto a device.
+
+    Args:
+        name: 'cifar10' (60,000 photographs, 32×32, through torchvision, downloaded into `folder` where it is missing)
+            or 'digits' (1,797 handwritten digits, 8×8, which scikit-learn brings along).
+        folder: where `cifar-10-batches-py` lies or shall lie; created where it is missing. 'digits' needs none.
+        device: where the images shall live.
+
+    Raises:
+        ValueError: `name` is not in `DATASETS`.
+        FileNotFoundError: CIFAR-10 is not there and cannot be downloaded.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"the data set must be one of {', '.join(DATASETS)}, not {name!r}")
+    return load_cifar10(Path(folder), device) if name == "cifar10" else load_digits_image_set(device)
+
+
+def load_cifar10(folder: Path, device: torch.device | str) -> ImageSet:
+    """CIFAR-10 with the statistics that the paper's code normalizes it with; see `load_image_set`."""
+    try:
+        complete_train = CIFAR10(folder, train=True, download=True)
+        test = CIFAR10(folder, train=False)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"CIFAR-10 is not in {folder} and could not be downloaded ({error}): unpack cifar-10-python.tar.gz there,"
+            " so that it holds the folder cifar-10-batches-py, or use the data set digits, which needs no files"
+        ) from error
+    images = np.concatenate([part.data.transpose(0, 3, 1, 2) for part in (complete_train, test)])
+    labels = torch.tensor(complete_train.targets + test.targets)
+    return ImageSet(
+        images=torch.from_numpy(images).to(device),
+        labels=labels.to(device),
+        splits=split(labels, len(complete_train), device),
+        classes=complete_train.classes,
+        flip=True,
+        mean=(0.4916, 0.4823, 0.4467),
+        std=(0.2472, 0.2437, 0.2618),
+    )
+
+
+def load_digits_image_set(device: torch.device | str) -> ImageSet:
+    """scikit-learn's handwritten digits in three equal channels, a fifth of them as test images; see `load_image_set`.
+
+    The digits are not mirrored: a mirrored 2 is no digit.
+    """
+    digits = load_digits()
+    complete_train, test = stratified_split(digits.target, test_size=0.2)
+    order = np.concatenate([complete_train, test])
+    grey = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)  # ink is counted from 0 to 16
+    seen = grey[: len(complete_train)] / 255
+    labels = torch.from_numpy(digits.target[order]).long()
+    return ImageSet(
+        images=torch.from_numpy(grey).unsqueeze(1).repeat(1, 3, 1, 1).to(device),
+        labels=labels.to(device),
+        splits=split(labels, len(complete_train), device),
+        classes=[str(name) for name in digits.target_names],
+        flip=False,
+        mean=(float(seen.mean()),) * 3,
+        std=(float(seen.std()),) * 3,
+    )
+
+
+def split(labels: Tensor, num_complete_train: int, device: torch.device | str) -> dict[str, Tensor]:
+    """Indices of the training, validation and test images, where the test images come last.
+
+    A tenth of the first `num_complete_train` images, equally many of every class, is for validation.
+    """
+    train, val = stratified_split(labels[:num_complete_train].numpy(), test_size=0.1)
+    parts = {"train": train, "val": val, "test": np.arange(num_complete_train, len(labels))}
+    return {name: torch.from_numpy(indices).to(device) for name, indices in parts.items()}
+
+
+def stratified_split(labels: np.ndarray, test_size: float) -> list[np.ndarray]:
+    """Indices of two parts, the same whatever the seed of the run: drawn with seed 0, from a generator of its own."""
+    return train_test_split(np.arange(len(labels)), test_size=test_size, stratify=labels, random_state=make_complex(0))
+
+
+class Split(Dataset):
+    """One split of an image set, as a data set whose items are fetched a whole batch at a time.
+
+    A batch is (images, labels): float32 (n, 3, H, W), the pixels divided by 255 and, if `normalize`, normalized with
+    the statistics of the set; int64 (n,). With `flip`, a number is drawn from torch's global generator for each image
+    of a batch, in order, and the image is mirrored where it is below 0.5.
+    """
+
+    def __init__(self, image_set: ImageSet, name: str, flip: bool, normalize: bool) -> None:
+        self.image_set = image_set
+        self.indices = image_set.splits[name]
+        self.flip = flip
+        self.normalize = normalize
+        shape = {"dtype": torch.float32, "device": image_set.images.device}
+        self.mean = torch.tensor(image_set.mean, **shape).view(3, 1, 1)
+        self.std = torch.tensor(image_set.std, **shape).view(3, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor]:
+        device = self.indices.device
+        indices = self.indices[torch.tensor(positions, device=device)]
+        images = self.image_set.images.index_select(0, indices)  # ten times as fast as images[indices] on a CPU
+        if self.flip:
+            # torch.rand(n) draws what torch.rand(1) draws n times. The draws are on the CPU whatever the device.
+            flipped = (torch.rand(len(positions)) < 0.5).nonzero().squeeze(1).to(device)
+            images[flipped] = images.index_select(0, flipped).flip(-1)
+        images = images.float().div_(255)
+        if self.normalize:
+            images = images.sub_(self.mean).div_(self.std)
+        return images, self.image_set.labels[indices]
+
+
+def make_batches(image_set: ImageSet, split: str, batch_size: int, normalize: bool) -> DataLoader:
+    """The batches of a split, see `Split`; those of 'train' are shuffled and, where the set allows it, mirrored.
+
+    Draws what torch's DataLoader draws from the global generator, which makes the order that of the paper's code. The
+    last batch may be short.
+
+    Args:
+        image_set: the images.
+        split: 'train', 'val' or 'test'.
+        batch_size: number of images in a batch.
+        normalize: whether to normalize with the statistics of the set (`input_norm` is 'dataset').
+    """
+    training = split == "train"
+    images = Split(image_set, split, flip=training and image_set.flip, normalize=normalize)
+    return DataLoader(images, batch_size, shuffle=training, collate_fn=lambda batch: batch)
