@@ -1,0 +1,139 @@
+import math
+import os
+
+import numpy as np
+import pandas
+import pytest
+
+from results import Results, read_results, write_atomically, write_results
+
+
+def make_results(**settings) -> Results:
+    columns = {
+        "epoch": np.array([1, 2, 3]),
+        "train_loss": np.array([2.5, 1 / 3, 1e-300]),
+        "val_loss": np.array([math.pi, 0.1 + 0.2, 1e22]),
+        "val_accuracy": np.array([10.0, 90.25, 90.25]),
+        "test_accuracy": np.array([11.0, 89.5, 99.0]),
+    }
+    return Results(settings, columns)
+
+
+def assert_same(ours: Results, expected: Results) -> None:
+    assert ours.settings == expected.settings
+    assert {k: type(v) for k, v in ours.settings.items()} == {k: type(v) for k, v in expected.settings.items()}
+    assert list(ours.columns) == list(expected.columns)
+    for name, column in expected.columns.items():
+        np.testing.assert_array_equal(ours.columns[name], column)
+        assert ours.columns[name].dtype == column.dtype
+
+
+def test_what_is_written_is_read(tmp_path):
+    results = make_results(
+        name="a-run", seed=1, c=100.0, learning_rate=1e-08, flag=True, nothing=None, text="1", yes="true", empty="",
+        spaces="  x ", lines="a\nb\r\u2028# c: 1", colon="a: b", quoted='"a"', minus=-0.0, large=10**30, far=math.inf,
+    )  # fmt: skip
+    file = tmp_path / "a" / "b" / "results.csv"
+    write_results(file, results)
+    assert_same(read_results(file), results)
+
+
+def test_format_of_the_file(tmp_path):
+    write_results(tmp_path / "results.csv", make_results(dataset="cifar10", seed=1, c=100.0))
+    assert (tmp_path / "results.csv").read_text() == (
+        "# dataset: cifar10\n"
+        "# seed: 1\n"
+        "# c: 100.0\n"
+        "epoch,train_loss,val_loss,val_accuracy,test_accuracy\n"
+        "1,2.5,3.141592653589793,10.0,11.0\n"
+        "2,0.3333333333333333,0.30000000000000004,90.25,89.5\n"
+        "3,1e-300,1e+22,90.25,99.0\n"
+    )
+
+
+def test_pandas_reads_it_as_it_is(tmp_path):
+    results = make_results(name="a # b", text="1,2,3", lines="a\nb")
+    write_results(tmp_path / "results.csv", results)
+    table = pandas.read_csv(tmp_path / "results.csv", comment="#")
+    assert list(table) == list(results.columns)
+    for name, column in results.columns.items():
+        np.testing.assert_array_equal(table[name], column)
+
+
+def test_headline_number_is_at_the_best_validation_accuracy():
+    results = make_results()
+    assert (results.best_epoch, results.val_accuracy, results.test_accuracy) == (2, 90.25, 89.5)
+
+
+def test_no_epochs_yet(tmp_path):
+    results = Results({}, {name: column[:0] for name, column in make_results().columns.items()})
+    write_results(tmp_path / "results.csv", results)
+    assert_same(read_results(tmp_path / "results.csv"), results)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no line 'epoch,train_loss"),
+        ("# seed: 1\n", "has no line 'epoch,train_loss"),
+        ("epoch,loss\n1,2\n", "at line 1"),
+        ("# seed 1\nepoch,train_loss,val_loss,val_accuracy,test_accuracy\n", "at line 1"),
+        ("# a b: 1\nepoch,train_loss,val_loss,val_accuracy,test_accuracy\n", "at line 1"),
+        ("epoch,train_loss,val_loss,val_accuracy,test_accuracy\n1,2,3,4\n", "at line 2"),
+        ("epoch,train_loss,val_loss,val_accuracy,test_accuracy\n1,2,3,4,5\n2,x,3,4,5\n", "at line 3"),
+        ("epoch,train_loss,val_loss,val_accuracy,test_accuracy\n1.5,2,3,4,5\n", "at line 2"),
+        ("epoch,train_loss,val_loss,val_accuracy,test_accuracy\n1,2,3,4,97.2", "cut short"),
+        (b"\xff\xfe\n", "at line 1"),
+    ],
+)
+def test_damaged_file(tmp_path, content, message):
+    file = tmp_path / "results.csv"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        read_results(file)
+    assert str(file) in str(error.value)
+
+
+def test_line_ends_of_windows(tmp_path):
+    file = tmp_path / "results.csv"
+    write_results(file, make_results(name="x"))
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    assert_same(read_results(file), make_results(name="x"))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_results(tmp_path / "results.csv")
+
+
+@pytest.mark.parametrize("settings", [{"a b": 1}, {"a:": 1}, {"": 1}, {"a": [1]}, {"a": np.arange(2)}, {"a": 1j}])
+def test_settings_that_cannot_be_written(tmp_path, settings):
+    with pytest.raises(ValueError, match="setting"):
+        write_results(tmp_path / "results.csv", make_results(**settings))
+    assert not list(tmp_path.iterdir())
+
+
+def test_columns_that_cannot_be_written(tmp_path):
+    results = make_results()
+    results.columns["loss"] = results.columns.pop("val_loss")
+    with pytest.raises(ValueError, match="columns must be epoch, train_loss"):
+        write_results(tmp_path / "results.csv", results)
+    results = make_results()
+    results.columns["val_loss"] = results.columns["val_loss"][:2]
+    with pytest.raises(ValueError, match="shorter"):
+        write_results(tmp_path / "results.csv", results)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, call):
+    file = tmp_path / "file"
+    write_atomically(file, b"old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
