@@ -1,0 +1,284 @@
+import copy
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from sklearn.model_selection import train_test_split
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+import data
+import train
+from results import read_results
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--dataset", "digits", "--num_epochs", "2", "--batch_size", "48", "--device", "cpu"]
+
+
+def plain_loop(folder: Path, num_epochs: int, batch_size: int, bn_weight: float, c: float, input_norm: str, seed: int):
+    """The method as a user would write it from its description, with nothing of this project: an image at a time."""
+    complex_seed, split_seed = (int(hashlib.md5(str(n).encode()).hexdigest()[-8:], 16) for n in (seed, 0))
+    np.random.seed(complex_seed)
+    torch.manual_seed(complex_seed)
+
+    plain = [torchvision.transforms.ToTensor()]
+    if input_norm == "dataset":
+        plain += [torchvision.transforms.Normalize((0.4916, 0.4823, 0.4467), (0.2472, 0.2437, 0.2618))]
+    plain = torchvision.transforms.Compose(plain)
+
+    def flip(image: Image.Image) -> torch.Tensor:
+        return plain(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(1) < 0.5 else image)
+
+    complete_train = torchvision.datasets.CIFAR10(folder, transform=flip)
+    complete_val = torchvision.datasets.CIFAR10(folder, transform=plain)
+    test = torchvision.datasets.CIFAR10(folder, train=False, transform=plain)
+    train_part, val_part = train_test_split(
+        np.arange(len(complete_train)), test_size=0.1, stratify=complete_train.targets, random_state=split_seed
+    )
+    train_loader = DataLoader(Subset(complete_train, train_part), batch_size, shuffle=True)
+    val_loader = DataLoader(Subset(complete_val, val_part), batch_size)
+    test_loader = DataLoader(test, batch_size)
+
+    network = torchvision.models.resnet18(num_classes=10)
+    network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.weight, bn_weight)
+    if input_norm == "bn":
+        input_layer = nn.BatchNorm2d(3)
+        nn.init.constant_(input_layer.weight, bn_weight * 0.58)
+        input_layer.bias.requires_grad = False
+        network = nn.Sequential(input_layer, network)
+
+    named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [p for name, p in named if name.endswith("bias")]},
+            {"params": [p for name, p in named if name.endswith("weight") and p.dim() == 1], "lr": 0.1 / c},
+            {"params": [p for name, p in named if p.dim() > 1], "weight_decay": 1e-4},
+        ],
+        lr=0.1,
+        momentum=0.9,
+    )
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_epochs, eta_min=1e-8)
+
+    rows, best_accuracy, best_weights = [], -1, None
+    for epoch in range(1, num_epochs + 1):
+        network.train()
+        train_loss = 0.0
+        for images, labels in train_loader:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(network(images), labels)
+            loss.backward()
+            optimizer.step()
+            train_loss += loss.item()
+        scheduler.step()
+        network.eval()
+        val_loss, correct = 0.0, [0, 0]
+        for part, loader in enumerate((val_loader, test_loader)):
+            for images, labels in loader:
+                with torch.no_grad():
+                    logits = network(images)
+                if loader is val_loader:
+                    val_loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+                for scores, label in zip(logits, labels, strict=True):
+                    correct[part] += int(scores.argmax() == label)
+        val_accuracy, test_accuracy = correct[0] / len(val_part) * 100, correct[1] / len(test) * 100
+        rows.append((epoch, train_loss / len(train_loader), val_loss / len(val_part), val_accuracy, test_accuracy))
+        if val_accuracy > best_accuracy:
+            best_accuracy, best_weights = val_accuracy, copy.deepcopy(network.state_dict())
+    return rows, best_weights
+
+
+@pytest.mark.parametrize(
+    ("bn_weight", "c", "input_norm", "seed"), [(0.1, 100, "bn", 1), (1, 1, "dataset", 2)], ids=["proposed", "baseline"]
+)
+def test_same_numbers_as_a_plain_loop_digit_for_digit(small_cifar10, bn_weight, c, input_norm, seed):
+    rows, best_weights = plain_loop(small_cifar10, 2, 32, bn_weight, c, input_norm, seed)
+
+    flags = f"--num_epochs 2 --batch_size 32 --bn_weight {bn_weight} --c {c} --input_norm {input_norm} --seed {seed}"
+    path = small_cifar10.parent
+    results = train.main([*flags.split(), "--path", str(path), "--name", "x", "--device", "cpu"])
+    assert list(zip(*(results.columns[name].tolist() for name in results.columns), strict=True)) == rows
+    weights = torch.load(path / "networks" / "x-best.pt", weights_only=True)
+    assert list(weights) == list(best_weights)
+    for name, value in best_weights.items():
+        assert torch.equal(weights[name], value), name
+
+
+def test_what_a_run_leaves_behind(few_digits, tmp_path, capsys):
+    results = train.main([*QUICK, "--path", str(tmp_path), "--num_epochs", "3", "--seed", "7"])
+    name = "digits-resnet18-weight0.1-c100-bn-seed7"
+    assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()} == {
+        f"results/{name}.csv",
+        f"networks/{name}-best.pt",
+    }
+
+    written = read_results(tmp_path / "results" / f"{name}.csv")
+    assert written.settings == results.settings
+    for column, values in results.columns.items():
+        np.testing.assert_array_equal(written.columns[column], values)
+    assert results.columns["epoch"].tolist() == [1, 2, 3]
+    expected = {"name": name, "dataset": "digits", "network": "resnet18", "batch_size": 48, "num_epochs": 3}
+    expected |= {"learning_rate": 0.1, "scheduler": "cos", "momentum": 0.9, "weight_decay": 1e-4}
+    expected |= {"bn_weight": 0.1, "c": 100.0, "input_norm": "bn", "seed": 7, "torch": torch.__version__}
+    assert expected.items() <= results.settings.items()
+
+    val_accuracy = results.columns["val_accuracy"].tolist()
+    best = val_accuracy.index(max(val_accuracy))
+    assert results.test_accuracy == results.columns["test_accuracy"][best]
+
+    out, err = capsys.readouterr()
+    assert err == ""
+    *lines, last = out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    assert last.startswith(f"best epoch {best + 1}: val accuracy {max(val_accuracy):.3f} %, test accuracy")
+    assert f"{results.test_accuracy:.3f} %" in last and f"{name}.csv" in last and f"{name}-best.pt" in last
+
+
+def test_best_weights_give_the_headline_number(few_digits, tmp_path):
+    results = train.main([*QUICK, "--path", str(tmp_path), "--name", "x", "--num_epochs", "4"])
+    image_set = data.load_image_set("digits")
+    network = nn.Sequential(nn.BatchNorm2d(3), torchvision.models.resnet18(num_classes=10))
+    network[1].conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    network[1].maxpool = nn.Identity()
+    network.load_state_dict(torch.load(tmp_path / "networks" / "x-best.pt", weights_only=True))
+    network.eval()
+    for split, expected in (("val", results.val_accuracy), ("test", results.test_accuracy)):
+        indices = image_set.splits[split]
+        predicted = network(image_set.images[indices] / 255).argmax(1)
+        assert (predicted == image_set.labels[indices]).double().mean().item() * 100 == pytest.approx(expected)
+
+
+def test_best_weights_are_those_of_the_first_epoch_on_a_tie(few_digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda network, batches: (1.0, 50.0))
+    results = train.main([*QUICK, "--path", str(tmp_path), "--name", "x", "--num_epochs", "3"])
+    assert results.best_epoch == 1
+    steps = torch.load(tmp_path / "networks" / "x-best.pt", weights_only=True)["0.num_batches_tracked"].item()
+    assert steps == 144 / 48
+
+
+def test_constant_learning_rate_and_schedule(few_digits, tmp_path, monkeypatch):
+    rates = []
+
+    def record(network, batches, optimizer, epoch, bar):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        return 1.0
+
+    monkeypatch.setattr(train, "train_one_epoch", record)
+    monkeypatch.setattr(train, "evaluate", lambda network, batches: (1.0, 50.0))
+    flags = [*QUICK, "--path", str(tmp_path), "--name", "x", "--num_epochs", "4"]
+    train.main([*flags, "--scheduler", "none"])
+    assert rates == [[0.1, 0.1 / 100, 0.1]] * 4
+
+    rates.clear()
+    train.main([*flags, "--name", "y"])
+    for epoch, (bias, scale, weight) in enumerate(rates):
+        cosine = (1 + np.cos(np.pi * epoch / 4)) / 2
+        assert bias == weight == pytest.approx(1e-8 + (0.1 - 1e-8) * cosine)
+        assert scale == pytest.approx(1e-8 + (0.001 - 1e-8) * cosine)
+
+
+def test_loss_that_is_not_finite(few_digits, tmp_path, capsys, monkeypatch):
+    flags = [*QUICK, "--path", str(tmp_path), "--name", "x"]
+    first_epoch = train.train_one_epoch
+
+    def diverge_in_epoch_2(network, batches, optimizer, epoch, bar):
+        if epoch == 2:
+            nn.init.constant_(network[1].fc.weight, float("nan"))
+        return first_epoch(network, batches, optimizer, epoch, bar)
+
+    monkeypatch.setattr(train, "train_one_epoch", diverge_in_epoch_2)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    assert "loss at epoch 2, step 1 is nan" in stop.value.code  # a text: exit code 1, printed on standard error
+    assert read_results(tmp_path / "results" / "x.csv").columns["epoch"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--batch_size 0", "argument --batch_size: must be a whole number of at least 1, not '0'"),
+        ("--batch_size -4", "argument --batch_size: must be a whole number of at least 1, not '-4'"),
+        ("--batch_size 12.0", "argument --batch_size: must be a whole number"),
+        ("--batch_size 1294", "argument --batch_size: digits has 1293 training images, fewer than a batch of 1294"),
+        ("--batch_size 68", "argument --batch_size: 68 leaves a last batch of one of the 1293 training images"),
+        ("--batch_size 1", "argument --batch_size: 1 leaves a last batch of one"),
+        ("--num_epochs 0", "argument --num_epochs: must be a whole number of at least 1, not '0'"),
+        ("--learning_rate nan", "argument --learning_rate: must be a number above 0, not 'nan'"),
+        ("--learning_rate 0", "argument --learning_rate: must be a number above 0, not '0'"),
+        ("--momentum 1", "argument --momentum: must be a number from 0 to below 1, not '1'"),
+        ("--weight_decay -0.1", "argument --weight_decay: must be a number of at least 0, not '-0.1'"),
+        ("--bn_weight 0", "argument --bn_weight: must be a number above 0, not '0'"),
+        ("--c 0.5", "argument --c: must be 0 or 1 (no reduction) or a number above 1, not '0.5'"),
+        ("--seed -1", "argument --seed: must be a whole number of at least 0, not '-1'"),
+        ("--name a/b", "argument --name: must be at most 200 letters, digits"),
+        ("--device cuda:9", "argument --device: 'cuda:9' cannot be used; here are: cpu"),
+        ("--device gpu", "argument --device: 'gpu' cannot be used; here are: cpu"),
+        ("--dataset mnist", "argument --dataset: invalid choice: 'mnist'"),
+        ("--bn 0.1", "unrecognized arguments: --bn 0.1"),
+        (f"--path {__file__}", "is not a folder"),
+    ],
+)
+def test_bad_values(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--dataset", "digits", *flags.split()])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err
+    assert err.count("\n") == 1 and err.endswith("\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_last_batch_of_one_is_fine_where_the_network_can_train_on_it():
+    assert train.parse(["--dataset", "cifar10", "--batch_size", "11"]).batch_size == 11  # 45,000 = 4,090 · 11 + 10
+    assert train.parse(["--dataset", "cifar10", "--batch_size", "44999"]).batch_size == 44999
+
+
+def test_default_names_differ_where_the_method_differs():
+    flags = ["", "--seed 2", "--bn_weight 0.123456789", "--bn_weight 0.12345678", "--c 10", "--input_norm dataset"]
+    flags += ["--dataset digits", "--network resnet34"]
+    names = {train.parse(flag.split()).name for flag in flags}
+    assert len(names) == len(flags)
+    assert "cifar10-resnet18-weight0.1-c100-bn-seed1" in names
+
+
+def test_path_in_every_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for spelling in (f"{tmp_path}/runs", f"{tmp_path}/runs/", "runs", "./runs/", "~/runs", "~/runs/"):
+        file = train.result_file(train.parse(["--path", spelling, "--name", "x"]))
+        assert file.absolute() == tmp_path / "runs" / "results" / "x.csv"
+    assert train.result_file(train.parse(["--name", "x"])).absolute() == tmp_path / "results" / "x.csv"
+
+
+def test_defaults_of_the_paper():
+    settings = vars(train.parse(["--device", "cpu"]))
+    expected = {"dataset": "cifar10", "network": "resnet18", "batch_size": 128, "num_epochs": 180}
+    expected |= {"learning_rate": 0.1, "scheduler": "cos", "momentum": 0.9, "weight_decay": 1e-4}
+    expected |= {"bn_weight": 0.1, "c": 100, "input_norm": "bn", "seed": 1, "path": Path()}
+    assert expected.items() <= settings.items()
+
+
+def test_missing_data_is_one_line(tmp_path):
+    """In a process of its own, as a user runs it, with a proxy that does not answer in place of a network."""
+    command = [sys.executable, ROOT / "train.py", "--path", tmp_path / "new", "--num_epochs", "1", "--device", "cpu"]
+    proxy = dict.fromkeys(["http_proxy", "https_proxy"], "http://127.0.0.1:9")
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **proxy})
+    assert run.returncode == 1
+    assert run.stderr.startswith("train.py: error: CIFAR-10 is not in") and run.stderr.count("\n") == 1

@@ -1,0 +1,319 @@
+"""Train a network by the method of *Revisiting Batch Norm Initialization* (Davis and Frank, ECCV 2022).
+
+    python train.py --dataset cifar10 --bn_weight 0.1 --c 100 --input_norm bn --seed 1
+
+`train` is one whole run from top to bottom: data, network, parameter groups, optimizer, scheduler, epochs.
+"""
+
+import argparse
+import io
+import math
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn, optim
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import DATASETS, load_image_set, make_batches
+from networks import INPUT_NORMS, NETWORKS, construct_network
+from results import COLUMNS, Results, Setting, write_atomically, write_results
+from seeds import make_deterministic
+from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
+
+SETTINGS = (  # what determines the numbers of a run
+    *("dataset", "network", "batch_size", "num_epochs", "learning_rate", "scheduler", "momentum", "weight_decay"),
+    *("bn_weight", "c", "input_norm", "seed"),
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every option of a run: what it may be, what it is for, its default."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    flag = parser.add_argument
+    positive = number("a number above 0", lambda value: value > 0)
+    not_negative = number("a number of at least 0", lambda value: value >= 0)
+    fraction = number("a number from 0 to below 1", lambda value: 0 <= value < 1)
+    reduction = number("0 or 1 (no reduction) or a number above 1", lambda value: value == 0 or value >= 1)
+
+    flag("--path", default="", type=folder, help="folder of images/, networks/, results/ (default: this one)")
+    flag("--name", default="", type=file_name, help="name of the run's files (default: made from the settings)")
+    flag("--dataset", default="cifar10", choices=DATASETS, help="images to train on (default: %(default)s)")
+    flag("--network", default="resnet18", choices=NETWORKS, help="network to train (default: %(default)s)")
+    flag("--batch_size", default=128, type=whole(1), help="images in a batch (default: %(default)s)")
+    flag("--num_epochs", default=180, type=whole(1), help="passes over the training images (default: %(default)s)")
+    flag("--learning_rate", default=0.1, type=positive, help="initial learning rate (default: %(default)s)")
+    flag("--scheduler", default="cos", choices=("cos", "none"), help="cosine or constant rate (default: %(default)s)")
+    flag("--momentum", default=0.9, type=fraction, help="momentum of SGD (default: %(default)s)")
+    flag("--weight_decay", default=1e-4, type=not_negative, help="decay of the weights (default: %(default)s)")
+    flag("--device", type=device, help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    # what the paper is about
+    flag("--bn_weight", default=0.1, type=positive, help="where every γ starts, usually 1 (default: %(default)s)")
+    flag("--c", default=100.0, type=reduction, help="divides the learning rate of every γ (default: %(default)g)")
+    flag("--input_norm", default="bn", choices=INPUT_NORMS, help="what normalizes the images (default: %(default)s)")
+    flag("--seed", default=1, type=whole(0), help="seed of every draw but the split's (default: %(default)s)")
+    return parser
+
+
+def train(
+    settings: argparse.Namespace, report: Callable[[str], None] = lambda line: None, show_bar: bool = False
+) -> Results:
+    """Run the training that the flags describe, write its files, and return what is in its result file.
+
+    Args:
+        settings: what `parse` returns.
+        report: called with one line of text after every epoch.
+        show_bar: whether to draw a progress bar on standard error.
+
+    Raises:
+        FloatingPointError: a loss is not finite. The epochs before are in the result file.
+        FileNotFoundError: the data cannot be had.
+        OSError: a file cannot be written.
+    """
+    start = time.monotonic()
+    make_deterministic(settings.seed)
+
+    image_set = load_image_set(settings.dataset, settings.path / "images", settings.device)
+    train_batches, val_batches, test_batches = (
+        make_batches(image_set, split, settings.batch_size, normalize=settings.input_norm == "dataset")
+        for split in ("train", "val", "test")
+    )
+
+    network = construct_network(
+        settings.network, len(image_set.classes), settings.dataset, settings.bn_weight, settings.input_norm
+    ).to(settings.device)
+    parameters = adjust_weight_decay_and_learning_rate(
+        network, settings.weight_decay, settings.learning_rate, settings.c
+    )
+    optimizer = optim.SGD(parameters, momentum=settings.momentum)
+    scheduler = None
+    if settings.scheduler == "cos":
+        scheduler = optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.num_epochs, eta_min=1e-8)
+
+    num_images = settings.num_epochs * len(train_batches.dataset)
+    rows = []
+    with tqdm(total=num_images, unit="image", unit_scale=True, disable=not show_bar) as bar:
+        for epoch in range(1, settings.num_epochs + 1):
+            train_loss = train_one_epoch(network, train_batches, optimizer, epoch, bar)
+            if scheduler is not None:
+                scheduler.step()
+            val_loss, val_accuracy = evaluate(network, val_batches)
+            _, test_accuracy = evaluate(network, test_batches)
+            check_finite(val_loss, f"the validation loss after epoch {epoch}")
+
+            rows.append((epoch, train_loss, val_loss, val_accuracy, test_accuracy))
+            columns = {name: np.array(column) for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)}
+            results = Results(describe(settings, time.monotonic() - start), columns)
+            if results.best_epoch == epoch:
+                weights = io.BytesIO()
+                torch.save(network.state_dict(), weights)
+                write_atomically(best_weights_file(settings), weights.getbuffer())
+            write_results(result_file(settings), results)
+            report(
+                f"epoch {epoch}/{settings.num_epochs}: train loss {train_loss:.6f}, val loss {val_loss:.6f}, "
+                f"val accuracy {val_accuracy:.3f} %, test accuracy {test_accuracy:.3f} %"
+            )
+    return results
+
+
+def train_one_epoch(
+    network: nn.Module, batches: DataLoader, optimizer: optim.Optimizer, epoch: int, bar: tqdm
+) -> float:
+    """Train on every batch once; returns the mean loss of the batches. FloatingPointError where one is not finite."""
+    network.train()
+    bar.set_description(f"epoch {epoch}", refresh=False)
+    losses = []
+    for images, labels in batches:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        if loss.device.type == "cpu":  # elsewhere, reading a loss would make every step wait for the device
+            check_finite(loss.item(), f"the loss at epoch {epoch}, step {len(losses)}")
+        if bar.update(len(labels)):  # only now and then is the bar drawn, and the loss needed
+            bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
+    total = 0.0
+    for step, loss in enumerate(torch.stack(losses).tolist(), start=1):
+        check_finite(loss, f"the loss at epoch {epoch}, step {step}")
+        total += loss  # one by one: from Python 3.12 on, sum() rounds otherwise
+    return total / len(losses)
+
+
+@torch.inference_mode()
+def evaluate(network: nn.Module, batches: DataLoader) -> tuple[float, float]:
+    """Loss (mean over the images) and accuracy (in percent) of a network on every batch, in evaluation mode."""
+    network.eval()
+    losses, correct = [], []
+    for images, labels in batches:
+        logits = network(images)
+        losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+        correct.append((logits.argmax(1) == labels).sum())
+    total = 0.0
+    for loss in torch.stack(losses).tolist():
+        total += loss
+    num_images = len(batches.dataset)
+    return total / num_images, torch.stack(correct).sum().item() / num_images * 100
+
+
+def check_finite(loss: float, what: str) -> None:
+    """FloatingPointError where a loss is not a finite number."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"{what} is {loss}: the training has diverged; try a smaller --learning_rate")
+
+
+def result_file(settings: argparse.Namespace) -> Path:
+    """Where the numbers of a run are."""
+    return settings.path / "results" / f"{settings.name}.csv"
+
+
+def best_weights_file(settings: argparse.Namespace) -> Path:
+    """Where the weights of the epoch with the best validation accuracy are."""
+    return settings.path / "networks" / f"{settings.name}-best.pt"
+
+
+def describe(settings: argparse.Namespace, seconds: float) -> dict[str, Setting]:
+    """The settings of a run and what else produced its numbers, for the result file."""
+    on_gpu = settings.device.type == "cuda"
+    return {
+        "name": settings.name,
+        **{name: getattr(settings, name) for name in SETTINGS},
+        "device": str(settings.device),
+        "machine": torch.cuda.get_device_name(settings.device) if on_gpu else platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "seconds": round(seconds, 1),
+    }
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The settings of a run from its flags, complete and checked; ends the program where a flag is wrong."""
+    parser = make_parser()
+    settings = parser.parse_args(argv)
+    if settings.device is None:
+        settings.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not settings.name:
+        values = (f"weight{short(settings.bn_weight)}", f"c{short(settings.c)}", settings.input_norm)
+        settings.name = "-".join((settings.dataset, settings.network, *values, f"seed{settings.seed}"))
+    size = DATASETS[settings.dataset]
+    if settings.batch_size > size.num_train:
+        parser.error(
+            f"argument --batch_size: {settings.dataset} has {size.num_train} training images,"
+            f" fewer than a batch of {settings.batch_size}"
+        )
+    if (size.num_train - 1) % settings.batch_size == 0 and not trains_on_one_image(settings, size.pixels):
+        parser.error(
+            f"argument --batch_size: {settings.batch_size} leaves a last batch of one of the {size.num_train} training"
+            f" images of {settings.dataset}, where batch norm cannot train on one; take another size"
+        )
+    return settings
+
+
+def trains_on_one_image(settings: argparse.Namespace, pixels: int) -> bool:
+    """Whether every batch norm of the network gets more than one value a channel from a single image."""
+    with torch.device("meta"):  # shapes only: nothing is drawn or computed
+        network = construct_network(settings.network, dataset=settings.dataset, input_norm=settings.input_norm)
+        try:
+            network(torch.empty(1, 3, pixels, pixels))
+        except ValueError:
+            return False
+    return True
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that says what is wrong in one line, without the list of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def folder(text: str) -> Path:
+    """The folder that `--path` names; it need not be there yet."""
+    path = Path(text).expanduser()
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
+    return path
+
+
+def file_name(text: str) -> str:
+    """A name that files can have on any system."""
+    if (text and not re.fullmatch(r"\w[\w.+=-]*", text)) or len(text.encode()) > 200:
+        raise argparse.ArgumentTypeError(
+            f"must be at most 200 letters, digits and . _ + = - and start with a letter or digit, not {text!r}"
+        )
+    return text
+
+
+def device(text: str) -> torch.device:
+    """A device that is there."""
+    try:
+        torch.empty(1, device=text).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used; here are: {', '.join(here)}") from error
+    return torch.device(text)
+
+
+def whole(minimum: int) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number of at least `minimum`."""
+
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, not {text!r}")
+        return int(text)
+
+    return convert
+
+
+def number(what: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
+    """The type of a flag that takes a finite number that is `allowed`, which `what` puts into words."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and allowed(value)):
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+        return value
+
+    return convert
+
+
+def short(value: float) -> str:
+    """A number as one would type it: 100 for 100.0."""
+    return str(value).removesuffix(".0")
+
+
+def main(argv: Sequence[str] | None = None) -> Results:
+    """The command line. Returns the results of the run; exit code 2 for a wrong flag, 1 where the run fails."""
+    settings = parse(argv)
+
+    def report(line: str) -> None:
+        tqdm.write(line)
+        sys.stdout.flush()
+
+    try:
+        results = train(settings, report, show_bar=sys.stdout.isatty())
+    except (FloatingPointError, OSError) as error:
+        sys.exit(f"train.py: error: {' '.join(str(error).split())}")
+    print(
+        f"best epoch {results.best_epoch}: val accuracy {results.val_accuracy:.3f} %,"
+        f" test accuracy {results.test_accuracy:.3f} %, {results.settings['seconds']:.1f} seconds;"
+        f" numbers in {result_file(settings)}, weights in {best_weights_file(settings)}"
+    )
+    return results
+
+
+if __name__ == "__main__":
+    main()
