@@ -1,0 +1,39 @@
+import re
+from pathlib import Path
+
+import pytest
+
+import train
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_example_runs(example, few_digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_every_module_has_an_example():
+    modules = {file.stem for file in Path(train.__file__).parent.glob("*.py")}
+    assert {re.findall(r"^(?:from|import) (\w+)", example, re.MULTILINE)[-1] for example in EXAMPLES} == modules
+
+
+def test_every_flag_is_explained():
+    table = dict(re.findall(r"^\| `(--\w+)` \| (.*?) \|", README, re.MULTILINE))
+    flags = {action.option_strings[-1]: action.default for action in train.make_parser()._actions}
+    del flags["--help"]
+    assert table.keys() == flags.keys()
+    for flag, default in flags.items():
+        if default not in ("", None):
+            assert type(default)(table[flag].strip("`")) == default
+
+
+def test_command_of_the_paper_has_every_flag():
+    command = README.split("## The paper's training\n\n```\n")[1].split("```")[0].replace("\\\n", " ").split()
+    assert command[:2] == ["python", "train.py"]
+    arguments = [argument.strip("'").replace("cuda:0", "cpu") for argument in command[2:]]
+    given, default = vars(train.parse(arguments)), vars(train.parse(["--device", "cpu"]))
+    assert set(arguments[::2]) == {f"--{name}" for name in default}
+    assert {name for name in default if given[name] != default[name]} == {"name"}
