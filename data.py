@@ -15,6 +15,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_md5
 
 from seeds import make_complex
 
@@ -63,6 +64,7 @@ def load_image_set(name: str, folder: Path | str = "images", device: torch.devic
     Raises:
         ValueError: `name` is not in `DATASETS`.
         FileNotFoundError: CIFAR-10 is not there and cannot be downloaded.
+        OSError: a file of CIFAR-10 is damaged and cannot be downloaded anew.
     """
     if name not in DATASETS:
         raise ValueError(f"the data set must be one of {', '.join(DATASETS)}, not {name!r}")
@@ -75,9 +77,16 @@ def load_cifar10(folder: Path, device: torch.device | str) -> ImageSet:
         complete_train = CIFAR10(folder, train=True, download=True)
         test = CIFAR10(folder, train=False)
     except (OSError, RuntimeError) as error:
+        parts = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+        for file, md5 in ((folder / CIFAR10.base_folder / name, md5) for name, md5 in parts):
+            if file.exists() and not check_md5(file, md5):
+                raise OSError(
+                    f"{file} is damaged (its MD5 sum is wrong) and could not be downloaded anew ({error}):"
+                    " put a good copy in its place"
+                ) from error
         raise FileNotFoundError(
             f"CIFAR-10 is not in {folder} and could not be downloaded ({error}): unpack cifar-10-python.tar.gz there,"
-            " so that it holds the folder cifar-10-batches-py, or use the data set digits, which needs no files"
+            " so that it holds the folder cifar-10-batches-py, or use --dataset digits, which needs no files"
         ) from error
     images = np.concatenate([part.data.transpose(0, 3, 1, 2) for part in (complete_train, test)])
     labels = torch.tensor(complete_train.targets + test.targets)

@@ -128,12 +128,14 @@ def write_atomically(file: str | os.PathLike, content: bytes) -> None:
     """Put `content` into `file` so that at any moment, a crash included, it holds all the old or all the new."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.tmp")
+    temporary = file.with_name(f"{file.name}.tmp")  # one name: what a crash leaves behind, the next write takes over
     try:
         with open(temporary, "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
+    except OSError as error:  # of a full disk, Python does not say which file it was
+        raise OSError(error.errno, f"cannot write it: {error.strerror or error}", str(file)) from error
     finally:
         temporary.unlink(missing_ok=True)

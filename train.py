@@ -6,14 +6,17 @@
 """
 
 import argparse
-import io
 import math
 import platform
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import numpy as np
@@ -24,9 +27,10 @@ from torch import nn, optim
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from checkpoint import apply_state, capture_state, find_earlier_run, lock_run, run_files, save_run
 from data import DATASETS, load_image_set, make_batches
 from networks import INPUT_NORMS, NETWORKS, construct_network
-from results import COLUMNS, Results, Setting, write_atomically, write_results
+from results import COLUMNS, Results, Setting, write_results
 from seeds import make_deterministic
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
@@ -38,12 +42,12 @@ SETTINGS = (  # what determines the numbers of a run
 
 def make_parser() -> argparse.ArgumentParser:
     """Every option of a run: what it may be, what it is for, its default."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     flag = parser.add_argument
-    positive = number("a number above 0", lambda value: value > 0)
-    not_negative = number("a number of at least 0", lambda value: value >= 0)
+    positive = number("a number from 1e-30 to 1e30", lambda value: value > 0)
+    not_negative = number("0 or a number from 1e-30 to 1e30", lambda value: value >= 0)
     fraction = number("a number from 0 to below 1", lambda value: 0 <= value < 1)
-    reduction = number("0 or 1 (no reduction) or a number above 1", lambda value: value == 0 or value >= 1)
+    reduction = number("0 or 1 (no reduction) or a number from 1 to 1e30", lambda value: value == 0 or value >= 1)
 
     flag("--path", default="", type=folder, help="folder of images/, networks/, results/ (default: this one)")
     flag("--name", default="", type=file_name, help="name of the run's files (default: made from the settings)")
@@ -56,6 +60,8 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--momentum", default=0.9, type=fraction, help="momentum of SGD (default: %(default)s)")
     flag("--weight_decay", default=1e-4, type=not_negative, help="decay of the weights (default: %(default)s)")
     flag("--device", type=device, help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    flag("--checkpoint_seconds", default=60.0, type=not_negative, help="least time between two (default: %(default)g)")
+    flag("--restart", action="store_true", help="start over, in place of what a run of this name left")
     # what the paper is about
     flag("--bn_weight", default=0.1, type=positive, help="where every γ starts, usually 1 (default: %(default)s)")
     flag("--c", default=100.0, type=reduction, help="divides the learning rate of every γ (default: %(default)g)")
@@ -67,62 +73,97 @@ def make_parser() -> argparse.ArgumentParser:
 def train(
     settings: argparse.Namespace, report: Callable[[str], None] = lambda line: None, show_bar: bool = False
 ) -> Results:
-    """Run the training that the flags describe, write its files, and return what is in its result file.
+    """Run the training that the flags describe, or what is left of it, and return what is in its result file.
+
+    Where the files of the run are there already, it goes on after the last saved epoch, to the same numbers as if it
+    had never been stopped. Whatever ends it, the epochs that are done are saved.
 
     Args:
         settings: what `parse` returns.
-        report: called with one line of text after every epoch.
+        report: called with one line of text where an earlier run goes on, and after every epoch.
         show_bar: whether to draw a progress bar on standard error.
 
     Raises:
-        FloatingPointError: a loss is not finite. The epochs before are in the result file.
+        FloatingPointError: a loss is not finite.
+        ValueError: the files are of a run with other settings, or a file is damaged.
         FileNotFoundError: the data cannot be had.
-        OSError: a file cannot be written.
+        BlockingIOError: another process works on the same run.
+        OSError: a file cannot be read or written.
+        torch.OutOfMemoryError: the device has too little memory.
     """
-    start = time.monotonic()
-    make_deterministic(settings.seed)
+    files = run_files(settings.path, settings.name)
+    with lock_run(files):
+        results, state = None, None
+        if not settings.restart:
+            results, state = find_earlier_run(files, {name: getattr(settings, name) for name in SETTINGS})
+        done = 0 if results is None else len(results.columns["epoch"])
+        if done == settings.num_epochs:
+            report(f"{settings.name} is finished already")
+            return results
 
-    image_set = load_image_set(settings.dataset, settings.path / "images", settings.device)
-    train_batches, val_batches, test_batches = (
-        make_batches(image_set, split, settings.batch_size, normalize=settings.input_norm == "dataset")
-        for split in ("train", "val", "test")
-    )
+        make_deterministic(settings.seed)
+        image_set = load_image_set(settings.dataset, settings.path / "images", settings.device)
+        train_batches, val_batches, test_batches = (
+            make_batches(image_set, split, settings.batch_size, normalize=settings.input_norm == "dataset")
+            for split in ("train", "val", "test")
+        )
 
-    network = construct_network(
-        settings.network, len(image_set.classes), settings.dataset, settings.bn_weight, settings.input_norm
-    ).to(settings.device)
-    parameters = adjust_weight_decay_and_learning_rate(
-        network, settings.weight_decay, settings.learning_rate, settings.c
-    )
-    optimizer = optim.SGD(parameters, momentum=settings.momentum)
-    scheduler = None
-    if settings.scheduler == "cos":
-        scheduler = optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.num_epochs, eta_min=1e-8)
+        network = construct_network(
+            settings.network, len(image_set.classes), settings.dataset, settings.bn_weight, settings.input_norm
+        ).to(settings.device)
+        parameters = adjust_weight_decay_and_learning_rate(
+            network, settings.weight_decay, settings.learning_rate, settings.c
+        )
+        optimizer = optim.SGD(parameters, momentum=settings.momentum)
+        if settings.scheduler == "cos":
+            scheduler = optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.num_epochs, eta_min=1e-8)
+        else:
+            scheduler = optim.lr_scheduler.ConstantLR(optimizer, factor=1)
 
-    num_images = settings.num_epochs * len(train_batches.dataset)
-    rows = []
-    with tqdm(total=num_images, unit="image", unit_scale=True, disable=not show_bar) as bar:
-        for epoch in range(1, settings.num_epochs + 1):
-            train_loss = train_one_epoch(network, train_batches, optimizer, epoch, bar)
-            if scheduler is not None:
+        rows, best_weights, start, last_save = [], None, time.monotonic(), -math.inf
+        if state is not None:
+            apply_state(state, network, optimizer, scheduler)
+            rows = list(zip(*(results.columns[name].tolist() for name in COLUMNS), strict=True))
+            best_weights = state["best_weights"]
+            start, last_save = start - results.settings["seconds"], start
+            report(f"{settings.name} goes on with epoch {done + 1} of {settings.num_epochs}")
+
+        saved = state
+        bar = tqdm(
+            total=settings.num_epochs * len(train_batches.dataset),
+            initial=done * len(train_batches.dataset),
+            unit="image",
+            unit_scale=True,
+            disable=not show_bar,
+        )
+        try:
+            for epoch in range(done + 1, settings.num_epochs + 1):
+                train_loss = train_one_epoch(network, train_batches, optimizer, epoch, bar)
                 scheduler.step()
-            val_loss, val_accuracy = evaluate(network, val_batches)
-            _, test_accuracy = evaluate(network, test_batches)
-            check_finite(val_loss, f"the validation loss after epoch {epoch}")
+                val_loss, val_accuracy = evaluate(network, val_batches)
+                _, test_accuracy = evaluate(network, test_batches)
+                check_finite(val_loss, f"the validation loss after epoch {epoch}")
 
-            rows.append((epoch, train_loss, val_loss, val_accuracy, test_accuracy))
-            columns = {name: np.array(column) for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)}
-            results = Results(describe(settings, time.monotonic() - start), columns)
-            if results.best_epoch == epoch:
-                weights = io.BytesIO()
-                torch.save(network.state_dict(), weights)
-                write_atomically(best_weights_file(settings), weights.getbuffer())
-            write_results(result_file(settings), results)
-            report(
-                f"epoch {epoch}/{settings.num_epochs}: train loss {train_loss:.6f}, val loss {val_loss:.6f}, "
-                f"val accuracy {val_accuracy:.3f} %, test accuracy {test_accuracy:.3f} %"
-            )
-    return results
+                rows.append((epoch, train_loss, val_loss, val_accuracy, test_accuracy))
+                columns = dict(zip(COLUMNS, map(np.array, zip(*rows, strict=True)), strict=True))
+                results = Results(describe(settings, time.monotonic() - start, results), columns)
+                if results.best_epoch == epoch:
+                    best_weights = {name: value.cpu().clone() for name, value in network.state_dict().items()}
+                state = capture_state(results, best_weights, network, optimizer, scheduler)
+                if time.monotonic() - last_save > settings.checkpoint_seconds:
+                    save_run(files, state)
+                    saved, last_save = state, time.monotonic()
+                else:
+                    write_results(files.results, results)
+                report(
+                    f"epoch {epoch}/{settings.num_epochs}: train loss {train_loss:.6f}, val loss {val_loss:.6f}, "
+                    f"val accuracy {val_accuracy:.3f} %, test accuracy {test_accuracy:.3f} %"
+                )
+        finally:
+            bar.close()
+            if saved is not state:
+                save_run(files, state)
+        return results
 
 
 def train_one_epoch(
@@ -171,29 +212,24 @@ def check_finite(loss: float, what: str) -> None:
         raise FloatingPointError(f"{what} is {loss}: the training has diverged; try a smaller --learning_rate")
 
 
-def result_file(settings: argparse.Namespace) -> Path:
-    """Where the numbers of a run are."""
-    return settings.path / "results" / f"{settings.name}.csv"
+def describe(settings: argparse.Namespace, seconds: float, earlier: Results | None) -> dict[str, Setting]:
+    """The settings of a run and what else produced its numbers, for the result file.
 
-
-def best_weights_file(settings: argparse.Namespace) -> Path:
-    """Where the weights of the epoch with the best validation accuracy are."""
-    return settings.path / "networks" / f"{settings.name}-best.pt"
-
-
-def describe(settings: argparse.Namespace, seconds: float) -> dict[str, Setting]:
-    """The settings of a run and what else produced its numbers, for the result file."""
+    Where a run went on in another place, the file names both.
+    """
     on_gpu = settings.device.type == "cuda"
-    return {
-        "name": settings.name,
-        **{name: getattr(settings, name) for name in SETTINGS},
+    produced = {
         "device": str(settings.device),
         "machine": torch.cuda.get_device_name(settings.device) if on_gpu else platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "seconds": round(seconds, 1),
     }
+    for key, value in produced.items():
+        places = earlier.settings[key].split(", then ") if earlier else []
+        produced[key] = ", then ".join(places if places[-1:] == [value] else [*places, value])
+    seed_and_flags = {name: getattr(settings, name) for name in SETTINGS}
+    return {"name": settings.name, **seed_and_flags, **produced, "seconds": round(seconds, 1)}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -239,9 +275,15 @@ class Parser(argparse.ArgumentParser):
 
 def folder(text: str) -> Path:
     """The folder that `--path` names; it need not be there yet."""
-    path = Path(text).expanduser()
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
+    if text and not text.isprintable():
+        raise argparse.ArgumentTypeError(f"must be one line of printable text, not {text!r}")
+    try:
+        path = Path(text).expanduser()
+        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    except (OSError, RuntimeError) as error:  # a name that is too long; a home that nobody has
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {error}") from None
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {there} is a file")
     return path
 
 
@@ -258,7 +300,7 @@ def device(text: str) -> torch.device:
     """A device that is there."""
     try:
         torch.empty(1, device=text).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises differs by device
         here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used; here are: {', '.join(here)}") from error
     return torch.device(text)
@@ -283,7 +325,7 @@ def number(what: str, allowed: Callable[[float], bool]) -> Callable[[str], float
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and allowed(value)):
+        if not (allowed(value) and (value == 0 or 1e-30 <= value <= 1e30)):  # what float32 can hold, with room
             raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
         return value
 
@@ -295,8 +337,31 @@ def short(value: float) -> str:
     return str(value).removesuffix(".0")
 
 
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Let SIGINT (Ctrl-C) and SIGTERM raise KeyboardInterrupt with the number of the signal; a second Ctrl-C kills."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # clusters send it more than once, while the run is being saved
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():  # where Python cannot handle signals
+        yield
+        return
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
 def main(argv: Sequence[str] | None = None) -> Results:
-    """The command line. Returns the results of the run; exit code 2 for a wrong flag, 1 where the run fails."""
+    """The command line. Returns the results of the run.
+
+    Exit codes: 2 for a wrong flag, 1 where the run fails, 130 and 143 where Ctrl-C and SIGTERM stop it.
+    """
     settings = parse(argv)
 
     def report(line: str) -> None:
@@ -304,15 +369,30 @@ def main(argv: Sequence[str] | None = None) -> Results:
         sys.stdout.flush()
 
     try:
-        results = train(settings, report, show_bar=sys.stdout.isatty())
-    except (FloatingPointError, OSError) as error:
-        sys.exit(f"train.py: error: {' '.join(str(error).split())}")
+        with stop_on_signals():
+            results = train(settings, report, show_bar=sys.stdout.isatty())
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        print("train.py: stopped; what is done is saved: give the same command again to go on", file=sys.stderr)
+        sys.exit(128 + number)
+    except (FloatingPointError, ValueError, OSError) as error:
+        fail(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        fail(f"{settings.device} has too little memory: give a smaller --batch_size or --network, or another --device")
+    files = run_files(settings.path, settings.name)
     print(
         f"best epoch {results.best_epoch}: val accuracy {results.val_accuracy:.3f} %,"
         f" test accuracy {results.test_accuracy:.3f} %, {results.settings['seconds']:.1f} seconds;"
-        f" numbers in {result_file(settings)}, weights in {best_weights_file(settings)}"
+        f" numbers in {files.results}, weights in {files.best_weights}"
     )
     return results
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with exit code 1 and one line."""
+    sys.exit(f"train.py: error: {' '.join(message.split())}")
 
 
 if __name__ == "__main__":

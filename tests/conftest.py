@@ -6,18 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sklearn.datasets
 import torchvision.datasets
 
 import data
+import small
+import train
 
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """The digits data set cut down to 200 images: 144 to train on, 16 for validation, 40 for the test."""
-    digits = sklearn.datasets.load_digits()
-    digits.images, digits.target = digits.images[:200], digits.target[:200]
-    monkeypatch.setattr(data, "load_digits", lambda: digits)
+    """Train on 144 digits."""
+    monkeypatch.setattr(data, "load_digits", small.load_few_digits)
+
+
+@pytest.fixture
+def small_network(few_digits, monkeypatch):
+    """Train a small network on them."""
+    monkeypatch.setattr(train, "construct_network", small.construct_small_network)
 
 
 @pytest.fixture

@@ -54,6 +54,19 @@ def test_cifar10_that_cannot_be_had(tmp_path, monkeypatch):
         load_image_set("cifar10", tmp_path)
 
 
+def test_cifar10_with_a_damaged_file(small_cifar10, monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    file = small_cifar10 / "cifar-10-batches-py" / "data_batch_3"
+    content = bytearray(file.read_bytes())
+    content[2000] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(OSError, match=r"data_batch_3 is damaged .*good copy"):
+        load_image_set("cifar10", small_cifar10)
+
+
 def test_digits():
     digits = load_digits()
     image_set = load_image_set("digits")

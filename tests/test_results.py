@@ -4,8 +4,10 @@ import os
 import numpy as np
 import pandas
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from results import Results, read_results, write_atomically, write_results
+from results import COLUMNS, Results, read_results, write_atomically, write_results
 
 
 def make_results(**settings) -> Results:
@@ -36,6 +38,21 @@ def test_what_is_written_is_read(tmp_path):
     file = tmp_path / "a" / "b" / "results.csv"
     write_results(file, results)
     assert_same(read_results(file), results)
+
+
+settings_of_any_kind = st.dictionaries(
+    st.text().filter(str.isidentifier),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+)
+
+
+@given(settings_of_any_kind, st.lists(st.tuples(*[st.floats()] * 4)))
+def test_whatever_is_written_is_read(tmp_path_factory, settings, rows):
+    numbers = np.array(rows, dtype=np.float64).reshape(-1, 4)
+    columns = {"epoch": np.arange(1, len(rows) + 1), **dict(zip(COLUMNS[1:], numbers.T, strict=True))}
+    file = tmp_path_factory.mktemp("any") / "results.csv"
+    write_results(file, Results(settings, columns))
+    assert_same(read_results(file), Results(settings, columns))
 
 
 def test_format_of_the_file(tmp_path):

@@ -5,6 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from seeds import make_complex, make_deterministic
 
@@ -26,6 +28,14 @@ def test_known_values(seed, expected):
 def test_last_32_bits_of_md5(seed):
     as_number = int.from_bytes(hashlib.md5(f"{seed}".encode()).digest(), "big")
     assert make_complex(seed) == as_number % 2**32
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers() | st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_seed(seed):
+    digest = hashlib.md5(f"{seed}".encode()).digest()
+    assert make_complex(seed) == int.from_bytes(digest[12:], "big")
+    assert make_complex(seed) == make_complex(str(seed))
 
 
 def test_first_collision():

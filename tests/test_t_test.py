@@ -3,6 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from scipy import stats
 
 from t_test import evaluate
@@ -28,6 +30,19 @@ def test_p_value(convert):
     p_value = evaluate(convert(PROPOSED), convert(BASELINE))
     assert type(p_value) is float
     assert p_value == pytest.approx(by_hand(PROPOSED, BASELINE), rel=1e-5)
+
+
+accuracies = st.floats(0, 100).map(lambda accuracy: round(accuracy, 2))
+
+
+@given(st.lists(st.tuples(accuracies, accuracies), min_size=2, max_size=30))
+def test_any_pairs_beside_scipy(pairs):
+    d1, d2 = map(list, zip(*pairs, strict=True))
+    differences = np.array(d1) - np.array(d2)
+    assume(differences.std() > 1e-6 * max(1, abs(differences.mean())))
+    expected = stats.ttest_1samp(differences, 0, alternative="greater").pvalue
+    assert evaluate(d1, d2) == pytest.approx(expected, rel=1e-6)
+    assert 0 <= evaluate(d1, d2) <= 1
 
 
 def test_is_one_sided():

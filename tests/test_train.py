@@ -125,6 +125,8 @@ def test_what_a_run_leaves_behind(few_digits, tmp_path, capsys):
     assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()} == {
         f"results/{name}.csv",
         f"networks/{name}-best.pt",
+        f"networks/{name}-last.pt",
+        f"networks/{name}.lock",
     }
 
     written = read_results(tmp_path / "results" / f"{name}.csv")
@@ -209,40 +211,140 @@ def test_loss_that_is_not_finite(few_digits, tmp_path, capsys, monkeypatch):
     assert read_results(tmp_path / "results" / "x.csv").columns["epoch"].tolist() == [1]
 
 
+WHOLE = "must be a whole number of at least 1, not "
+POSITIVE = "must be a number from 1e-30 to 1e30, not "
+NOT_NEGATIVE = "must be 0 or a number from 1e-30 to 1e30, not "
+FRACTION = "must be a number from 0 to below 1, not "
+REDUCTION = "must be 0 or 1 (no reduction) or a number from 1 to 1e30, not "
+NAME = "must be at most 200 letters, digits and . _ + = - and start with a letter or digit, not "
+
+
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flag", "value", "message"),
     [
-        ("--batch_size 0", "argument --batch_size: must be a whole number of at least 1, not '0'"),
-        ("--batch_size -4", "argument --batch_size: must be a whole number of at least 1, not '-4'"),
-        ("--batch_size 12.0", "argument --batch_size: must be a whole number"),
-        ("--batch_size 1294", "argument --batch_size: digits has 1293 training images, fewer than a batch of 1294"),
-        ("--batch_size 68", "argument --batch_size: 68 leaves a last batch of one of the 1293 training images"),
-        ("--batch_size 1", "argument --batch_size: 1 leaves a last batch of one"),
-        ("--num_epochs 0", "argument --num_epochs: must be a whole number of at least 1, not '0'"),
-        ("--learning_rate nan", "argument --learning_rate: must be a number above 0, not 'nan'"),
-        ("--learning_rate 0", "argument --learning_rate: must be a number above 0, not '0'"),
-        ("--momentum 1", "argument --momentum: must be a number from 0 to below 1, not '1'"),
-        ("--weight_decay -0.1", "argument --weight_decay: must be a number of at least 0, not '-0.1'"),
-        ("--bn_weight 0", "argument --bn_weight: must be a number above 0, not '0'"),
-        ("--c 0.5", "argument --c: must be 0 or 1 (no reduction) or a number above 1, not '0.5'"),
-        ("--seed -1", "argument --seed: must be a whole number of at least 0, not '-1'"),
-        ("--name a/b", "argument --name: must be at most 200 letters, digits"),
-        ("--device cuda:9", "argument --device: 'cuda:9' cannot be used; here are: cpu"),
-        ("--device gpu", "argument --device: 'gpu' cannot be used; here are: cpu"),
-        ("--dataset mnist", "argument --dataset: invalid choice: 'mnist'"),
-        ("--bn 0.1", "unrecognized arguments: --bn 0.1"),
-        (f"--path {__file__}", "is not a folder"),
+        ("--batch_size", "", WHOLE),
+        ("--batch_size", "0", WHOLE),
+        ("--batch_size", "-4", WHOLE),
+        ("--batch_size", "12.0", WHOLE),
+        ("--batch_size", "1e3", WHOLE),
+        ("--batch_size", "many", WHOLE),
+        ("--batch_size", "nan", WHOLE),
+        ("--batch_size", "9" * 5000, WHOLE),
+        ("--batch_size", "1294", "digits has 1293 training images, fewer than a batch of 1294"),
+        ("--batch_size", "999999999999", "digits has 1293 training images, fewer"),
+        ("--batch_size", "68", "68 leaves a last batch of one of the 1293 training images"),
+        ("--batch_size", "1", "1 leaves a last batch of one"),
+        ("--num_epochs", "", WHOLE),
+        ("--num_epochs", "0", WHOLE),
+        ("--num_epochs", "-1", WHOLE),
+        ("--num_epochs", "1.5", WHOLE),
+        ("--num_epochs", "inf", WHOLE),
+        ("--num_epochs", "ten", WHOLE),
+        ("--learning_rate", "", POSITIVE),
+        ("--learning_rate", "0", POSITIVE),
+        ("--learning_rate", "-0.1", POSITIVE),
+        ("--learning_rate", "nan", POSITIVE),
+        ("--learning_rate", "inf", POSITIVE),
+        ("--learning_rate", "1e300", POSITIVE),
+        ("--learning_rate", "0,1", POSITIVE),
+        ("--learning_rate", "high", POSITIVE),
+        ("--momentum", "", FRACTION),
+        ("--momentum", "1", FRACTION),
+        ("--momentum", "-0.9", FRACTION),
+        ("--momentum", "nan", FRACTION),
+        ("--momentum", "inf", FRACTION),
+        ("--momentum", "90%", FRACTION),
+        ("--weight_decay", "", NOT_NEGATIVE),
+        ("--weight_decay", "-0.1", NOT_NEGATIVE),
+        ("--weight_decay", "nan", NOT_NEGATIVE),
+        ("--weight_decay", "inf", NOT_NEGATIVE),
+        ("--weight_decay", "1e31", NOT_NEGATIVE),
+        ("--weight_decay", "none", NOT_NEGATIVE),
+        ("--bn_weight", "", POSITIVE),
+        ("--bn_weight", "0", POSITIVE),
+        ("--bn_weight", "-0.1", POSITIVE),
+        ("--bn_weight", "nan", POSITIVE),
+        ("--bn_weight", "inf", POSITIVE),
+        ("--bn_weight", "1e-60", POSITIVE),
+        ("--bn_weight", "small", POSITIVE),
+        ("--c", "", REDUCTION),
+        ("--c", "0.5", REDUCTION),
+        ("--c", "-100", REDUCTION),
+        ("--c", "nan", REDUCTION),
+        ("--c", "inf", REDUCTION),
+        ("--c", "1e40", REDUCTION),
+        ("--c", "hundred", REDUCTION),
+        ("--seed", "", "must be a whole number of at least 0, not "),
+        ("--seed", "-1", "must be a whole number of at least 0, not "),
+        ("--seed", "1.0", "must be a whole number of at least 0, not "),
+        ("--seed", "one", "must be a whole number of at least 0, not "),
+        ("--checkpoint_seconds", "-1", NOT_NEGATIVE),
+        ("--checkpoint_seconds", "inf", NOT_NEGATIVE),
+        ("--checkpoint_seconds", "often", NOT_NEGATIVE),
+        ("--name", "a/b", NAME),
+        ("--name", "/tmp/x", NAME),
+        ("--name", "..", NAME),
+        ("--name", ".hidden", NAME),
+        ("--name", "../x", NAME),
+        ("--name", "my run", NAME),
+        ("--name", " ", NAME),
+        ("--name", "a\nb", NAME),
+        ("--name", "x" * 201, NAME),
+        ("--name", "\N{GREEK SMALL LETTER GAMMA}" * 150, NAME),
+        ("--path", __file__, "is a file"),
+        ("--path", f"{__file__}/below", "is a file"),
+        ("--path", "~nobody-has-this-name/x", "cannot be a folder"),
+        ("--path", "x" * 300, "cannot be a folder"),
+        ("--path", "a\nb", "must be one line of printable text"),
+        ("--device", "", "here are: cpu"),
+        ("--device", "gpu", "here are: cpu"),
+        ("--device", "GPU", "here are: cpu"),
+        ("--device", "cuda:9", "here are: cpu"),
+        ("--device", "cuda:", "here are: cpu"),
+        ("--device", "cuda:-1", "here are: cpu"),
+        ("--device", "0", "here are: cpu"),
+        ("--device", "meta", "here are: cpu"),
+        ("--device", "xpu", "here are: cpu"),
+        ("--device", "hpu", "here are: cpu"),
+        ("--dataset", "", "choose from"),
+        ("--dataset", "mnist", "choose from"),
+        ("--dataset", "CIFAR10", "choose from"),
+        ("--network", "", "choose from"),
+        ("--network", "resnet19", "choose from"),
+        ("--network", "vgg16", "choose from"),
+        ("--scheduler", "", "choose from"),
+        ("--scheduler", "cosine", "choose from"),
+        ("--input_norm", "", "choose from"),
+        ("--input_norm", "layer", "choose from"),
+        ("--restart", "yes", "unrecognized arguments: yes"),
+        ("--bn", "0.1", "unrecognized arguments: --bn 0.1"),
+        ("--epochs", "3", "unrecognized arguments: --epochs 3"),
+        ("--batch-size", "3", "unrecognized arguments: --batch-size 3"),
+        ("--lr", "0.1", "unrecognized arguments: --lr 0.1"),
+        ("digits", "again", "unrecognized arguments: digits again"),
     ],
 )
-def test_bad_values(tmp_path, monkeypatch, capsys, flags, message):
+def test_bad_input(tmp_path, monkeypatch, capsys, flag, value, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        train.main(["--dataset", "digits", *flags.split()])
+        train.main(["--dataset", "digits", flag, value])
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err
+    assert err.startswith("train.py: error: ")
+    assert message.startswith("unrecognized") or f"argument {flag}: " in err
+    if message.endswith("not "):
+        assert repr(value) in err
     assert err.count("\n") == 1 and err.endswith("\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--bn_weight", "--seed", "--name"])
+def test_flag_without_its_value(capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        train.main([flag])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: argument {flag}: expected one argument\n")
 
 
 def test_last_batch_of_one_is_fine_where_the_network_can_train_on_it():
@@ -262,9 +364,8 @@ def test_path_in_every_spelling(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for spelling in (f"{tmp_path}/runs", f"{tmp_path}/runs/", "runs", "./runs/", "~/runs", "~/runs/"):
-        file = train.result_file(train.parse(["--path", spelling, "--name", "x"]))
-        assert file.absolute() == tmp_path / "runs" / "results" / "x.csv"
-    assert train.result_file(train.parse(["--name", "x"])).absolute() == tmp_path / "results" / "x.csv"
+        assert train.parse(["--path", spelling]).path.absolute() == tmp_path / "runs"
+    assert train.parse([]).path.absolute() == tmp_path
 
 
 def test_defaults_of_the_paper():

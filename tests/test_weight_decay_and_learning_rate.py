@@ -1,6 +1,8 @@
 import pytest
 import torch
 import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn, optim
 
 from networks import construct_network
@@ -34,6 +36,41 @@ def test_groups_of_the_paper_network():
     assert (biases["weight_decay"], biases["lr"]) == (0, 0.1)
     assert (scales["weight_decay"], scales["lr"]) == (0, 0.1 / 100)
     assert (weights["weight_decay"], weights["lr"]) == (1e-4, 0.1)
+
+
+LAYERS = (
+    lambda: nn.Conv2d(4, 4, 1),
+    lambda: nn.Conv2d(4, 4, 3, bias=False, groups=4),
+    lambda: nn.Linear(4, 4),
+    lambda: nn.BatchNorm2d(4),
+    lambda: nn.BatchNorm2d(4, affine=False),
+    lambda: nn.LayerNorm(4),
+    lambda: nn.GroupNorm(2, 4),
+    lambda: nn.PReLU(),
+    lambda: nn.MultiheadAttention(4, 2),
+    lambda: nn.LSTM(4, 4),
+)
+
+
+@given(st.lists(st.sampled_from(LAYERS), max_size=6), st.data())
+def test_every_trainable_parameter_is_in_exactly_one_group(layers, draw):
+    network = nn.Sequential(*(layer() for layer in layers))
+    if layers:
+        network.append(draw.draw(st.sampled_from(list(network))))  # a layer that is used twice
+    for parameter in network.parameters():
+        parameter.requires_grad = draw.draw(st.booleans())
+    c = draw.draw(st.sampled_from([0, 1, 3, 100]))
+    skip_list = draw.draw(st.lists(st.sampled_from([name for name, _ in network.named_parameters()] or [""])))
+    groups = adjust_weight_decay_and_learning_rate(network, 0.01, 0.6, c, [name for name in skip_list if name])
+
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    trainable = [id(parameter) for parameter in network.parameters() if parameter.requires_grad]
+    assert sorted(grouped) == sorted(trainable)
+    assert all(group["params"] for group in groups)
+    scales = {id(module.weight) for module in network.modules() if isinstance(module, nn.BatchNorm2d)}
+    for group in groups:
+        for parameter in group["params"]:
+            assert group["lr"] == (0.6 / max(c, 1) if id(parameter) in scales else 0.6)
 
 
 def test_one_step_of_sgd():

@@ -1,0 +1,409 @@
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import train
+from checkpoint import load_checkpoint, lock_run, random_states, run_files, save_run, set_random_states
+from kill_and_restart import FLAGS, finish, outcome, processes, same, start
+from results import COLUMNS, read_results
+from seeds import make_deterministic
+
+
+@pytest.fixture(autouse=True)
+def fast(small_network):
+    """What is tested here does not depend on the size of the network."""
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory) -> Path:
+    """A run that nobody has disturbed."""
+    path = tmp_path_factory.mktemp("alone")
+    assert finish(path, small=True) == 0
+    return path
+
+
+def run(path: Path, *flags: str):
+    """The same run in this process."""
+    return train.main([*FLAGS, "--path", str(path), *flags])
+
+
+def fails(path: Path, *flags: str) -> str:
+    """The line of a run that ends with exit code 1."""
+    with pytest.raises(SystemExit) as stop:
+        run(path, *flags)
+    assert isinstance(stop.value.code, str)  # which Python prints on standard error, with exit code 1
+    assert stop.value.code.startswith("train.py: error: ") and "\n" not in stop.value.code
+    return stop.value.code
+
+
+def stop_in_epoch(epoch_to_stop: int, monkeypatch, error: BaseException = KeyboardInterrupt) -> None:
+    """Let the run stop within an epoch, when its weights have moved on already."""
+    whole_epoch = train.train_one_epoch
+
+    def part_of_epoch(network, batches, optimizer, epoch, bar):
+        loss = whole_epoch(network, batches, optimizer, epoch, bar)
+        if epoch == epoch_to_stop:
+            raise error
+        return loss
+
+    monkeypatch.setattr(train, "train_one_epoch", part_of_epoch)
+
+
+# --- going on -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpoint_seconds", ["0", "1e9"])
+def test_stopped_and_continued_run_is_the_same_to_the_last_bit(
+    alone, tmp_path, monkeypatch, capsys, checkpoint_seconds
+):
+    for epoch in (2, 4):
+        with monkeypatch.context() as patch:
+            stop_in_epoch(epoch, patch)
+            with pytest.raises(SystemExit) as stop:
+                run(tmp_path, "--checkpoint_seconds", checkpoint_seconds)
+        assert stop.value.code == 130
+        assert read_results(tmp_path / "results" / "x.csv").columns["epoch"].tolist() == list(range(1, epoch))
+        make_deterministic(99)  # the next process does not know where the generators were
+    capsys.readouterr()
+    run(tmp_path)
+    assert capsys.readouterr().out.startswith("x goes on with epoch 4 of 4\n")
+    assert same(outcome(tmp_path), outcome(alone))
+
+
+@pytest.mark.parametrize(
+    "deaths",
+    [[(1, "after replace"), (4, "half written")], [(2, "before replace"), (3, "before fsync"), (3, "after replace")]],
+    ids=["checkpoint", "all files"],
+)
+def test_killed_within_a_write(alone, tmp_path, deaths):
+    for death in deaths:
+        assert finish(tmp_path, "--checkpoint_seconds", "0", small=True, death=death) == -signal.SIGKILL
+    assert finish(tmp_path, small=True) == 0
+    assert same(outcome(tmp_path), outcome(alone))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+MANY = ["--num_epochs", "100", "--checkpoint_seconds", "0.1"]
+
+
+@pytest.fixture(scope="session")
+def many_alone(tmp_path_factory) -> Path:
+    """A longer run that nobody has disturbed."""
+    path = tmp_path_factory.mktemp("many alone")
+    assert finish(path, *MANY, small=True) == 0
+    return path
+
+
+def signal_in_epoch(path: Path, epoch: int, number: int, *flags: str) -> int:
+    """Send a signal to a run of many epochs some time after it has reported `epoch`; returns its exit code."""
+    child = start(path, *MANY, *flags, small=True)
+    output = path / "output"
+    while f"epoch {epoch}/100" not in (output.read_text() if output.exists() else ""):
+        assert child.is_alive()
+        time.sleep(0.001)
+    os.kill(child.pid, number)
+    child.join()
+    return child.exitcode
+
+
+def test_killed_at_any_moment(many_alone, tmp_path):
+    for epoch in (1, 20, 21, 60):
+        assert signal_in_epoch(tmp_path, epoch, signal.SIGKILL) == -signal.SIGKILL
+    assert finish(tmp_path, *MANY, small=True) == 0
+    assert same(outcome(tmp_path), outcome(many_alone))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_say_how_to_go_on(many_alone, tmp_path, number, code):
+    assert signal_in_epoch(tmp_path, 3, number, "--checkpoint_seconds", "1e9") == code
+    *_, last_epoch, last = (tmp_path / "output").read_text().splitlines()
+    assert last.startswith("train.py: stopped; ") and "same command again" in last
+    reported = int(last_epoch.removeprefix("epoch ").split("/")[0])
+    saved = len(outcome(tmp_path)["columns"]["epoch"])
+    assert reported in (saved, saved - 1)
+
+    assert finish(tmp_path, *MANY, small=True) == 0
+    assert f"x goes on with epoch {saved + 1} of 100" in (tmp_path / "output").read_text()
+    assert same(outcome(tmp_path), outcome(many_alone))
+
+
+def interrupt_twice() -> None:
+    """What a child process does: press Ctrl-C, and once more while the first is being dealt with."""
+    with train.stop_on_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+
+
+def test_second_ctrl_c_ends_at_once():
+    child = processes.Process(target=interrupt_twice)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGINT
+
+
+def test_handlers_are_given_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run(tmp_path, "--num_epochs", "1")
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+# --- the same command again -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("without_weights", [False, True])
+def test_finished_run_trains_nothing(tmp_path, monkeypatch, capsys, without_weights):
+    first = run(tmp_path, "--num_epochs", "2")
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    before = outcome(tmp_path)
+    monkeypatch.setattr(train, "train_one_epoch", None)
+    if without_weights:
+        (tmp_path / "networks" / "x-last.pt").unlink()
+    again = run(tmp_path, "--num_epochs", "2")
+    assert capsys.readouterr().out.splitlines() == ["x is finished already", last_line]
+    assert again.settings == first.settings
+    if not without_weights:
+        assert same(outcome(tmp_path), before)
+
+
+def test_more_epochs(tmp_path, capsys):
+    run(tmp_path / "cos", "--num_epochs", "2")
+    line = fails(tmp_path / "cos", "--num_epochs", "3")
+    assert "num_epochs was 2, now 3" in line and "cosine schedule" in line
+
+    constant = ["--scheduler", "none"]
+    run(tmp_path / "constant", "--num_epochs", "2", *constant)
+    capsys.readouterr()
+    run(tmp_path / "constant", "--num_epochs", "4", *constant)
+    assert capsys.readouterr().out.startswith("x goes on with epoch 3 of 4")
+    assert "it has 4 epochs already" in fails(tmp_path / "constant", "--num_epochs", "3", *constant)
+    run(tmp_path / "at once", "--num_epochs", "4", *constant)
+    assert same(outcome(tmp_path / "constant"), outcome(tmp_path / "at once"))
+
+
+def test_other_settings_are_listed(tmp_path):
+    run(tmp_path, "--num_epochs", "1")
+    before = outcome(tmp_path)
+    line = fails(tmp_path, "--num_epochs", "1", "--seed", "2", "--c", "10", "--batch_size", "24")
+    assert "batch_size was 48, now 24; c was 100.0, now 10.0; seed was 1, now 2." in line
+    assert "--restart" in line and "--name" in line
+    assert same(outcome(tmp_path), before)
+    run(tmp_path, "--num_epochs", "1", "--checkpoint_seconds", "7")  # which may differ
+
+
+def test_restart_replaces_the_old_run_after_its_first_epoch(tmp_path, monkeypatch):
+    run(tmp_path, "--num_epochs", "2")
+    before = outcome(tmp_path)
+    other = ["--num_epochs", "2", "--seed", "2"]
+    with monkeypatch.context() as patch:
+        stop_in_epoch(1, patch)
+        with pytest.raises(SystemExit):
+            run(tmp_path, *other, "--restart")
+    assert same(outcome(tmp_path), before)
+
+    with monkeypatch.context() as patch:
+        stop_in_epoch(2, patch)
+        with pytest.raises(SystemExit):
+            run(tmp_path, *other, "--restart")
+    results = run(tmp_path, *other)
+    assert results.settings["seed"] == 2
+    run(tmp_path / "new", *other)
+    assert same(outcome(tmp_path), outcome(tmp_path / "new"))
+
+
+def test_result_file_without_its_checkpoint(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_in_epoch(3, patch)
+        with pytest.raises(SystemExit):
+            run(tmp_path)
+    (tmp_path / "networks" / "x-last.pt").unlink()
+    line = fails(tmp_path)
+    assert "x.csv has 2 epochs, but there is no" in line and "--restart" in line
+
+
+def test_run_that_goes_on_elsewhere_names_both_places(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_in_epoch(2, patch)
+        with pytest.raises(SystemExit):
+            run(tmp_path)
+    monkeypatch.setattr(train.platform, "machine", lambda: "another machine")
+    here, there = (results.settings["machine"] for results in (read_results(tmp_path / "results/x.csv"), run(tmp_path)))
+    assert there == f"{here}, then another machine"
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_with_one_name(tmp_path):
+    with lock_run(run_files(tmp_path, "x")):
+        child = start(tmp_path, small=True)
+        child.join()
+        assert child.exitcode == 1
+        assert "another process is at work" in (tmp_path / "output").read_text()
+        assert finish(tmp_path, "--name", "y", small=True) == 0
+    assert finish(tmp_path, small=True) == 0
+
+
+@pytest.mark.parametrize("write", range(1, 4), ids=["checkpoint", "best weights", "result file"])
+def test_full_disk(alone, tmp_path, monkeypatch, write):
+    """The second epoch finds no room for one of the three files."""
+    count = 0
+    fsync = os.fsync
+
+    def full(stream: int) -> None:
+        nonlocal count
+        count += 1
+        if count >= 3 + write:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        line = fails(tmp_path, "--checkpoint_seconds", "0")
+    assert "No space left on device" in line and str(tmp_path) in line
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert read_results(tmp_path / "results" / "x.csv").columns["epoch"].tolist() == [1]
+    run(tmp_path)
+    assert same(outcome(tmp_path), outcome(alone))
+
+
+FILL_THE_DISK_IN_EPOCH_2 = """
+import sys
+import small, train
+
+def train_one_epoch(*arguments, whole=train.train_one_epoch):
+    if arguments[3] == 2 and sys.argv.pop() == "fill":
+        try:
+            open("disk/filler", "wb").write(bytes(10**8))
+        except OSError as error:
+            print(error)
+    return whole(*arguments)
+
+small.train_small()
+train.train_one_epoch = train_one_epoch
+train.main(sys.argv[1:-1])
+"""
+
+
+def test_disk_that_is_really_full(alone, tmp_path):
+    """On a file system of its own, which something else fills up."""
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = "mkdir -p disk && mount -t tmpfs -o size=10m none disk"
+    if subprocess.run([*unshare, mount], cwd=tmp_path).returncode:
+        pytest.skip("this system lets nobody mount a file system of his own")
+    (tmp_path / "run.py").write_text(FILL_THE_DISK_IN_EPOCH_2)
+    command = f"{sys.executable} run.py {' '.join(FLAGS)} --path disk --checkpoint_seconds 0"
+    script = f"{mount}; {command} fill; echo code $?; cp -r disk full; rm disk/filler; {command} -; cp -r disk end"
+    here = Path(train.__file__).parent
+    done = subprocess.run(
+        [*unshare, script],
+        env={**os.environ, "PYTHONPATH": f"{here}:{here / 'tests'}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "[Errno 28] No space left on device" in done.stdout and "code 1" in done.stdout.splitlines()
+    assert done.stderr.startswith("train.py: error: [Errno 28]") and done.stderr.count("\n") == 1
+    assert "x-last.pt" in done.stderr
+    assert outcome(tmp_path / "full")["columns"]["epoch"].tolist() == [1]
+    assert same(outcome(tmp_path / "end"), outcome(alone))
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "networks").write_text("a file where a folder should be")
+    assert "networks" in fails(tmp_path)
+    (tmp_path / "networks").unlink()
+    (tmp_path / "results").write_text("another")
+    assert "results" in fails(tmp_path, "--num_epochs", "1")
+
+
+def test_out_of_memory(tmp_path, monkeypatch):
+    stop_in_epoch(2, monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
+    line = fails(tmp_path)
+    assert "cpu has too little memory" in line and "--batch_size" in line
+    assert read_results(tmp_path / "results" / "x.csv").columns["epoch"].tolist() == [1]
+
+
+def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
+    stop_in_epoch(2, monkeypatch, RuntimeError("a mistake in the program"))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        run(tmp_path)
+    assert outcome(tmp_path)["columns"]["epoch"].tolist() == [1]
+
+
+@pytest.fixture
+def small_checkpoint(tmp_path) -> Path:
+    """A checkpoint of a few kilobytes."""
+    state = {"format": checkpoint.FORMAT, "best_weights": {"w": torch.rand(100)}, "random": random_states()}
+    state |= {"settings": {}, "columns": {name: [1] for name in COLUMNS}}
+    files = run_files(tmp_path, "x")
+    save_run(files, state)
+    assert same(load_checkpoint(files.checkpoint), state)
+    return files.checkpoint
+
+
+def test_checkpoint_cut_at_any_length(small_checkpoint):
+    whole = small_checkpoint.read_bytes()
+    for length in [0, 1, 31, 32, 33, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 50)]:
+        small_checkpoint.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"x-last\.pt is cut short, damaged .* --restart"):
+            load_checkpoint(small_checkpoint)
+
+
+def test_checkpoint_with_any_byte_changed(small_checkpoint):
+    whole = small_checkpoint.read_bytes()
+    generator = random.Random(0)
+    for position in generator.sample(range(len(whole)), 50):
+        changed = bytearray(whole)
+        changed[position] ^= generator.randrange(1, 256)
+        small_checkpoint.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"x-last\.pt is cut short, damaged"):
+            load_checkpoint(small_checkpoint)
+
+
+def test_checkpoint_of_a_real_run_damaged(tmp_path):
+    run(tmp_path, "--num_epochs", "1")
+    file = tmp_path / "networks" / "x-last.pt"
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 1  # in the middle of a weight
+    file.write_bytes(whole)
+    assert "x-last.pt is cut short, damaged" in fails(tmp_path, "--num_epochs", "1")
+    run(tmp_path, "--num_epochs", "1", "--restart")
+
+
+def test_checkpoint_of_another_version(small_checkpoint, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    with pytest.raises(ValueError, match=r"x-last\.pt was written by another version"):
+        load_checkpoint(small_checkpoint)
+
+
+def test_torch_reads_a_checkpoint_as_it_is(small_checkpoint):
+    assert torch.load(small_checkpoint, weights_only=True)["format"] == checkpoint.FORMAT
+
+
+def test_random_states():
+    make_deterministic(3)
+    random.gauss(0, 1), np.random.randn(), torch.randn(1)  # generators that have half of a pair of normals left
+
+    def draw() -> tuple:
+        return random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), *torch.randn(3).tolist()
+
+    states = random_states()
+    expected = draw()
+    make_deterministic(4)
+    assert draw() != expected
+    set_random_states(states)
+    assert draw() == expected
