@@ -23,6 +23,7 @@ from torch import nn, optim
 from results import Results, Setting, read_results, write_atomically, write_results
 
 FORMAT = 1  # raise it when a change makes older checkpoints useless
+REMEDY = "give --restart to start over, or another --name"
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 
@@ -78,7 +79,7 @@ def capture_state(
         "best_weights": best_weights,
         "network": copy.deepcopy(network.state_dict()),
         "optimizer": copy.deepcopy(optimizer.state_dict()),
-        "scheduler": scheduler.state_dict(),
+        "scheduler": copy.deepcopy(scheduler.state_dict()),
         "random": random_states(),
     }
 
@@ -133,22 +134,21 @@ def load_checkpoint(file: str | os.PathLike) -> dict[str, Any]:
     """
     content = Path(file).read_bytes()
     saved, digest = content[:-DIGEST_SIZE], content[-DIGEST_SIZE:]
-    remedy = "give --restart to start over, or another --name"
     if hashlib.sha256(saved).digest() != digest:
-        raise ValueError(f"the checkpoint {file} is cut short, damaged or none of this program's: {remedy}")
+        raise ValueError(f"the checkpoint {file} is cut short, damaged or none of this program's: {REMEDY}")
     try:
         state = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError):
+    except (RuntimeError, EOFError, UnpicklingError):
         state = None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"the checkpoint {file} was written by another version of this program: {remedy}")
+        raise ValueError(f"the checkpoint {file} was written by another version of this program: {REMEDY}")
     return state
 
 
-def find_earlier_run(files: RunFiles, settings: dict[str, Setting]) -> tuple[Results | None, dict[str, Any] | None]:
+def recover_run(files: RunFiles, settings: dict[str, Setting]) -> tuple[Results | None, dict[str, Any] | None]:
     """What a run with these files and settings has left behind.
 
-    What was written after the checkpoint, or could not be written any more, is mended.
+    Best weights and result file are made to agree with the checkpoint, where the run was killed before they did.
 
     Args:
         files: the files of the run.
@@ -171,13 +171,15 @@ def find_earlier_run(files: RunFiles, settings: dict[str, Setting]) -> tuple[Res
         return results, state
     if not files.results.exists():
         return None, None
-    results = read_results(files.results)
+    try:
+        results = read_results(files.results)
+    except ValueError as error:
+        raise ValueError(f"{error}: {REMEDY}") from None
     check_settings(files, results, settings)
     epochs = len(results.columns["epoch"])
     if epochs < settings["num_epochs"]:
         raise FileExistsError(
-            f"{files.results} has {epochs} epochs, but there is no {files.checkpoint} to go on from:"
-            " give --restart to start over, or another --name"
+            f"{files.results} has {epochs} epochs, but there is no {files.checkpoint} to go on from: {REMEDY}"
         )
     return results, None
 
@@ -186,7 +188,8 @@ def check_settings(files: RunFiles, earlier: Results, settings: dict[str, Settin
     """ValueError, with what differs, where a run with `settings` would not have come to the `earlier` results."""
     unlike = {key: value for key, value in settings.items() if earlier.settings.get(key) != value}
     epochs = len(earlier.columns["epoch"])
-    if settings["scheduler"] == "none" and settings["num_epochs"] >= epochs:
+    constant = earlier.settings.get("scheduler") == settings["scheduler"] == "none"
+    if constant and settings["num_epochs"] >= epochs:
         unlike.pop("num_epochs", None)  # without a schedule, the epochs so far do not depend on how many follow
     if not unlike:
         return
@@ -194,7 +197,7 @@ def check_settings(files: RunFiles, earlier: Results, settings: dict[str, Settin
     hint = ""
     if list(unlike) == ["num_epochs"]:
         hint = " (the cosine schedule depends on it from the first epoch on)"
-        if settings["scheduler"] == "none":
+        if constant:
             hint = f" (it has {epochs} epochs already)"
     raise ValueError(
         f"{files.results} is of a run with other settings: {listed}{hint}."
@@ -203,14 +206,14 @@ def check_settings(files: RunFiles, earlier: Results, settings: dict[str, Settin
 
 
 def random_states() -> dict[str, Any]:
-    """The states of all global random generators: Python's, NumPy's, torch's on the CPU and every CUDA device."""
+    """The states of all global random generators: Python's, NumPy's, torch's on the CPU and, once used, on CUDA."""
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
     return {
         "python": random.getstate(),
         "numpy": numpy_state,
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 

@@ -5,11 +5,13 @@ a batch is one gather, one flip and one conversion.
 """
 
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -74,9 +76,14 @@ def load_image_set(name: str, folder: Path | str = "images", device: torch.devic
 def load_cifar10(folder: Path, device: torch.device | str) -> ImageSet:
     """CIFAR-10 with the statistics that the paper's code normalizes it with; see `load_image_set`."""
     try:
-        complete_train = CIFAR10(folder, train=True, download=True)
+        try:
+            complete_train = CIFAR10(folder)
+        except RuntimeError:  # it is missing, damaged, or being unpacked by another run, which is then waited for
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / "cifar10.lock"):
+                complete_train = CIFAR10(folder, download=True)
         test = CIFAR10(folder, train=False)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException) as error:
         parts = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
         for file, md5 in ((folder / CIFAR10.base_folder / name, md5) for name, md5 in parts):
             if file.exists() and not check_md5(file, md5):
@@ -93,7 +100,7 @@ def load_cifar10(folder: Path, device: torch.device | str) -> ImageSet:
     return ImageSet(
         images=torch.from_numpy(images).to(device),
         labels=labels.to(device),
-        splits=split(labels, len(complete_train), device),
+        splits=split_indices(labels, len(complete_train), device),
         classes=complete_train.classes,
         flip=True,
         mean=(0.4916, 0.4823, 0.4467),
@@ -115,7 +122,7 @@ def load_digits_image_set(device: torch.device | str) -> ImageSet:
     return ImageSet(
         images=torch.from_numpy(grey).unsqueeze(1).repeat(1, 3, 1, 1).to(device),
         labels=labels.to(device),
-        splits=split(labels, len(complete_train), device),
+        splits=split_indices(labels, len(complete_train), device),
         classes=[str(name) for name in digits.target_names],
         flip=False,
         mean=(float(seen.mean()),) * 3,
@@ -123,7 +130,7 @@ def load_digits_image_set(device: torch.device | str) -> ImageSet:
     )
 
 
-def split(labels: Tensor, num_complete_train: int, device: torch.device | str) -> dict[str, Tensor]:
+def split_indices(labels: Tensor, num_complete_train: int, device: torch.device | str) -> dict[str, Tensor]:
     """Indices of the training, validation and test images, where the test images come last.
 
     A tenth of the first `num_complete_train` images, equally many of every class, is for validation.

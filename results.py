@@ -125,8 +125,13 @@ def from_text(text: str) -> Setting:
 
 
 def write_atomically(file: str | os.PathLike, content: bytes) -> None:
-    """Put `content` into `file` so that at any moment, a crash included, it holds all the old or all the new."""
+    """Put `content` into `file` so that at any moment, a crash included, it holds all the old or all the new.
+
+    A file that holds it already is left alone, so that nothing fails where there is nothing to do.
+    """
     file = Path(file)
+    if file.exists() and file.stat().st_size == len(content) and file.read_bytes() == content:
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.tmp")  # one name: what a crash leaves behind, the next write takes over
     try:

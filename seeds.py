@@ -1,4 +1,4 @@
-"""Seeds: small integers made into balanced 32-bit ones, and every random generator set with them."""
+"""Seeds: small integers made into large ones, and every random generator set with them."""
 
 import hashlib
 import os
@@ -9,11 +9,11 @@ import torch
 
 
 def make_complex(simple_seed: int | str, verbose: bool = False) -> int:
-    """Turn a simple seed into one whose bits are a balanced mix of 0 and 1.
+    """Turn a simple seed, such as 1, into a number that uses all 32 bits.
 
-    Computes the last 32 bits of the MD5 of the seed's decimal text, so that 1 and '1' give the same. The seeds
-    0 to 88265 give distinct values; 88266 is the first to collide. The paper trains with 1 to 15 and draws the
-    validation set with 0.
+    It is the last 32 bits of the MD5 of the seed's decimal text, so that 1 and '1' give the same. The seeds 0 to 88265
+    give distinct values; 88266 is the first to collide. The paper trains with 1 to 15 and draws the validation set
+    with 0.
 
     Args:
         simple_seed: any integer or text.

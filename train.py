@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -23,16 +23,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import nn, optim
-from torch.utils.data import DataLoader
+from torch import Tensor, nn, optim
 from tqdm import tqdm
 
-from checkpoint import apply_state, capture_state, find_earlier_run, lock_run, run_files, save_run
+from checkpoint import apply_state, capture_state, lock_run, recover_run, run_files, save_run
 from data import DATASETS, load_image_set, make_batches
 from networks import INPUT_NORMS, NETWORKS, construct_network
 from results import COLUMNS, Results, Setting, write_results
 from seeds import make_deterministic
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
+
+Batch = tuple[Tensor, Tensor]  # images and labels
 
 SETTINGS = (  # what determines the numbers of a run
     *("dataset", "network", "batch_size", "num_epochs", "learning_rate", "scheduler", "momentum", "weight_decay"),
@@ -44,12 +45,13 @@ def make_parser() -> argparse.ArgumentParser:
     """Every option of a run: what it may be, what it is for, its default."""
     parser = Parser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     flag = parser.add_argument
-    positive = number("a number from 1e-30 to 1e30", lambda value: value > 0)
-    not_negative = number("0 or a number from 1e-30 to 1e30", lambda value: value >= 0)
-    fraction = number("a number from 0 to below 1", lambda value: 0 <= value < 1)
-    reduction = number("0 or 1 (no reduction) or a number from 1 to 1e30", lambda value: value == 0 or value >= 1)
+    # from 1e-30 to 1e30: what float32 can hold, with room for a product of two
+    positive = number("a number from 1e-30 to 1e30", lambda x: 1e-30 <= x <= 1e30)
+    not_negative = number("0 or a number from 1e-30 to 1e30", lambda x: x == 0 or 1e-30 <= x <= 1e30)
+    fraction = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
+    reduction = number("0 or 1 (no reduction) or a number from 1 to 1e30", lambda x: x == 0 or 1 <= x <= 1e30)
 
-    flag("--path", default="", type=folder, help="folder of images/, networks/, results/ (default: this one)")
+    flag("--path", default="", type=folder, help="folder of images/, networks/, results/ (default: the current one)")
     flag("--name", default="", type=file_name, help="name of the run's files (default: made from the settings)")
     flag("--dataset", default="cifar10", choices=DATASETS, help="images to train on (default: %(default)s)")
     flag("--network", default="resnet18", choices=NETWORKS, help="network to train (default: %(default)s)")
@@ -63,8 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--checkpoint_seconds", default=60.0, type=not_negative, help="least time between two (default: %(default)g)")
     flag("--restart", action="store_true", help="start over, in place of what a run of this name left")
     # what the paper is about
-    flag("--bn_weight", default=0.1, type=positive, help="where every γ starts, usually 1 (default: %(default)s)")
-    flag("--c", default=100.0, type=reduction, help="divides the learning rate of every γ (default: %(default)g)")
+    flag("--bn_weight", default=0.1, type=positive, help="initial scale of every batch norm (default: %(default)s)")
+    flag("--c", default=100.0, type=reduction, help="divides the learning rate of the scales (default: %(default)g)")
     flag("--input_norm", default="bn", choices=INPUT_NORMS, help="what normalizes the images (default: %(default)s)")
     flag("--seed", default=1, type=whole(0), help="seed of every draw but the split's (default: %(default)s)")
     return parser
@@ -95,9 +97,9 @@ def train(
     with lock_run(files):
         results, state = None, None
         if not settings.restart:
-            results, state = find_earlier_run(files, {name: getattr(settings, name) for name in SETTINGS})
+            results, state = recover_run(files, {name: getattr(settings, name) for name in SETTINGS})
         done = 0 if results is None else len(results.columns["epoch"])
-        if done == settings.num_epochs:
+        if done >= settings.num_epochs:
             report(f"{settings.name} is finished already")
             return results
 
@@ -129,45 +131,50 @@ def train(
             report(f"{settings.name} goes on with epoch {done + 1} of {settings.num_epochs}")
 
         saved = state
-        bar = tqdm(
-            total=settings.num_epochs * len(train_batches.dataset),
-            initial=done * len(train_batches.dataset),
-            unit="image",
-            unit_scale=True,
-            disable=not show_bar,
-        )
-        try:
-            for epoch in range(done + 1, settings.num_epochs + 1):
-                train_loss = train_one_epoch(network, train_batches, optimizer, epoch, bar)
-                scheduler.step()
-                val_loss, val_accuracy = evaluate(network, val_batches)
-                _, test_accuracy = evaluate(network, test_batches)
-                check_finite(val_loss, f"the validation loss after epoch {epoch}")
+        num_images = len(train_batches.dataset)
+        total, initial = settings.num_epochs * num_images, done * num_images
+        bar = tqdm(total=total, initial=initial, unit="image", unit_scale=True, disable=not show_bar)
+        stops = []  # signals: from here on they end the run between two steps, never in the middle of saving it
+        with bar, on_signals(stops.append):
+            try:
+                for epoch in range(done + 1, settings.num_epochs + 1):
+                    train_loss = train_one_epoch(network, until(stops, train_batches), optimizer, epoch, bar)
+                    scheduler.step()
+                    val_loss, val_accuracy = evaluate(network, until(stops, val_batches))
+                    _, test_accuracy = evaluate(network, until(stops, test_batches))
+                    check_finite(val_loss, f"the validation loss after epoch {epoch}")
 
-                rows.append((epoch, train_loss, val_loss, val_accuracy, test_accuracy))
-                columns = dict(zip(COLUMNS, map(np.array, zip(*rows, strict=True)), strict=True))
-                results = Results(describe(settings, time.monotonic() - start, results), columns)
-                if results.best_epoch == epoch:
-                    best_weights = {name: value.cpu().clone() for name, value in network.state_dict().items()}
-                state = capture_state(results, best_weights, network, optimizer, scheduler)
-                if time.monotonic() - last_save > settings.checkpoint_seconds:
+                    rows.append((epoch, train_loss, val_loss, val_accuracy, test_accuracy))
+                    columns = dict(zip(COLUMNS, map(np.array, zip(*rows, strict=True)), strict=True))
+                    results = Results(describe(settings, time.monotonic() - start, results), columns)
+                    if results.best_epoch == epoch:
+                        best_weights = {name: value.cpu().clone() for name, value in network.state_dict().items()}
+                    state = capture_state(results, best_weights, network, optimizer, scheduler)
+                    if time.monotonic() - last_save > settings.checkpoint_seconds:
+                        save_run(files, state)
+                        saved, last_save = state, time.monotonic()
+                    else:
+                        write_results(files.results, results)
+                    report(
+                        f"epoch {epoch}/{settings.num_epochs}: train loss {train_loss:.6f}, val loss {val_loss:.6f}, "
+                        f"val accuracy {val_accuracy:.3f} %, test accuracy {test_accuracy:.3f} %"
+                    )
+            finally:
+                if saved is not state:
                     save_run(files, state)
-                    saved, last_save = state, time.monotonic()
-                else:
-                    write_results(files.results, results)
-                report(
-                    f"epoch {epoch}/{settings.num_epochs}: train loss {train_loss:.6f}, val loss {val_loss:.6f}, "
-                    f"val accuracy {val_accuracy:.3f} %, test accuracy {test_accuracy:.3f} %"
-                )
-        finally:
-            bar.close()
-            if saved is not state:
-                save_run(files, state)
         return results
 
 
+def until(stops: list[int], batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, or KeyboardInterrupt with the number of a signal as soon as there is one in `stops`."""
+    for batch in batches:
+        if stops:
+            raise KeyboardInterrupt(stops[0])
+        yield batch
+
+
 def train_one_epoch(
-    network: nn.Module, batches: DataLoader, optimizer: optim.Optimizer, epoch: int, bar: tqdm
+    network: nn.Module, batches: Iterable[Batch], optimizer: optim.Optimizer, epoch: int, bar: tqdm
 ) -> float:
     """Train on every batch once; returns the mean loss of the batches. FloatingPointError where one is not finite."""
     network.train()
@@ -191,18 +198,18 @@ def train_one_epoch(
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, batches: DataLoader) -> tuple[float, float]:
+def evaluate(network: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
     """Loss (mean over the images) and accuracy (in percent) of a network on every batch, in evaluation mode."""
     network.eval()
-    losses, correct = [], []
+    losses, correct, num_images = [], [], 0
     for images, labels in batches:
+        num_images += len(labels)
         logits = network(images)
         losses.append(F.cross_entropy(logits, labels, reduction="sum"))
         correct.append((logits.argmax(1) == labels).sum())
     total = 0.0
     for loss in torch.stack(losses).tolist():
         total += loss
-    num_images = len(batches.dataset)
     return total / num_images, torch.stack(correct).sum().item() / num_images * 100
 
 
@@ -217,10 +224,14 @@ def describe(settings: argparse.Namespace, seconds: float, earlier: Results | No
 
     Where a run went on in another place, the file names both.
     """
-    on_gpu = settings.device.type == "cuda"
+    if settings.device.type == "cuda":
+        machine = torch.cuda.get_device_name(settings.device)
+    else:  # what a CPU's rounding depends on
+        instructions = torch.backends.cpu.get_cpu_capability()
+        machine = f"{platform.machine()} with {instructions}, {torch.get_num_threads()} threads"
     produced = {
         "device": str(settings.device),
-        "machine": torch.cuda.get_device_name(settings.device) if on_gpu else platform.machine(),
+        "machine": machine,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -233,7 +244,7 @@ def describe(settings: argparse.Namespace, seconds: float, earlier: Results | No
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The settings of a run from its flags, complete and checked; ends the program where a flag is wrong."""
+    """The settings of a run from its flags, complete and checked. ValueError names the flag that is wrong."""
     parser = make_parser()
     settings = parser.parse_args(argv)
     if settings.device is None:
@@ -267,10 +278,10 @@ def trains_on_one_image(settings: argparse.Namespace, pixels: int) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that says what is wrong in one line, without the list of all flags."""
+    """An ArgumentParser that raises ValueError where it would print the list of all flags and end the program."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        raise ValueError(message)
 
 
 def folder(text: str) -> Path:
@@ -302,7 +313,8 @@ def device(text: str) -> torch.device:
         torch.empty(1, device=text).item()
     except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises differs by device
         here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used; here are: {', '.join(here)}") from error
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used; here are: {', '.join(here)} ({reason})") from error
     return torch.device(text)
 
 
@@ -318,16 +330,16 @@ def whole(minimum: int) -> Callable[[str], int]:
 
 
 def number(what: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
-    """The type of a flag that takes a finite number that is `allowed`, which `what` puts into words."""
+    """The type of a flag that takes a number that is `allowed` (NaN must not be), which `what` puts into words."""
 
     def convert(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (allowed(value) and (value == 0 or 1e-30 <= value <= 1e30)):  # what float32 can hold, with room
+        if not allowed(value):
             raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
-        return value
+        return value or 0.0  # not -0.0
 
     return convert
 
@@ -338,18 +350,21 @@ def short(value: float) -> str:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Let SIGINT (Ctrl-C) and SIGTERM raise KeyboardInterrupt with the number of the signal; a second Ctrl-C kills."""
+def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Call `handle` with the number of the first SIGINT (Ctrl-C) or SIGTERM that comes.
 
-    def stop(number: int, _: FrameType | None) -> None:
+    A second SIGINT ends the process at once. SIGTERM is then ignored: clusters repeat it while a run is being saved.
+    """
+
+    def first(number: int, _: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # clusters send it more than once, while the run is being saved
-        raise KeyboardInterrupt(number)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        handle(number)
 
     if threading.current_thread() is not threading.main_thread():  # where Python cannot handle signals
         yield
         return
-    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    earlier = {number: signal.signal(number, first) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -357,42 +372,54 @@ def stop_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def interrupt(number: int) -> NoReturn:
+    """Raise KeyboardInterrupt with the number of a signal."""
+    raise KeyboardInterrupt(number)
+
+
 def main(argv: Sequence[str] | None = None) -> Results:
     """The command line. Returns the results of the run.
 
     Exit codes: 2 for a wrong flag, 1 where the run fails, 130 and 143 where Ctrl-C and SIGTERM stop it.
     """
-    settings = parse(argv)
 
     def report(line: str) -> None:
         tqdm.write(line)
         sys.stdout.flush()
 
+    settings = None
     try:
-        with stop_on_signals():
+        with on_signals(interrupt):
+            settings = parse(argv)
             results = train(settings, report, show_bar=sys.stdout.isatty())
     except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
-        print("train.py: stopped; what is done is saved: give the same command again to go on", file=sys.stderr)
-        sys.exit(128 + number)
+        again = "without --restart" if settings and settings.restart else "again"
+        end(
+            128 + (stop.args[0] if stop.args else signal.SIGINT),
+            f"stopped; the epochs that are done are saved: give the same command {again} to go on",
+        )
     except (FloatingPointError, ValueError, OSError) as error:
-        fail(str(error))
+        end(2 if settings is None else 1, f"error: {error}")
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        words = r"out of memory|allocate memory|alloc_failed|memory object"
+        full = isinstance(error, MemoryError) or re.search(words, str(error), re.IGNORECASE)
+        if settings is None or not full:
             raise
-        fail(f"{settings.device} has too little memory: give a smaller --batch_size or --network, or another --device")
+        end(1, f"error: {settings.device} has too little memory: give a smaller --batch_size or another --device")
     files = run_files(settings.path, settings.name)
+    weights = f", weights in {files.best_weights}" if files.best_weights.exists() else ""
     print(
         f"best epoch {results.best_epoch}: val accuracy {results.val_accuracy:.3f} %,"
         f" test accuracy {results.test_accuracy:.3f} %, {results.settings['seconds']:.1f} seconds;"
-        f" numbers in {files.results}, weights in {files.best_weights}"
+        f" numbers in {files.results}{weights}"
     )
     return results
 
 
-def fail(message: str) -> NoReturn:
-    """End the program with exit code 1 and one line."""
-    sys.exit(f"train.py: error: {' '.join(message.split())}")
+def end(code: int, message: str) -> NoReturn:
+    """End the program with one line on standard error."""
+    print(f"train.py: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

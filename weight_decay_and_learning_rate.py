@@ -43,21 +43,22 @@ def adjust_weight_decay_and_learning_rate(
     """
     if not (c == 0 or (c >= 1 and math.isfinite(c))):
         raise ValueError(f"c must be 0 or 1 (no reduction) or above 1, not {c!r}")
-    unknown = set(skip_list) - {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    by_name = dict(network.named_parameters(remove_duplicate=False))
+    unknown = set(skip_list) - by_name.keys()
     if unknown:
         raise ValueError(f"skip_list names what is no parameter of the network: {', '.join(sorted(unknown))}")
+    skipped = {by_name[name] for name in skip_list}
 
     no_decay, batch_norm_scales, decay = [], [], []
     seen = set()
-    for module_name, module in network.named_modules():
+    for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            full_name = f"{module_name}.{name}" if module_name else name
             if not parameter.requires_grad or parameter in seen:
                 continue
             seen.add(parameter)
             if isinstance(module, _BatchNorm) and name == "weight":
                 batch_norm_scales.append(parameter)
-            elif is_bias(name) or isinstance(module, NORMALIZATIONS) or full_name in skip_list:
+            elif is_bias(name) or isinstance(module, NORMALIZATIONS) or parameter in skipped:
                 no_decay.append(parameter)
             else:
                 decay.append(parameter)

@@ -4,6 +4,7 @@ import hashlib
 import pickle
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torchvision.datasets
@@ -11,6 +12,9 @@ import torchvision.datasets
 import data
 import small
 import train
+
+hypothesis.settings.register_profile("machines of any speed", deadline=None)
+hypothesis.settings.load_profile("machines of any speed")
 
 
 @pytest.fixture

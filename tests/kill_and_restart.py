@@ -96,9 +96,10 @@ class Wrapped:
 def run(flags: list[str], output: str, small: bool, death: tuple[int, str] | None) -> None:
     """What a child process does: one run on a few digits, killed within a write where `death` says which."""
     sys.stdout = sys.stderr = open(output, "a")  # noqa: SIM115 - for as long as the process lives
-    data.load_digits = load_few_digits
     if small:
         train_small()
+    else:
+        data.load_digits = load_few_digits
     if death is not None:
         die_in_write(*death)
     train.main(flags)

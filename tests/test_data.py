@@ -1,5 +1,7 @@
+import fcntl
 import hashlib
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -52,6 +54,24 @@ def test_cifar10_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
     with pytest.raises(FileNotFoundError, match=r"no route to host.*cifar-10-batches-py.*digits"):
         load_image_set("cifar10", tmp_path)
+
+
+def test_cifar10_that_another_run_is_unpacking(small_cifar10):
+    """The folder is not whole yet: the load waits for who has the lock, and finds it whole then."""
+    file = small_cifar10 / "cifar-10-batches-py" / "data_batch_3"
+    content = file.read_bytes()
+    file.write_bytes(content[:1000])
+    lock = open(small_cifar10 / "cifar10.lock", "w")  # noqa: SIM115 - closed by the other thread
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def finish_unpacking() -> None:
+        file.write_bytes(content)
+        lock.close()
+
+    timer = threading.Timer(0.5, finish_unpacking)
+    timer.start()
+    assert len(load_image_set("cifar10", small_cifar10).images) == 65
+    timer.join()
 
 
 def test_cifar10_with_a_damaged_file(small_cifar10, monkeypatch):

@@ -10,7 +10,7 @@ from networks import NETWORKS, construct_network, reinit_network, zero_biases
 
 
 @pytest.mark.parametrize("input_norm", ["bn", "dataset"])
-def test_initial_weights_are_those_of_the_contract(input_norm):
+def test_initial_weights_are_those_of_the_paper(input_norm):
     torch.manual_seed(3)
     network = construct_network("resnet18", 10, "cifar10", 0.1, input_norm)
 

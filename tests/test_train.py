@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
 import data
 import train
@@ -207,8 +208,43 @@ def test_loss_that_is_not_finite(few_digits, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "train_one_epoch", diverge_in_epoch_2)
     with pytest.raises(SystemExit) as stop:
         train.main(flags)
-    assert "loss at epoch 2, step 1 is nan" in stop.value.code  # a text: exit code 1, printed on standard error
+    assert stop.value.code == 1
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: error: the loss at epoch 2, step 1 is nan") and err.count("\n") == 1
     assert read_results(tmp_path / "results" / "x.csv").columns["epoch"].tolist() == [1]
+
+
+def test_validation_loss_that_is_not_finite(small_network, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "evaluate", lambda network, batches: (float("inf"), 50.0))
+    with pytest.raises(SystemExit) as stop:
+        train.main([*QUICK, "--path", str(tmp_path), "--name", "x"])
+    assert stop.value.code == 1
+    assert "the validation loss after epoch 1 is inf" in capsys.readouterr().err
+
+
+def test_loss_is_checked_where_it_is_not_read_at_every_step(monkeypatch):
+    """As on a GPU: the first check of every step is taken away."""
+    check, calls = train.check_finite, []
+
+    def only_after_the_epoch(loss, what):
+        calls.append(what)
+        if len(calls) > 3:
+            check(loss, what)
+
+    monkeypatch.setattr(train, "check_finite", only_after_the_epoch)
+    network = nn.Linear(2, 2)
+    images = [torch.ones(4, 2), torch.full((4, 2), float("nan")), torch.ones(4, 2)]
+    batches = [(image, torch.zeros(4, dtype=torch.int64)) for image in images]
+    with pytest.raises(FloatingPointError, match="epoch 7, step 2 is nan"):
+        train.train_one_epoch(network, batches, torch.optim.SGD(network.parameters(), 0.1), 7, tqdm(disable=True))
+
+
+def test_progress_bar(small_network, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    train.main([*QUICK, "--path", str(tmp_path), "--name", "x"])
+    out, err = capsys.readouterr()
+    assert "288/288" in err and "image/s" in err and "epoch 2" in err  # two epochs of 144 images
+    assert "epoch 2/2: train loss" in out
 
 
 WHOLE = "must be a whole number of at least 1, not "
@@ -274,6 +310,7 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
         ("--c", "inf", REDUCTION),
         ("--c", "1e40", REDUCTION),
         ("--c", "hundred", REDUCTION),
+        ("--c", "1,000", REDUCTION),
         ("--seed", "", "must be a whole number of at least 0, not "),
         ("--seed", "-1", "must be a whole number of at least 0, not "),
         ("--seed", "1.0", "must be a whole number of at least 0, not "),
@@ -333,6 +370,9 @@ def test_bad_input(tmp_path, monkeypatch, capsys, flag, value, message):
     assert out == "" and message in err
     assert err.startswith("train.py: error: ")
     assert message.startswith("unrecognized") or f"argument {flag}: " in err
+    with pytest.raises(ValueError) as error:  # from Python, the same sentence
+        train.parse(["--dataset", "digits", flag, value])
+    assert " ".join(str(error.value).split()) in err
     if message.endswith("not "):
         assert repr(value) in err
     assert err.count("\n") == 1 and err.endswith("\n")

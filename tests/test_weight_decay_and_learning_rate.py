@@ -170,6 +170,13 @@ def test_shared_parameter_appears_once():
     assert len(decay["params"]) == 1 and decay["params"][0] is network[0].weight
 
 
+def test_skip_list_by_any_name_of_a_shared_parameter():
+    network = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    network[1].weight = network[0].weight
+    (group,) = adjust_weight_decay_and_learning_rate(network, weight_decay=0.1, skip_list=["1.weight"])
+    assert group["weight_decay"] == 0
+
+
 def test_empty_groups_are_left_out():
     assert len(adjust_weight_decay_and_learning_rate(nn.Linear(2, 2, bias=False))) == 1
     assert adjust_weight_decay_and_learning_rate(nn.ReLU()) == []
