@@ -167,16 +167,23 @@ class Split(Dataset):
 
     def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor]:
         device = self.indices.device
-        indices = self.indices[torch.tensor(positions, device=device)]
+        indices = self.indices[send(torch.tensor(positions), device)]
         images = self.image_set.images.index_select(0, indices)  # ten times as fast as images[indices] on a CPU
         if self.flip:
             # torch.rand(n) draws what torch.rand(1) draws n times. The draws are on the CPU whatever the device.
-            flipped = (torch.rand(len(positions)) < 0.5).nonzero().squeeze(1).to(device)
+            flipped = send((torch.rand(len(positions)) < 0.5).nonzero().squeeze(1), device)
             images[flipped] = images.index_select(0, flipped).flip(-1)
         images = images.float().div_(255)
         if self.normalize:
             images = images.sub_(self.mean).div_(self.std)
         return images, self.image_set.labels[indices]
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, without waiting for what the device is at."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def make_batches(image_set: ImageSet, split: str, batch_size: int, normalize: bool) -> DataLoader:

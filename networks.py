@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import torch
 from torch import nn
 from torchvision import models
 
@@ -10,6 +11,7 @@ from batch_norm import ScaleBatchNorm2d
 
 NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 INPUT_NORMS = ("bn", "dataset")
+PRECISIONS = ("float32", "bfloat16")
 SMALL_IMAGE_DATASETS = ("cifar10", "digits")
 SIGMA_ACT = 0.58  # standard deviation of a rectified standard normal variable, sqrt((1 - 1/π) / 2)
 
@@ -95,3 +97,27 @@ def construct_network(
         input_layer.bias.requires_grad = False
         network = nn.Sequential(input_layer, network)
     return network
+
+
+def speed_up(network: nn.Module, device: torch.device, precision: str = "float32", compiled: bool = False) -> None:
+    """Let a network compute faster from now on, at the price of other roundings. In place.
+
+    Weights, their gradients and the statistics of batch norm stay float32, and the names in `state_dict` the same.
+
+    Args:
+        network: any module; its output has the type `precision`.
+        device: where it is.
+        precision: 'bfloat16' for layers and activations in bfloat16 where torch's autocast finds that safe, with the
+            channels of an image next to each other in memory; 'float32' leaves both as they are.
+        compiled: whether to compile it, for every size of a batch, with CUDA graphs on a GPU.
+
+    Raises:
+        ValueError: `precision` is none of `PRECISIONS`.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    if precision == "bfloat16":
+        network.to(memory_format=torch.channels_last)
+        network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
+    if compiled:
+        network.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)

@@ -7,8 +7,10 @@
 
 import argparse
 import math
+import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -28,7 +30,7 @@ from tqdm import tqdm
 
 from checkpoint import apply_state, capture_state, lock_run, recover_run, run_files, save_run
 from data import DATASETS, load_image_set, make_batches
-from networks import INPUT_NORMS, NETWORKS, construct_network
+from networks import INPUT_NORMS, NETWORKS, PRECISIONS, construct_network, speed_up
 from results import COLUMNS, Results, Setting, write_results
 from seeds import make_deterministic
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
@@ -38,6 +40,7 @@ Batch = tuple[Tensor, Tensor]  # images and labels
 SETTINGS = (  # what determines the numbers of a run
     *("dataset", "network", "batch_size", "num_epochs", "learning_rate", "scheduler", "momentum", "weight_decay"),
     *("bn_weight", "c", "input_norm", "seed"),
+    *("precision", "compile", "allow_tf32"),
 )
 
 
@@ -64,6 +67,10 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--device", type=device, help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
     flag("--checkpoint_seconds", default=60.0, type=not_negative, help="least time between two (default: %(default)g)")
     flag("--restart", action="store_true", help="start over, in place of what a run of this name left")
+    # faster, at other roundings
+    flag("--precision", default="float32", choices=PRECISIONS, help="of layers and activations (default: %(default)s)")
+    flag("--compile", action="store_true", help="compile the network with torch.compile")
+    flag("--allow_tf32", action="store_true", help="let a GPU round float32 inputs of products to 10 bits")
     # what the paper is about
     flag("--bn_weight", default=0.1, type=positive, help="initial scale of every batch norm (default: %(default)s)")
     flag("--c", default=100.0, type=reduction, help="divides the learning rate of the scales (default: %(default)g)")
@@ -104,6 +111,7 @@ def train(
             return results
 
         make_deterministic(settings.seed)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
         image_set = load_image_set(settings.dataset, settings.path / "images", settings.device)
         train_batches, val_batches, test_batches = (
             make_batches(image_set, split, settings.batch_size, normalize=settings.input_norm == "dataset")
@@ -113,10 +121,11 @@ def train(
         network = construct_network(
             settings.network, len(image_set.classes), settings.dataset, settings.bn_weight, settings.input_norm
         ).to(settings.device)
+        speed_up(network, settings.device, settings.precision, settings.compile)
         parameters = adjust_weight_decay_and_learning_rate(
             network, settings.weight_decay, settings.learning_rate, settings.c
         )
-        optimizer = optim.SGD(parameters, momentum=settings.momentum)
+        optimizer = optim.SGD(parameters, momentum=settings.momentum, fused=settings.device.type == "cuda")
         if settings.scheduler == "cos":
             scheduler = optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.num_epochs, eta_min=1e-8)
         else:
@@ -182,7 +191,7 @@ def train_one_epoch(
     losses = []
     for images, labels in batches:
         optimizer.zero_grad()
-        loss = F.cross_entropy(network(images), labels)
+        loss = F.cross_entropy(network(images).float(), labels)
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
@@ -204,7 +213,7 @@ def evaluate(network: nn.Module, batches: Iterable[Batch]) -> tuple[float, float
     losses, correct, num_images = [], [], 0
     for images, labels in batches:
         num_images += len(labels)
-        logits = network(images)
+        logits = network(images).float()
         losses.append(F.cross_entropy(logits, labels, reduction="sum"))
         correct.append((logits.argmax(1) == labels).sum())
     total = 0.0
@@ -251,7 +260,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         settings.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not settings.name:
         values = (f"weight{short(settings.bn_weight)}", f"c{short(settings.c)}", settings.input_norm)
+        modes = {"bfloat16": settings.precision != "float32", "compiled": settings.compile, "tf32": settings.allow_tf32}
+        values += tuple(mode for mode, chosen in modes.items() if chosen)
         settings.name = "-".join((settings.dataset, settings.network, *values, f"seed{settings.seed}"))
+    if settings.compile and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
+        parser.error("argument --compile: there is no C++ compiler here: install g++, or let CXX name one")
     size = DATASETS[settings.dataset]
     if settings.batch_size > size.num_train:
         parser.error(

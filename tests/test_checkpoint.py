@@ -88,6 +88,17 @@ def test_stopped_and_continued_run_is_the_same_to_the_last_bit(
     assert same(outcome(tmp_path), outcome(alone))
 
 
+def test_stopped_run_in_bfloat16(tmp_path, monkeypatch):
+    flags = ["--precision", "bfloat16"]
+    run(tmp_path / "alone", *flags)
+    with monkeypatch.context() as patch:
+        stop_in_epoch(3, patch)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "stopped", *flags)
+    run(tmp_path / "stopped", *flags)
+    assert same(outcome(tmp_path / "stopped"), outcome(tmp_path / "alone"))
+
+
 @pytest.mark.parametrize(
     "deaths",
     [[(1, "after replace"), (4, "half written")], [(2, "before replace"), (3, "before fsync"), (3, "after replace")]],

@@ -6,7 +6,8 @@ import torchvision
 from torch import nn
 
 from batch_norm import ScaleBatchNorm2d
-from networks import NETWORKS, construct_network, reinit_network, zero_biases
+from networks import NETWORKS, construct_network, reinit_network, speed_up, zero_biases
+from small import construct_small_network
 
 
 @pytest.mark.parametrize("input_norm", ["bn", "dataset"])
@@ -115,3 +116,44 @@ def test_zero_biases():
     zero_biases(network)
     for name, parameter in network.named_parameters():
         assert torch.equal(parameter, torch.full_like(parameter, 0 if name.endswith("bias") else 1))
+
+
+def pass_through(network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of some images, and the gradient of the first convolution."""
+    images = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    logits = network(images)
+    logits.float().logsumexp(1).sum().backward()
+    return logits, network.get_parameter("1.weight").grad
+
+
+def small_network() -> nn.Module:
+    """The same one at every call."""
+    torch.manual_seed(1)
+    return construct_small_network("", 10, "digits", 0.1, "bn")
+
+
+@pytest.mark.parametrize(
+    ("precision", "compiled", "tolerance"),
+    [("float32", False, 0), ("bfloat16", False, 0.02), ("float32", True, 1e-5)],
+)
+def test_speed_up(precision, compiled, tolerance):
+    """bfloat16 loses one part in 256 at every step, and more where batch norm subtracts what is nearly equal."""
+    expected_logits, expected_gradient = pass_through(small_network())
+    network = small_network()
+    names = list(network.state_dict())
+    speed_up(network, torch.device("cpu"), precision, compiled)
+    logits, gradient = pass_through(network)
+    assert logits.dtype == getattr(torch, precision)
+    assert (logits - expected_logits).abs().max() <= tolerance * expected_logits.abs().max()
+    assert (gradient - expected_gradient).norm() <= 5 * tolerance * expected_gradient.norm()  # through twice the steps
+    assert torch.equal(gradient, expected_gradient) == (precision == "float32" and not compiled)
+    assert list(network.state_dict()) == names
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in network.parameters())
+    assert all(b.dtype in (torch.float32, torch.int64) for b in network.buffers())
+    in_channels_last = network[1].weight.is_contiguous(memory_format=torch.channels_last)
+    assert in_channels_last == (precision == "bfloat16")
+
+
+def test_speed_up_with_an_unknown_precision():
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, not 'float16'"):
+        speed_up(nn.Linear(2, 2), torch.device("cpu"), "float16")

@@ -353,6 +353,9 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
         ("--scheduler", "cosine", "choose from"),
         ("--input_norm", "", "choose from"),
         ("--input_norm", "layer", "choose from"),
+        ("--precision", "", "choose from"),
+        ("--precision", "float16", "choose from"),
+        ("--compile", "yes", "unrecognized arguments: yes"),
         ("--restart", "yes", "unrecognized arguments: yes"),
         ("--bn", "0.1", "unrecognized arguments: --bn 0.1"),
         ("--epochs", "3", "unrecognized arguments: --epochs 3"),
@@ -379,6 +382,26 @@ def test_bad_input(tmp_path, monkeypatch, capsys, flag, value, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_compile_without_a_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--dataset", "digits", "--compile"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("train.py: error: argument --compile: there is no C++ compiler here")
+
+
+def test_bfloat16_trains_as_float32_does(small_network, tmp_path):
+    flags = [*QUICK, "--num_epochs", "20", "--path", str(tmp_path), "--learning_rate", "0.02", "--bn_weight", "0.5"]
+    full = train.main(flags)
+    rounded = train.main([*flags, "--precision", "bfloat16"])
+    assert rounded.settings["name"].endswith("-bfloat16-seed1")
+    losses, expected = rounded.columns["train_loss"], full.columns["train_loss"]
+    assert losses.tolist() != expected.tolist()
+    np.testing.assert_allclose(losses, expected, rtol=0.05, atol=0.01)
+    state = torch.load(tmp_path / "networks" / f"{rounded.settings['name']}-best.pt", weights_only=True)
+    assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
+
+
 @pytest.mark.parametrize("flag", ["--bn_weight", "--seed", "--name"])
 def test_flag_without_its_value(capsys, flag):
     with pytest.raises(SystemExit) as stop:
@@ -394,7 +417,7 @@ def test_last_batch_of_one_is_fine_where_the_network_can_train_on_it():
 
 def test_default_names_differ_where_the_method_differs():
     flags = ["", "--seed 2", "--bn_weight 0.123456789", "--bn_weight 0.12345678", "--c 10", "--input_norm dataset"]
-    flags += ["--dataset digits", "--network resnet34"]
+    flags += ["--dataset digits", "--network resnet34", "--precision bfloat16", "--compile", "--allow_tf32"]
     names = {train.parse(flag.split()).name for flag in flags}
     assert len(names) == len(flags)
     assert "cifar10-resnet18-weight0.1-c100-bn-seed1" in names
