@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--momentum", default=0.9, type=fraction, help="momentum of SGD (default: %(default)s)")
     flag("--weight_decay", default=1e-4, type=not_negative, help="decay of the weights (default: %(default)s)")
     flag("--device", type=device, help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
-    flag("--checkpoint_seconds", default=60.0, type=not_negative, help="least time between two (default: %(default)g)")
+    flag("--checkpoint_seconds", default=60.0, type=not_negative, help="between checkpoints (default: %(default)g)")
     flag("--restart", action="store_true", help="start over, in place of what a run of this name left")
     # faster, at other roundings
     flag("--precision", default="float32", choices=PRECISIONS, help="of layers and activations (default: %(default)s)")

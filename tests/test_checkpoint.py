@@ -191,26 +191,9 @@ def test_result_file_is_there_between_checkpoints(tmp_path):
     assert len(read_results(tmp_path / "results" / "x.csv").columns["epoch"]) >= 10
 
 
-def test_seconds_between_checkpoints(tmp_path, monkeypatch):
-    saved, now = [], [0.0]
-    save_run = train.save_run
-    whole_epoch = train.train_one_epoch
-
-    def epoch_of_a_second(*arguments):
-        now[0] += 1
-        return whole_epoch(*arguments)
-
-    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(train, "train_one_epoch", epoch_of_a_second)
-    monkeypatch.setattr(
-        train, "save_run", lambda files, state: (saved.append(state["columns"]["epoch"][-1]), save_run(files, state))
-    )
-    results = run(tmp_path, "--num_epochs", "9", "--checkpoint_seconds", "2.5")
-    assert saved == [1, 4, 7, 9]
-    assert results.settings["seconds"] == 9
-
-
-def test_seconds_add_up_over_restarts(tmp_path, monkeypatch):
+@pytest.fixture
+def now(monkeypatch) -> list[float]:
+    """A clock of one element by which every epoch takes a second."""
     now = [100.0]
     whole_epoch = train.train_one_epoch
 
@@ -220,6 +203,24 @@ def test_seconds_add_up_over_restarts(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(train, "train_one_epoch", epoch_of_a_second)
+    return now
+
+
+def test_seconds_between_checkpoints(tmp_path, monkeypatch, now):
+    saved = []
+    save_run = train.save_run
+
+    def noted_save(files, state):
+        saved.append(state["columns"]["epoch"][-1])
+        save_run(files, state)
+
+    monkeypatch.setattr(train, "save_run", noted_save)
+    results = run(tmp_path, "--num_epochs", "9", "--checkpoint_seconds", "2.5")
+    assert saved == [1, 4, 7, 9]
+    assert results.settings["seconds"] == 9
+
+
+def test_seconds_add_up_over_restarts(tmp_path, monkeypatch, now):
     with monkeypatch.context() as patch:
         stop_in_epoch(3, patch)
         with pytest.raises(SystemExit):
