@@ -199,11 +199,10 @@ def train_one_epoch(
             check_finite(loss.item(), f"the loss at epoch {epoch}, step {len(losses)}")
         if bar.update(len(labels)):  # only now and then is the bar drawn, and the loss needed
             bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
-    total = 0.0
-    for step, loss in enumerate(torch.stack(losses).tolist(), start=1):
+    values = torch.stack(losses).tolist()
+    for step, loss in enumerate(values, start=1):
         check_finite(loss, f"the loss at epoch {epoch}, step {step}")
-        total += loss  # one by one: from Python 3.12 on, sum() rounds otherwise
-    return total / len(losses)
+    return add_up(values) / len(values)
 
 
 @torch.inference_mode()
@@ -216,10 +215,16 @@ def evaluate(network: nn.Module, batches: Iterable[Batch]) -> tuple[float, float
         logits = network(images).float()
         losses.append(F.cross_entropy(logits, labels, reduction="sum"))
         correct.append((logits.argmax(1) == labels).sum())
+    loss = add_up(torch.stack(losses).tolist()) / num_images
+    return loss, torch.stack(correct).sum().item() / num_images * 100
+
+
+def add_up(losses: list[float]) -> float:
+    """The sum, added one by one: from Python 3.12 on, `sum` rounds otherwise."""
     total = 0.0
-    for loss in torch.stack(losses).tolist():
+    for loss in losses:
         total += loss
-    return total / num_images, torch.stack(correct).sum().item() / num_images * 100
+    return total
 
 
 def check_finite(loss: float, what: str) -> None:
@@ -233,14 +238,9 @@ def describe(settings: argparse.Namespace, seconds: float, earlier: Results | No
 
     Where a run went on in another place, the file names both.
     """
-    if settings.device.type == "cuda":
-        machine = torch.cuda.get_device_name(settings.device)
-    else:  # what a CPU's rounding depends on
-        instructions = torch.backends.cpu.get_cpu_capability()
-        machine = f"{platform.machine()} with {instructions}, {torch.get_num_threads()} threads"
     produced = {
         "device": str(settings.device),
-        "machine": machine,
+        "machine": machine_name(settings.device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -250,6 +250,14 @@ def describe(settings: argparse.Namespace, seconds: float, earlier: Results | No
         produced[key] = ", then ".join(places if places[-1:] == [value] else [*places, value])
     seed_and_flags = {name: getattr(settings, name) for name in SETTINGS}
     return {"name": settings.name, **seed_and_flags, **produced, "seconds": round(seconds, 1)}
+
+
+def machine_name(device: torch.device) -> str:
+    """The name of a GPU, or of a CPU what its rounding depends on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} with {instructions}, {torch.get_num_threads()} threads"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

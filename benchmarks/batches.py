@@ -7,44 +7,17 @@ Random images of CIFAR-10's size, random flips, on the CPU or any other device.
 
 import argparse
 import statistics
-import sys
-import time
-from collections.abc import Iterable
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import ImageSet, make_batches
+from throughput import SyntheticCIFAR10, our_batches, plain_batches, seconds_of
 
 
-class PlainImages(Dataset):
-    """The usual way: every image through PIL and torchvision's transforms."""
-
-    transform = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.ToTensor()])
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        self.pixels = pixels
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(Image.fromarray(self.pixels[index])), 0
-
-
-def seconds_an_epoch(batches: Iterable, device: torch.device) -> float:
-    """How long it takes to make every batch and have it on the device."""
-    start = time.perf_counter()
+def make_all(batches: DataLoader, device: torch.device) -> None:
+    """Make every batch of an epoch and have it on the device."""
     for images, labels in batches:
         images.to(device), labels.to(device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -56,24 +29,15 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     args = parser.parse_args()
 
-    pixels = np.random.default_rng(0).integers(0, 256, (args.num_images, 32, 32, 3), dtype=np.uint8)
-    image_set = ImageSet(
-        images=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(args.device),
-        labels=torch.zeros(args.num_images, dtype=torch.int64, device=args.device),
-        splits={"train": torch.arange(args.num_images, device=args.device)},
-        classes=["all"],
-        flip=True,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-    )
+    images = SyntheticCIFAR10(args.num_images, pixels=32)
     ways = {
-        "data.make_batches": make_batches(image_set, "train", args.batch_size, normalize=False),
-        "PIL and DataLoader": DataLoader(PlainImages(pixels), args.batch_size, shuffle=True),
+        "data.make_batches": our_batches(images, args.batch_size, args.device),
+        "PIL and DataLoader": plain_batches(images, args.batch_size),
     }
     times = {name: [] for name in ways}
     for _ in range(args.rounds + 1):  # the first round warms up
         for name, batches in ways.items():
-            times[name].append(seconds_an_epoch(batches, args.device))
+            times[name].append(seconds_of(lambda batches=batches: make_all(batches, args.device), args.device))
     for name, (_, *seconds) in times.items():
         milliseconds = [1000 * s / len(ways[name]) for s in seconds]
         median = statistics.median(milliseconds)

@@ -9,7 +9,6 @@ eager float32, `loss.item()` at every step. All modes take turns, for several ro
 """
 
 import argparse
-import platform
 import resource
 import statistics
 import sys
@@ -30,7 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import ImageSet, make_batches
 from networks import construct_network, speed_up
-from train import train_one_epoch
+from train import machine_name, train_one_epoch
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 MODES = {  # precision, whether compiled
@@ -65,13 +64,32 @@ def make_network(args: argparse.Namespace) -> nn.Module:
     return construct_network(args.network, bn_weight=0.1).to(args.device)
 
 
+def plain_batches(images: CIFAR10, batch_size: int) -> DataLoader:
+    """The batches as one would make them today, an image at a time."""
+    transforms = torchvision.transforms
+    images.transform = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+    return DataLoader(images, batch_size, shuffle=True)
+
+
+def our_batches(images: CIFAR10, batch_size: int, device: torch.device) -> DataLoader:
+    """The batches of `train.py`."""
+    image_set = ImageSet(
+        images=torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous().to(device),
+        labels=torch.tensor(images.targets, device=device),
+        splits={"train": torch.arange(len(images), device=device)},
+        classes=[str(n) for n in range(10)],
+        flip=True,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+    )
+    return make_batches(image_set, "train", batch_size, normalize=False)
+
+
 def plain_epoch(args: argparse.Namespace, images: CIFAR10) -> Callable[[], None]:
     """A function that trains on all images once, as one would write it today."""
     network = make_network(args)
     optimizer = optim.SGD(network.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
-    transforms = torchvision.transforms
-    images.transform = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.ToTensor()])
-    loader = DataLoader(images, args.batch_size, shuffle=True)
+    loader = plain_batches(images, args.batch_size)
 
     def epoch() -> None:
         network.train()
@@ -89,16 +107,7 @@ def plain_epoch(args: argparse.Namespace, images: CIFAR10) -> Callable[[], None]
 
 def our_epoch(args: argparse.Namespace, images: CIFAR10, precision: str, compiled: bool) -> Callable[[], None]:
     """A function that trains on all images once, with the code of `train.py`."""
-    image_set = ImageSet(
-        images=torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous().to(args.device),
-        labels=torch.tensor(images.targets, device=args.device),
-        splits={"train": torch.arange(len(images), device=args.device)},
-        classes=[str(n) for n in range(10)],
-        flip=True,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-    )
-    batches = make_batches(image_set, "train", args.batch_size, normalize=False)
+    batches = our_batches(images, args.batch_size, args.device)
     network = make_network(args)
     speed_up(network, args.device, precision, compiled)
     parameters = adjust_weight_decay_and_learning_rate(network, learning_rate=0.001, c=100)
@@ -167,12 +176,8 @@ def main() -> None:
 
     flops = flops_a_step(args)
     peaks = {name: peak_flops(args.device, getattr(torch, name)) for name in ("float32", "bfloat16")}
-    machine = (
-        torch.cuda.get_device_name(args.device)
-        if on_gpu
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    print(f"{machine}, torch {torch.__version__}, {args.network}, {args.pixels}x{args.pixels}, batch {args.batch_size}")
+    print(f"{machine_name(args.device)}, torch {torch.__version__}")
+    print(f"{args.network}, {args.pixels}x{args.pixels}, batch {args.batch_size}")
     print(f"{flops / 1e9:.0f} GFLOP a step; {type(images).__name__}; {args.rounds} rounds of {steps} steps")
     for name, peak in peaks.items():
         print(f"matrix product, {name}: {peak / 1e12:.2f} TFLOP/s")
