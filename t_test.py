@@ -1,9 +1,25 @@
-"""The paper's test of significance: a one-sided paired t-test over seeds."""
+"""The paper's test of significance: a one-sided paired t-test over seeds.
 
+python t_test.py --proposed results/*-weight0.1-c100-bn-*.csv --baseline results/*-weight1-c1-dataset-*.csv
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import nan
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import ttest_rel
+
+from results import Results, read_results
+
+LEVEL = 0.05  # a p-value of at most this much is called significant
+COMPARED = ("bn_weight", "c", "input_norm")  # the settings that the paper compares
+CIRCUMSTANCES = ("name", "device", "machine", "python", "torch", "torchvision", "seconds")  # no settings at all
 
 
 def evaluate(d1: Any, d2: Any) -> float:
@@ -46,3 +62,161 @@ def as_vector(values: Any, name: str) -> np.ndarray:
     if not np.isfinite(vector).all():
         raise ValueError(f"{name} holds a value that is not a finite number")
     return vector
+
+
+@dataclass
+class Comparison:
+    """One setting beside the baseline, seed by seed.
+
+    Attributes:
+        setting: what it is called.
+        accuracies: its test accuracies in percent, by seed.
+        differences: what they exceed the baseline's by, by seed, for the seeds that both have.
+        interval: the 95 % confidence interval of the mean difference, two-sided; NaN for fewer than two pairs.
+        p_value: of `evaluate`; NaN for fewer than two pairs.
+        corrected_p_value: the same after Holm's correction over all comparisons that were made with it.
+    """
+
+    setting: str
+    accuracies: dict[int, float]
+    differences: dict[int, float]
+    interval: tuple[float, float]
+    p_value: float
+    corrected_p_value: float = nan
+
+    @property
+    def mean(self) -> float:
+        """Mean of the accuracies."""
+        return float(np.mean(list(self.accuracies.values()))) if self.accuracies else nan
+
+    @property
+    def deviation(self) -> float:
+        """Sample standard deviation of the accuracies."""
+        return float(np.std(list(self.accuracies.values()), ddof=1)) if len(self.accuracies) > 1 else nan
+
+    @property
+    def difference(self) -> float:
+        """Mean of the differences."""
+        return float(np.mean(list(self.differences.values()))) if self.differences else nan
+
+    @property
+    def improved(self) -> int:
+        """The number of seeds with a better accuracy than the baseline's."""
+        return sum(difference > 0 for difference in self.differences.values())
+
+    @property
+    def verdict(self) -> str:
+        """What the corrected p-value says at the level of 0.05, or why there is none."""
+        if len(self.differences) < 2:
+            return f"no test: it needs two pairs, there {'is' if self.differences else 'are'} {len(self.differences)}"
+        if np.isnan(self.p_value):
+            return "no test: no seed differs"
+        return "significantly better" if self.corrected_p_value <= LEVEL else "not significant"
+
+
+def compare(setting: str, proposed: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison:
+    """Pair the test accuracies (percent, by seed) of a setting with the baseline's, and test the difference.
+
+    `corrected_p_value` is left NaN: it depends on the other comparisons, see `correct`.
+    """
+    seeds = sorted(proposed.keys() & baseline.keys())
+    ours, theirs = [proposed[seed] for seed in seeds], [baseline[seed] for seed in seeds]
+    interval, p_value = (nan, nan), nan
+    if len(seeds) > 1:
+        with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # scipy's, where all differences are equal
+            p_value = evaluate(ours, theirs)
+            interval = tuple(map(float, ttest_rel(ours, theirs).confidence_interval(0.95)))
+    differences = {seed: a - b for seed, a, b in zip(seeds, ours, theirs, strict=True)}
+    return Comparison(setting, dict(proposed), differences, interval, p_value)
+
+
+def correct(comparisons: Iterable[Comparison]) -> None:
+    """Set the p-values after Holm's step-down correction for the number of comparisons.
+
+    With m comparisons, the k-th smallest p-value is multiplied by m + 1 - k, and is at least as large as the
+    corrected value before it. Where there is no p-value, none was compared.
+    """
+    tested = sorted((c for c in comparisons if not np.isnan(c.p_value)), key=lambda c: c.p_value)
+    largest = 0.0
+    for rank, comparison in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - rank) * comparison.p_value))
+        comparison.corrected_p_value = largest
+
+
+HEADER = (
+    *("setting", "seeds", "test accuracy (%)", "pairs", "difference", "95 % interval"),
+    *("p", "p (Holm)", "improved", "verdict"),
+)
+
+
+def table(comparisons: Sequence[Comparison], baseline: str = "baseline") -> str:
+    """The comparisons as a table in Markdown, whose columns are aligned. The baseline has no comparison."""
+    lines = [HEADER]
+    for c in comparisons:
+        own = (c.setting, f"{len(c.accuracies)}", f"{c.mean:.2f} ± {c.deviation:.2f}".replace("nan", "–"))
+        if c.setting == baseline:
+            lines.append((*own, *[""] * (len(HEADER) - len(own))))
+            continue
+        numbers = (f"{c.difference:+.2f}", "{:+.2f} to {:+.2f}".format(*c.interval))
+        numbers += (f"{c.p_value:.2g}", f"{c.corrected_p_value:.2g}")
+        shown = ["–" if "nan" in number else number for number in numbers]
+        lines.append((*own, f"{len(c.differences)}", *shown, f"{c.improved} of {len(c.differences)}", c.verdict))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, tuple("-" * width for width in widths))
+    rows = (" | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(f"| {row} |" for row in rows)
+
+
+def by_seed(files: Iterable[Path], of: str) -> dict[int, Results]:
+    """Read the result files of one setting. ValueError where they are not runs of one setting with distinct seeds."""
+    runs: dict[int, Results] = {}
+    for file in files:
+        run = read_results(file)
+        seed, epochs = run.settings.get("seed"), run.settings.get("num_epochs")
+        if seed is None or epochs is None:
+            raise ValueError(f"{file} does not say with which seed and num_epochs it was made")
+        if len(run.columns["epoch"]) < epochs:
+            raise ValueError(f"{file} is of an unfinished run: {len(run.columns['epoch'])} of {epochs} epochs")
+        if seed in runs:
+            raise ValueError(f"{file} has seed {seed}, and so has another file of {of}: give one file a seed")
+        check_alike(run, next(iter(runs.values()), run), f"{file} and the first file of {of}", apart_from=())
+        runs[seed] = run
+    return runs
+
+
+def check_alike(one: Results, other: Results, of: str, apart_from: Sequence[str] = COMPARED) -> None:
+    """ValueError, with what differs, where two runs have other settings than their seed and `apart_from` unlike."""
+    names = (one.settings | other.settings).keys() - {"seed", *CIRCUMSTANCES, *apart_from}
+    unlike = [name for name in sorted(names) if one.settings.get(name) != other.settings.get(name)]
+    if unlike:
+        listed = "; ".join(f"{name} {one.settings.get(name)} and {other.settings.get(name)}" for name in unlike)
+        more = f" in more than {', '.join(apart_from)}" if apart_from else ""
+        raise ValueError(f"{of} differ{more}: {listed}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: compare two groups of result files. Exit code 1 where they cannot be compared."""
+    parser = argparse.ArgumentParser(description="One-sided paired t-test over the seeds of result files.")
+    add = parser.add_argument
+    add("--proposed", nargs="+", type=Path, required=True, metavar="FILE", help="result files, one a seed")
+    add("--baseline", nargs="+", type=Path, required=True, metavar="FILE", help="those they shall be better than")
+    args = parser.parse_args(argv)
+    try:
+        proposed, baseline = by_seed(args.proposed, "--proposed"), by_seed(args.baseline, "--baseline")
+        first, second = next(iter(proposed.values())), next(iter(baseline.values()))
+        check_alike(first, second, "the files of --proposed and --baseline")
+    except (OSError, ValueError) as error:
+        print(f"t_test.py: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    ours, theirs = ({seed: run.test_accuracy for seed, run in runs.items()} for runs in (proposed, baseline))
+    comparisons = [compare("baseline", theirs, {}), compare("proposed", ours, theirs)]
+    correct(comparisons)
+    print(table(comparisons))
+    alone = sorted(proposed.keys() ^ baseline.keys())
+    if alone:
+        print(f"seeds without a partner, which do not count: {', '.join(map(str, alone))}")
+
+
+if __name__ == "__main__":
+    main()

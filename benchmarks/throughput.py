@@ -2,25 +2,37 @@
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --network resnet18 --pixels 8 --steps 5
+    python benchmarks/throughput.py --pixels 8 --steps 5 --profile
 
 The plain loop is what one would write today: torchvision's CIFAR10 with PIL transforms, a DataLoader with its defaults,
 eager float32, `loss.item()` at every step. All modes take turns, for several rounds. The images are CIFAR-10's where
-`--path` has them, and random ones otherwise.
+`--path` has them, and random ones otherwise. The columns after the ratio to the plain loop:
+
+    product   operations of a step's convolutions and matrix products, as a share of what a large product reaches
+    copy      bytes that the operations of an eager step read and write, as a share of what a large copy reaches
+    batch     making the batch, with nothing else going on, as a share of the step
+    memory    peak of a process that trains in this mode alone (GPU: what tensors take of the GPU) with all images
 """
 
 import argparse
-import resource
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn, optim
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10
@@ -40,6 +52,9 @@ MODES = {  # precision, whether compiled
 }
 
 
+PLAIN = "plain loop"
+
+
 class SyntheticCIFAR10(CIFAR10):
     """Random images that are fetched just as torchvision fetches those of CIFAR-10."""
 
@@ -49,14 +64,12 @@ class SyntheticCIFAR10(CIFAR10):
         self.transform = self.target_transform = None
 
 
-def load_images(path: Path, num_images: int, pixels: int) -> CIFAR10:
-    """CIFAR-10's first images where they are below `path` and have that size, random ones otherwise."""
+def load_images(path: Path, pixels: int) -> CIFAR10:
+    """CIFAR-10 where it is below `path` and has that size, as many random images otherwise."""
     try:
-        images = CIFAR10(path / "images") if pixels == 32 else SyntheticCIFAR10(num_images, pixels)
+        return CIFAR10(path / "images") if pixels == 32 else SyntheticCIFAR10(50_000, pixels)
     except RuntimeError:
-        images = SyntheticCIFAR10(num_images, pixels)
-    images.data, images.targets = images.data[:num_images], images.targets[:num_images]
-    return images
+        return SyntheticCIFAR10(50_000, pixels)
 
 
 def make_network(args: argparse.Namespace) -> nn.Module:
@@ -85,16 +98,16 @@ def our_batches(images: CIFAR10, batch_size: int, device: torch.device) -> DataL
     return make_batches(image_set, "train", batch_size, normalize=False)
 
 
-def plain_epoch(args: argparse.Namespace, images: CIFAR10) -> Callable[[], None]:
-    """A function that trains on all images once, as one would write it today."""
+def plain_round(args: argparse.Namespace, images: CIFAR10) -> Callable[[], None]:
+    """A function that makes the steps of a round, as one would write it today."""
     network = make_network(args)
     optimizer = optim.SGD(network.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
     loader = plain_batches(images, args.batch_size)
 
-    def epoch() -> None:
+    def steps() -> None:
         network.train()
         total = 0.0
-        for batch, labels in loader:
+        for batch, labels in islice(loader, args.steps):
             batch, labels = batch.to(args.device), labels.to(args.device)
             optimizer.zero_grad()
             loss = F.cross_entropy(network(batch), labels)
@@ -102,17 +115,45 @@ def plain_epoch(args: argparse.Namespace, images: CIFAR10) -> Callable[[], None]
             optimizer.step()
             total += loss.item()
 
-    return epoch
+    return steps
 
 
-def our_epoch(args: argparse.Namespace, images: CIFAR10, precision: str, compiled: bool) -> Callable[[], None]:
-    """A function that trains on all images once, with the code of `train.py`."""
+def our_round(args: argparse.Namespace, images: CIFAR10, mode: str) -> Callable[[], None]:
+    """A function that makes the steps of a round, with the code of `train.py`."""
     batches = our_batches(images, args.batch_size, args.device)
     network = make_network(args)
-    speed_up(network, args.device, precision, compiled)
+    speed_up(network, args.device, *MODES[mode])
     parameters = adjust_weight_decay_and_learning_rate(network, learning_rate=0.001, c=100)
     optimizer = optim.SGD(parameters, momentum=0.9, fused=args.device.type == "cuda")
-    return lambda: train_one_epoch(network, batches, optimizer, 1, tqdm(disable=True))
+    return lambda: train_one_epoch(network, islice(batches, args.steps), optimizer, 1, tqdm(disable=True))
+
+
+def make_round(args: argparse.Namespace, images: CIFAR10, mode: str) -> Callable[[], None]:
+    """One or the other."""
+    return plain_round(args, images) if mode == PLAIN else our_round(args, images, mode)
+
+
+def make_batches_only(args: argparse.Namespace, images: CIFAR10, mode: str) -> Callable[[], None]:
+    """A function that makes the batches of a round, and has them on the device."""
+    ours = mode != PLAIN
+    batches = our_batches(images, args.batch_size, args.device) if ours else plain_batches(images, args.batch_size)
+    return lambda: [images.to(args.device) for images, _ in islice(batches, args.steps)]
+
+
+def peak_memory(args: argparse.Namespace, mode: str) -> float:
+    """MiB at the peak of one step in this process: of the process, or of the tensors on the GPU."""
+    args = argparse.Namespace(**(vars(args) | {"steps": 1}))
+    make_round(args, load_images(args.path, args.pixels), mode)()
+    if args.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(args.device) / 2**20
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) / 2**10  # not getrusage, which counts what the process was before it began
+
+
+def peak_memory_alone(args: argparse.Namespace, mode: str) -> float:
+    """`peak_memory` in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak_memory, args, mode).result()
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
@@ -139,13 +180,47 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * len(a) / min(seconds_of(lambda: b.copy_(a), device) for _ in range(5))
 
 
-def flops_a_step(args: argparse.Namespace) -> int:
-    """Operations of the matrix products and convolutions of one training step, forward and backward."""
+class ByteCounter(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations read and write, as if nothing stayed in a cache."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            self.total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return result
+
+
+def count_step(args: argparse.Namespace, precision: str) -> tuple[int, int]:
+    """Operations of the convolutions and matrix products of a training step, and bytes of all its operations."""
     network = make_network(args)
+    speed_up(network, args.device, precision)
     images = torch.rand(args.batch_size, 3, args.pixels, args.pixels, device=args.device)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as flops:
         network(images).sum().backward()
-    return counter.get_total_flops()
+    with ByteCounter() as bytes_:
+        network(images).sum().backward()
+    return flops.get_total_flops(), bytes_.total
+
+
+def print_profile(args: argparse.Namespace, images: CIFAR10, mode: str) -> None:
+    """What the steps of a round spend their time with."""
+    steps = our_round(args, images, mode)
+    steps()
+    on_gpu = args.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
+        seconds_of(steps, args.device)
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    print(f"{mode}, {args.steps} steps")
+    print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16."""
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def main() -> None:
@@ -156,44 +231,58 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=32, help="height and width of an image (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="steps of a round (default: 1 on a CPU, 100 on a GPU)")
     parser.add_argument("--rounds", type=int, default=3, help="after one that warms up (default: %(default)s)")
-    parser.add_argument("--modes", nargs="*", choices=MODES, help="(default: the first two on a CPU, all on a GPU)")
+    modes_help = "(default: float32; bfloat16 where the device has instructions for it; on a GPU compiled too)"
+    parser.add_argument("--modes", nargs="*", choices=MODES, help=modes_help)
     parser.add_argument("--path", type=Path, default=Path(), help="where images/ is (default: the current folder)")
+    parser.add_argument("--profile", action="store_true", help="show what the steps of each mode are spent with")
     default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--device", type=torch.device, default=default)
     args = parser.parse_args()
     on_gpu = args.device.type == "cuda"
-    steps = args.steps or (100 if on_gpu else 1)
-    modes = args.modes or list(MODES)[: 4 if on_gpu else 2]
+    args.steps = args.steps or (100 if on_gpu else 1)
+    modes = args.modes or [m for m in list(MODES)[: 4 if on_gpu else 2] if "float32" in m or has_bfloat16(args.device)]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
-    images = load_images(args.path, steps * args.batch_size, args.pixels)
-    epochs = {"plain loop": plain_epoch(args, images)}
-    epochs |= {mode: our_epoch(args, images, *MODES[mode]) for mode in modes}
-    times = {name: [] for name in epochs}
-    for _ in range(args.rounds + 1):
-        for name, epoch in epochs.items():
-            times[name].append(seconds_of(epoch, args.device) / steps)
-
-    flops = flops_a_step(args)
-    peaks = {name: peak_flops(args.device, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    images = load_images(args.path, args.pixels)
     print(f"{machine_name(args.device)}, torch {torch.__version__}")
-    print(f"{args.network}, {args.pixels}x{args.pixels}, batch {args.batch_size}")
-    print(f"{flops / 1e9:.0f} GFLOP a step; {type(images).__name__}; {args.rounds} rounds of {steps} steps")
+    print(f"{args.network}, {args.pixels}x{args.pixels}, batch {args.batch_size}, {type(images).__name__}")
+    if args.profile:
+        for mode in modes:
+            print_profile(args, images, mode)
+        return
+
+    rounds = {mode: make_round(args, images, mode) for mode in (PLAIN, *modes)}
+    times = {mode: [] for mode in rounds}
+    for _ in range(args.rounds + 1):
+        for mode, steps in rounds.items():
+            times[mode].append(seconds_of(steps, args.device) / args.steps)
+
+    precisions = {mode: MODES[mode][0] if mode in MODES else "float32" for mode in rounds}
+    peaks = {name: peak_flops(args.device, getattr(torch, name)) for name in sorted(set(precisions.values()))}
+    counts = {name: count_step(args, name) for name in peaks}
+    bandwidth = copy_bandwidth(args.device)
+    print(f"{args.rounds} rounds of {args.steps} steps; copy: {bandwidth / 1e9:.1f} GB/s")
     for name, peak in peaks.items():
-        print(f"matrix product, {name}: {peak / 1e12:.2f} TFLOP/s")
-    print(f"copy: {copy_bandwidth(args.device) / 1e9:.1f} GB/s")
-    print(f"\n{'':18} {'ms a step':>10} {'from':>9} {'to':>9} {'images/s':>9} {'to plain':>9} {'of peak':>8}")
-    for name, (_, *seconds) in times.items():
-        median = statistics.median(seconds)
-        ratio = statistics.median(plain / own for plain, own in zip(times["plain loop"][1:], seconds, strict=True))
-        peak = peaks["bfloat16" if "bfloat16" in name else "float32"]
+        flops, num_bytes = counts[name]
         print(
-            f"{name:18} {1000 * median:10.2f} {1000 * min(seconds):9.2f} {1000 * max(seconds):9.2f}"
-            f" {args.batch_size / median:9,.0f} {ratio:8.2f}x {flops / median / peak:7.1%}"
+            f"{name}: {flops / 1e9:.0f} GFLOP and {num_bytes / 1e9:.1f} GB a step; product: {peak / 1e12:.2f} TFLOP/s"
         )
-    peak_memory = torch.cuda.max_memory_allocated(args.device) / 2**20 if on_gpu else 0
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(f"\npeak memory of all modes together: {resident:,.0f} MiB of the process, {peak_memory:,.0f} MiB of the GPU")
+    print(
+        f"\n{'':18} {'ms a step':>9} {'from':>8} {'to':>8} {'images/s':>9} {'to plain':>8}"
+        f" {'product':>8} {'copy':>7} {'batch':>8} {'memory':>10}"
+    )
+    for mode, (_, *seconds) in times.items():
+        median = statistics.median(seconds)
+        ratio = statistics.median(plain / own for plain, own in zip(times[PLAIN][1:], seconds, strict=True))
+        flops, num_bytes = counts[precisions[mode]]
+        make = make_batches_only(args, images, mode)
+        batch = statistics.median(seconds_of(make, args.device) / args.steps for _ in range(args.rounds))
+        print(
+            f"{mode:18} {1000 * median:9.2f} {1000 * min(seconds):8.2f} {1000 * max(seconds):8.2f}"
+            f" {args.batch_size / median:9,.0f} {ratio:7.2f}x {flops / median / peaks[precisions[mode]]:8.1%}"
+            f" {num_bytes / median / bandwidth:7.1%} {batch / median:8.3%} {peak_memory_alone(args, mode):6,.0f} MiB",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,12 @@ from sklearn.utils import Bunch
 from torch import nn
 
 import data
+import figures
+import reproduce
 import train
 from batch_norm import ScaleBatchNorm2d
+
+run_cell = reproduce.run_cell
 
 
 def load_few_digits() -> Bunch:
@@ -17,7 +21,7 @@ def load_few_digits() -> Bunch:
 
 
 def construct_small_network(
-    network_name: str, num_classes: int, dataset: str, bn_weight: float, input_norm: str
+    network_name: str, num_classes: int, dataset: str, bn_weight: float = 1.0, input_norm: str = "bn"
 ) -> nn.Module:
     """One layer of each kind that matters, for digits, in place of `networks.construct_network`."""
     layers = [nn.Conv2d(3, 8, 3), ScaleBatchNorm2d(8, bn_weight=bn_weight), nn.ReLU(), nn.Flatten()]
@@ -27,4 +31,23 @@ def construct_small_network(
 def train_small() -> None:
     """Let every further run of this process take a few digits and the small network."""
     data.load_digits = load_few_digits
-    train.construct_network = construct_small_network
+    train.construct_network = figures.construct_network = construct_small_network
+
+
+def run_small_cell(cell: reproduce.Cell, device: str | None) -> tuple[reproduce.Cell, reproduce.Outcome]:
+    """`reproduce.run_cell` on them, wherever it is called."""
+    train_small()
+    return run_cell(cell, device)
+
+
+def reproduce_small() -> None:
+    """`python reproduce.py`, whose runs train on them."""
+    train_small()
+    reproduce.run_cell = run_small_cell
+    reproduce.main()
+
+
+if __name__ == "__main__":
+    from small import reproduce_small
+
+    reproduce_small()

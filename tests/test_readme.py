@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
+import reproduce
 import train
+from results import EXPERIMENT
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
@@ -20,14 +22,22 @@ def test_every_module_has_an_example():
     assert {re.findall(r"^(?:from|import) (\w+)", example, re.MULTILINE)[-1] for example in EXAMPLES} == modules
 
 
-def test_every_flag_is_explained():
-    table = dict(re.findall(r"^\| `(--\w+)` \| (.*?) \|", README, re.MULTILINE))
-    flags = {action.option_strings[-1]: action.default for action in train.make_parser()._actions}
+@pytest.mark.parametrize("parser", [train.make_parser(), reproduce.make_parser()], ids=["train", "reproduce"])
+def test_every_flag_is_explained(parser):
+    section = "The paper's training" if parser.prog == "train.py" else "The paper's experiment"
+    text = re.search(rf"^## {section}\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
+    table = dict(re.findall(r"^\| `(--\w+)` \| (.*?) \|", text, re.MULTILINE)[: len(parser._actions)])
+    flags = {action.option_strings[-1]: action.default for action in parser._actions}
     del flags["--help"]
     assert table.keys() == flags.keys()
     for flag, default in flags.items():
-        if default not in ("", None, False):
+        if default not in ("", None, False) and not isinstance(default, list):
             assert type(default)(table[flag].strip("`")) == default
+
+
+def test_settings_of_the_experiment_are_explained():
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| `(\w+)` \|", README, re.MULTILINE)
+    assert {name: (float(bn_weight), float(c), input_norm) for name, bn_weight, c, input_norm in rows} == EXPERIMENT
 
 
 def test_command_of_the_paper_has_every_flag():

@@ -7,7 +7,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from t_test import evaluate
+from results import Results, write_results
+from t_test import Comparison, compare, correct, evaluate, main, table
 
 PROPOSED = [95.1, 94.8, 95.3, 95.0, 95.2]
 BASELINE = [94.6, 94.7, 94.9, 95.1, 95.1]
@@ -87,3 +88,123 @@ def test_without_spread():
 def test_bad_input(d1, d2, message):
     with pytest.raises(ValueError, match=message):
         evaluate(d1, d2)
+
+
+# --- comparisons ----------------------------------------------------------------------------------------------------
+
+
+def test_compare_pairs_by_seed():
+    proposed, baseline = dict(enumerate(PROPOSED, 1)), {9: 0.0, **dict(enumerate(BASELINE[:4], 1))}
+    comparison = compare("new", proposed, baseline)
+    differences = np.subtract(PROPOSED[:4], BASELINE[:4])
+    assert comparison.differences == pytest.approx(dict(enumerate(differences, 1)))
+    assert (comparison.mean, comparison.difference) == pytest.approx((np.mean(PROPOSED), np.mean(differences)))
+    assert comparison.deviation == pytest.approx(np.std(PROPOSED, ddof=1))
+    assert comparison.p_value == pytest.approx(by_hand(PROPOSED[:4], BASELINE[:4]))
+    half = stats.t.ppf(0.975, df=3) * np.std(differences, ddof=1) / math.sqrt(4)
+    assert comparison.interval == pytest.approx((np.mean(differences) - half, np.mean(differences) + half))
+    assert comparison.improved == 3
+
+
+@pytest.mark.parametrize(
+    ("proposed", "baseline", "verdict"),
+    [
+        ({}, {}, "no test: it needs two pairs, there are 0"),
+        ({1: 95.0}, {1: 94.0, 2: 93.0}, "no test: it needs two pairs, there is 1"),
+        ({1: 95.0, 2: 94.0}, {1: 95.0, 2: 94.0}, "no test: no seed differs"),
+        ({1: 95.0, 2: 94.0}, {1: 94.0, 2: 93.0}, "significantly better"),
+        ({1: 94.0, 2: 93.0}, {1: 95.0, 2: 94.0}, "not significant"),
+    ],
+)
+def test_verdict(proposed, baseline, verdict):
+    comparison = compare("new", proposed, baseline)
+    correct([comparison])
+    assert comparison.verdict == verdict
+    assert table([comparison]).endswith(f"| {verdict} |")
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's correction as it is defined: the largest (m - j) p_(j) of all p_(j) up to one's own, counted from 0."""
+    ordered = sorted(p_values)
+    m = len(ordered)
+    return [
+        min(1.0, max((m - j) * ordered[j] for j in range(m) if ordered[j] <= p))
+        for p in p_values
+    ]  # fmt: skip
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8, unique=True))
+def test_holm_correction(p_values):
+    comparisons = [Comparison(str(p), {}, {1: 1.0, 2: 1.0}, (0.0, 0.0), p) for p in p_values]
+    undecided = compare("too few", {}, {})
+    correct([undecided, *comparisons])
+    assert [c.corrected_p_value for c in comparisons] == pytest.approx(holm(p_values))
+    assert math.isnan(undecided.corrected_p_value)
+
+
+def test_correction_is_in_the_verdict():
+    comparisons = [Comparison(str(p), {}, {1: 1.0, 2: 1.0}, (0.0, 0.0), p) for p in (0.02, 0.03)]
+    correct(comparisons)
+    assert [c.corrected_p_value for c in comparisons] == [0.04, 0.04]
+    comparisons = [Comparison(str(p), {}, {1: 1.0, 2: 1.0}, (0.0, 0.0), p) for p in (0.026, 0.03)]
+    correct(comparisons)
+    assert [c.verdict for c in comparisons] == ["not significant"] * 2
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def write_runs(folder, accuracies, **settings) -> list[str]:
+    """Result files of two epochs, of which the first is the best; returns their names."""
+    files = []
+    for seed, accuracy in enumerate(accuracies, start=1):
+        columns = {"epoch": [1, 2], "val_accuracy": [90.0, 89.0], "test_accuracy": [accuracy, 99.9]}
+        columns |= {"train_loss": [1.0, 1.0], "val_loss": [1.0, 1.0]}
+        every = {"dataset": "digits", "num_epochs": 2, "batch_size": 64, "seed": seed, "seconds": accuracy}
+        files.append(folder / f"{len(list(folder.iterdir()))}.csv")
+        write_results(files[-1], Results(every | settings, {k: np.array(v) for k, v in columns.items()}))
+    return list(map(str, files))
+
+
+@pytest.fixture
+def fails(capsys):
+    """A function that compares two groups of files that cannot be compared, and returns the message."""
+
+    def compare_files(proposed, baseline) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(["--proposed", *proposed, "--baseline", *baseline])
+        captured = capsys.readouterr()
+        assert (stop.value.code, captured.out, captured.err.count("\n")) == (1, "", 1)
+        return captured.err.removeprefix("t_test.py: error: ")
+
+    return compare_files
+
+
+def test_files(tmp_path, capsys):
+    proposed = write_runs(tmp_path, PROPOSED, bn_weight=0.1, c=100.0, input_norm="bn")
+    baseline = write_runs(tmp_path, BASELINE[:4], bn_weight=1.0, c=1.0, input_norm="dataset")
+    main(["--proposed", *reversed(proposed), "--baseline", *baseline])
+    *_, line, alone = capsys.readouterr().out.splitlines()
+    fields = [field.strip() for field in line.strip("|").split("|")]
+    assert fields[:3] == ["proposed", "5", f"{np.mean(PROPOSED):.2f} ± {np.std(PROPOSED, ddof=1):.2f}"]
+    assert fields[6] == f"{by_hand(PROPOSED[:4], BASELINE[:4]):.2g}"
+    assert alone == "seeds without a partner, which do not count: 5"
+
+
+def test_runs_that_differ_in_more_are_refused(tmp_path, fails):
+    one = write_runs(tmp_path, PROPOSED, bn_weight=0.1)
+    other = write_runs(tmp_path, BASELINE, bn_weight=1.0, batch_size=32, dataset="cifar10", momentum=0.5)
+    message = fails(one, other)
+    assert "differ in more than bn_weight, c, input_norm: batch_size 64 and 32; dataset digits and cifar10;" in message
+    assert "momentum None and 0.5" in message
+    third = write_runs(tmp_path, [95.0], bn_weight=0.2, seed=9)
+    assert f"{third[0]} and the first file of --proposed differ: bn_weight 0.2 and 0.1" in fails(one + third, one)
+
+
+def test_other_files_are_refused(tmp_path, fails):
+    runs = write_runs(tmp_path, PROPOSED)
+    assert "has seed 1, and so has another file of --baseline" in fails(runs, [*runs, runs[0]])
+    unfinished = write_runs(tmp_path, [95.0], num_epochs=3)
+    assert "is of an unfinished run: 2 of 3 epochs" in fails(unfinished, runs)
+    assert "does not say with which seed" in fails(runs, write_runs(tmp_path, [95.0], seed=None))
+    assert "No such file" in fails(runs, [str(tmp_path / "none.csv")])

@@ -1,0 +1,473 @@
+"""The paper's experiment: settings × seeds, one run of train.py each, and a one-sided paired t-test over the seeds.
+
+    python reproduce.py --dataset digits --num_epochs 5 --batch_size 64 --learning_rate 0.05 --seeds 1-15 --jobs 2
+
+Every flag of train.py that is not the experiment's own goes to every run. A stopped experiment goes on with the same
+command: finished runs are not run again, the others continue from their checkpoints.
+"""
+
+import argparse
+import csv
+import getpass
+import importlib.util
+import io
+import itertools
+import multiprocessing
+import os
+import re
+import shlex
+import signal
+import sys
+import tempfile
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from filelock import FileLock, Timeout
+from joblib import Parallel, delayed, parallel_config
+from tqdm import tqdm
+
+import train
+from checkpoint import check_settings, run_files
+from figures import save_figures
+from networks import INPUT_NORMS
+from results import EXPERIMENT, Results, read_results, to_text, write_atomically
+from t_test import Comparison, compare, correct, table
+
+Outcome = str | int | None  # of a run: why it failed, the signal that stopped it, or None where it is finished
+Runs = dict[str, dict[int, Results]]  # finished runs, by setting and seed
+
+ATTEMPTS = 3  # how often a run may lose its process before it counts as failed
+ONE_RUN = threading.Lock()  # the random generators are the process's: two runs in it would not be reproducible
+
+
+@dataclass
+class Cell:
+    """One run of the experiment: a setting with a seed.
+
+    Attributes:
+        setting: name of the setting.
+        flags: of train.py, without `--device`.
+        run: what `train.parse` makes of them.
+    """
+
+    setting: str
+    flags: list[str]
+    run: argparse.Namespace
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self.run.seed
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        return self.run.name
+
+    @property
+    def path(self) -> Path:
+        """The folder of all files, wherever a process that makes the run is at home."""
+        return self.run.path.absolute()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the experiment itself."""
+    parser = train.Parser(
+        prog="reproduce.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="All other flags are those of train.py, see python train.py --help.",
+        allow_abbrev=False,
+    )
+    flag = parser.add_argument
+    names = ", ".join(EXPERIMENT)
+    settings_help = f"any of {names}, or your own as NAME:bn_weight=0.2,c=50 (default: baseline proposed)"
+    flag(
+        "--settings",
+        nargs="+",
+        default=[setting("baseline"), setting("proposed")],
+        type=setting,
+        metavar="SETTING",
+        help=settings_help,
+    )
+    flag("--bn_weights", nargs="+", default=[], type=float, metavar="γ", help="proposed, with each of these bn_weights")
+    flag(
+        "--seeds",
+        nargs="+",
+        default=[seeds("1-15")],
+        type=seeds,
+        metavar="SEEDS",
+        help="such as 1-15 or 1 2 5-7 (default: 1-15)",
+    )
+    flag("--name", default="", type=train.file_name, help="beginning of all file names (default: data set and network)")
+    flag("--jobs", default=1, type=train.whole(1), help="runs at a time on this machine (default: %(default)s)")
+    scheduler_help = "tcp://HOST:PORT of a Dask scheduler that gets the runs; cos and none are those of train.py"
+    flag("--scheduler", action="append", default=[], help=scheduler_help)
+    flag("--device", help="device of every run (default: for each a GPU of its own where there are any, else cpu)")
+    flag("--list", action="store_true", help="print the commands of all runs instead of running them")
+    report_help = "run nothing, make table and figures of the result files in FOLDER (default: results/ below --path)"
+    flag("--report", nargs="?", const="", metavar="FOLDER", help=report_help)
+    return parser
+
+
+def setting(text: str) -> dict[str, tuple[float, float, str]]:
+    """A setting's name with its bn_weight, c and input_norm, from its name or NAME:bn_weight=0.2,c=50."""
+    name, colon, rest = text.partition(":")
+    if not colon:
+        if name not in EXPERIMENT:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(EXPERIMENT)}, and has no :bn_weight=...")
+        return {name: EXPERIMENT[name]}
+    values = dict(zip(("bn_weight", "c", "input_norm"), EXPERIMENT["proposed"], strict=True))
+    for part in rest.split(","):
+        key, _, value = part.partition("=")
+        try:
+            values[key] = type(values[key])(value)
+        except (KeyError, ValueError):
+            raise argparse.ArgumentTypeError(f"{text!r}: {part!r} is no {', '.join(values)}=VALUE") from None
+    if name in EXPERIMENT or train.file_name(name) == "":
+        raise argparse.ArgumentTypeError(f"{text!r} needs a name of its own before the colon")
+    if values["input_norm"] not in INPUT_NORMS:
+        raise argparse.ArgumentTypeError(f"{text!r}: input_norm is one of {', '.join(INPUT_NORMS)}")
+    return {name: tuple(values.values())}
+
+
+def seeds(text: str) -> list[int]:
+    """Seeds from 7, 1-15 or 1,3,5-7."""
+    numbers = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise argparse.ArgumentTypeError(f"seeds are whole numbers and ranges such as 1-15, not {text!r}")
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return numbers
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, with `cells`, all runs in the order in which they are to be made. ValueError says what is wrong."""
+    args, others = make_parser().parse_known_args(argv)
+    for flag in ("--bn_weight", "--c", "--input_norm", "--seed"):
+        if any(re.fullmatch(f"{flag}(=.*)?", other) for other in others):
+            raise ValueError(f"argument {flag}: the experiment sets it: give --settings, --bn_weights or --seeds")
+    addresses = [value for value in args.scheduler if "://" in value]
+    others += [f"--scheduler={value}" for value in args.scheduler if value not in addresses]
+    args.scheduler = addresses[-1] if addresses else None
+    if args.scheduler and args.jobs > 1:
+        raise ValueError("argument --jobs: the cluster has its own number of workers: leave it out with --scheduler")
+
+    args.settings = {name: values for one in args.settings for name, values in one.items()}
+    for bn_weight in args.bn_weights:
+        values = (bn_weight, *EXPERIMENT["proposed"][1:])
+        if values not in args.settings.values():
+            args.settings[f"bn_weight {train.short(bn_weight)}"] = values
+    if len(set(args.settings.values())) < len(args.settings):
+        raise ValueError(f"argument --settings: two of {', '.join(args.settings)} are the same")
+    unique = dict.fromkeys(itertools.chain.from_iterable(args.seeds))
+    # seed by seed, so that what is there after an interruption is a paired sample
+    args.cells = [make_cell(args, name, seed, others) for seed in unique for name in args.settings]
+    first = args.cells[0].run
+    args.path = first.path
+    args.name = args.name or first.name.replace(values_name(first), "").removesuffix(f"-seed{first.seed}")
+    return args
+
+
+def make_cell(args: argparse.Namespace, name: str, seed: int, others: list[str]) -> Cell:
+    """The run of a setting with a seed."""
+    bn_weight, c, input_norm = args.settings[name]
+    flags = [*others, "--bn_weight", train.short(bn_weight), "--c", train.short(c), "--input_norm", input_norm]
+    flags += ["--seed", str(seed)]
+    # a cluster's devices are not this machine's
+    here = ["--device", args.device] if args.device and not args.scheduler else ["--device", "cpu"]
+    run = train.parse([*flags, *here])
+    if args.name:
+        run.name = train.file_name(f"{args.name}{values_name(run)}-seed{seed}")
+        flags += ["--name", run.name]
+    return Cell(name, flags, run)
+
+
+def values_name(run: argparse.Namespace) -> str:
+    """What the name of a run has in it of the setting."""
+    return f"-weight{train.short(run.bn_weight)}-c{train.short(run.c)}-{run.input_norm}"
+
+
+def read_runs(cells: list[Cell], folder: Path, runs: Runs, failed: dict[str, str]) -> None:
+    """Put what is finished in a folder into `runs`, and into `failed` what is there but not of this experiment."""
+    for cell in cells:
+        try:
+            results = read_run(cell, folder)
+        except (ValueError, OSError) as error:
+            failed[cell.name] = describe(error)
+            continue
+        if results is not None:
+            runs[cell.setting][cell.seed] = results
+
+
+def read_run(cell: Cell, folder: Path) -> Results | None:
+    """The results of a run in a folder, None where it is not finished. ValueError where they are another run's."""
+    files = run_files(cell.path, cell.name)
+    files = files._replace(results=folder / files.results.name)
+    if not files.results.exists():
+        return None
+    results = read_results(files.results)
+    check_settings(files, results, {name: getattr(cell.run, name) for name in train.SETTINGS})
+    return results if len(results.columns["epoch"]) >= cell.run.num_epochs else None
+
+
+def run_cell(cell: Cell, device: str | None) -> tuple[Cell, Outcome]:
+    """Make one run in this process, or what is left of it. Returns the cell and what came of it."""
+    try:
+        with ONE_RUN, own_device(device) as own:
+            train.train(train.parse([*cell.flags, "--path", str(cell.path), "--device", own]))
+    except KeyboardInterrupt as stop:
+        return cell, stop.args[0] if stop.args else signal.SIGINT
+    except Exception as error:  # whatever it is, the other runs go on
+        return cell, describe(error)
+    return cell, None
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+@contextmanager
+def own_device(device: str | None, count: Callable[[], int] = torch.cuda.device_count) -> Iterator[str]:
+    """The device to run on: `device` itself, or the GPU of this machine that the fewest runs are using, or the CPU.
+
+    A run has its GPU for as long as it holds a lock file, which the system lets go whatever ends the process.
+    """
+    if device not in (None, "cuda") or not count():
+        yield device or "cpu"
+        return
+    with ExitStack() as stack:
+        for row, index in ((row, index) for row in itertools.count() for index in range(count())):
+            file = f"batch-norm-initialization-{getpass.getuser()}-cuda{index}-{row}.lock"
+            try:
+                stack.enter_context(FileLock(Path(tempfile.gettempdir()) / file, timeout=0))
+                break
+            except Timeout:  # another run has it
+                continue
+        yield f"cuda:{index}"
+
+
+def run_here(cells: list[Cell], jobs: int, device: str | None, stops: list[int]) -> Iterator[tuple[Cell, Outcome]]:
+    """Make the runs in `jobs` processes that share the cores; yields what `run_cell` returns, as they finish.
+
+    Where a process is killed, its run goes on from its checkpoint in another one. After an entry in `stops`, no
+    further run begins.
+    """
+    left, killed = list(cells), Counter()
+    while left and not stops:
+        waiting = itertools.takewhile(lambda _: not stops, tuple(left))
+        parallel = Parallel(n_jobs=jobs, pre_dispatch="n_jobs", batch_size=1, return_as="generator_unordered")
+        try:
+            for cell, outcome in parallel(delayed(run_cell)(cell, device) for cell in waiting):
+                left.remove(cell)
+                yield cell, outcome
+        except BrokenProcessPool:
+            under_way, left = left[:jobs], left[jobs:]
+            killed.update(cell.name for cell in under_way)
+            for cell in under_way:
+                if killed[cell.name] == ATTEMPTS:
+                    yield cell, f"its process was killed {ATTEMPTS} times, perhaps for lack of memory"
+                else:
+                    left.append(cell)  # behind the others, of which it may be that none is to blame
+
+
+def run_on_cluster(cells: list[Cell], address: str, device: str | None) -> Iterator[tuple[Cell, Outcome]]:
+    """Make the runs on the workers of a Dask cluster; yields what `run_cell` returns, as they finish.
+
+    Where a worker is lost, Dask gives its run to another one, which goes on from the checkpoint.
+
+    Raises:
+        OSError: there is no scheduler at the address.
+        ValueError: the workers cannot do it; the message says what to change.
+    """
+    import distributed  # these take a second, and nothing else needs them
+    from joblib._dask import DaskDistributedBackend
+
+    class Backend(DaskDistributedBackend):
+        """joblib's own waits forever for a task that Dask gives up; this one lets it fail."""
+
+        def submit(self, func: Any, callback: Callable | None = None) -> Future:
+            future = super().submit(func, callback)
+            [(_, (cell, *_), _)] = func.items
+            future.add_done_callback(lambda done: done.exception() and callback([(cell, describe(done.exception()))]))
+            return future
+
+        def retrieve_result_callback(self, out: Any) -> Any:
+            return out if isinstance(out, list) else super().retrieve_result_callback(out)
+
+    with distributed.Client(address, timeout=10, set_as_default=False) as client:
+        check_cluster(client, cells[0].run.path)
+        with parallel_config(backend=Backend(client=client)):
+            parallel = Parallel(n_jobs=-1, pre_dispatch="all", batch_size=1, return_as="generator_unordered")
+            yield from parallel(delayed(run_cell)(cell, device) for cell in cells)
+
+
+def check_cluster(client: Any, path: Path) -> None:
+    """ValueError where there are no workers, or some that cannot make runs whose files belong below `path`."""
+    try:
+        client.wait_for_workers(1, timeout=30)
+    except TimeoutError:
+        raise ValueError(f"{client.scheduler.address} has no workers: start some with dask worker") from None
+    probe = path.absolute() / f"shared-{uuid.uuid4().hex}.tmp"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        seen = client.run(Path.exists, probe, on_error="return")
+    finally:
+        probe.unlink(missing_ok=True)
+    blind = [address for address, sees in seen.items() if sees is not True]
+    if blind:
+        raise ValueError(f"{path.absolute()} must be a folder that all workers share; not so for {', '.join(blind)}")
+    module = Path(__file__).stem
+    found = client.run(importlib.util.find_spec, module, on_error="return")
+    found[client.scheduler.address] = client.run_on_scheduler(importlib.util.find_spec, module)
+    lost = [address for address, spec in found.items() if getattr(spec, "loader", None) is None]
+    if lost:
+        variable = f"PYTHONPATH={Path(__file__).parent}"
+        raise ValueError(f"start scheduler and workers with {variable}: {', '.join(lost)} cannot import {module}")
+
+
+class Display:
+    """A bar over the runs with the time left, under it the table; where there is no terminal, a line a run."""
+
+    def __init__(self, num_runs: int, num_finished: int, num_settings: int) -> None:
+        self.on_terminal = sys.stderr.isatty()
+        options = {"disable": not self.on_terminal, "leave": False, "dynamic_ncols": True}
+        self.bar = tqdm(total=num_runs, initial=num_finished, unit="run", smoothing=0, **options)
+        rows = range(1, num_settings + 3)  # the table has two lines of its own
+        self.lines = [tqdm(bar_format="{desc}", position=row, **options) for row in rows]
+        self.place = itertools.count(num_finished + 1)
+
+    def show(self, text: str, comparisons: list[Comparison]) -> None:
+        """Of one more run there is `text` to say."""
+        place = f"{next(self.place)}/{self.bar.total}"
+        if not self.on_terminal:
+            print(f"{place} {text}", flush=True)
+        self.bar.update()
+        for line, row in zip(self.lines, table(comparisons).splitlines(), strict=True):
+            line.set_description_str(row)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        for line in (*reversed(self.lines), self.bar):
+            line.close()
+
+
+def make_runs(args: argparse.Namespace, runs: Runs, failed: dict[str, str]) -> list[int]:
+    """Make all runs that are neither finished nor failed; adds to both. Returns the signals that came."""
+    stops: list[int] = []
+    cells = [cell for cell in args.cells if cell.seed not in runs[cell.setting] and cell.name not in failed]
+    if not cells:
+        return stops
+
+    def stop(number: int) -> None:
+        stops.append(number)
+        for child in multiprocessing.active_children():  # the runs save what they have, and end
+            os.kill(child.pid, signal.SIGTERM)
+
+    if args.scheduler:
+        outcomes, handle = run_on_cluster(cells, args.scheduler, args.device), train.interrupt
+    else:
+        outcomes, handle = run_here(cells, args.jobs, args.device, stops), stop
+    display = Display(len(args.cells), len(args.cells) - len(cells), len(runs))
+    with train.on_signals(handle), closing(outcomes), closing(display):
+        try:
+            for cell, outcome in outcomes:
+                if isinstance(outcome, int):
+                    stops.append(outcome)
+                    continue
+                results = read_run(cell, cell.path / "results") if outcome is None else None
+                if results is None:
+                    failed[cell.name] = outcome
+                else:
+                    runs[cell.setting][cell.seed] = results
+                said = f"failed: {outcome}" if results is None else f"test accuracy {results.test_accuracy:.3f} %"
+                display.show(f"{cell.name} {said}", compare_all(runs))
+        except KeyboardInterrupt as interrupt:
+            stops.append(interrupt.args[0])
+    return stops
+
+
+def compare_all(runs: Runs) -> list[Comparison]:
+    """Every setting beside the baseline, with p-values that are corrected for the number of comparisons."""
+    accuracies = {name: {seed: run.test_accuracy for seed, run in of.items()} for name, of in runs.items()}
+    baseline = accuracies.get("baseline", {})
+    comparisons = [compare(name, of, {} if name == "baseline" else baseline) for name, of in accuracies.items()]
+    correct(comparisons)
+    return comparisons
+
+
+def write_comparisons(file: Path, args: argparse.Namespace, comparisons: list[Comparison]) -> None:
+    """Write the table as CSV, below the settings that all runs share, and as Markdown."""
+    shared = set(train.SETTINGS) - {"bn_weight", "c", "input_norm", "seed"}
+    text = io.StringIO()
+    for name in train.SETTINGS:
+        if name in shared:
+            text.write(f"# {name}: {to_text(getattr(args.cells[0].run, name))}\n")
+    writer = csv.writer(text, lineterminator="\n")
+    columns = "setting bn_weight c input_norm seeds mean standard_deviation pairs difference lower upper"
+    writer.writerow(f"{columns} p_value corrected_p_value improved verdict".split())
+    for c in comparisons:
+        row = [c.setting, *args.settings[c.setting], len(c.accuracies), c.mean, c.deviation, len(c.differences)]
+        row += [c.difference, *c.interval, c.p_value, c.corrected_p_value, c.improved, c.verdict]
+        writer.writerow("" if value != value else value for value in row)  # NaN: an empty field
+    write_atomically(file.with_name(f"{file.name}.csv"), text.getvalue().encode())
+    write_atomically(file.with_name(f"{file.name}.md"), f"{table(comparisons)}\n".encode())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line.
+
+    Exit codes: 2 for a wrong flag, 1 where a run failed, 130 and 143 where Ctrl-C and SIGTERM stop it.
+    """
+    try:
+        args = parse(argv)
+    except ValueError as error:
+        end(2, f"error: {error}")
+    if args.list:
+        for cell in args.cells:
+            print(shlex.join(["python", "train.py", *cell.flags, *(["--device", args.device] if args.device else [])]))
+        return
+    folder = Path(args.report or args.path / "results")
+    stops, runs, failed = [], {name: {} for name in args.settings}, {}
+    try:
+        if args.report is not None or not args.cells[0].run.restart:
+            read_runs(args.cells, folder, runs, failed)
+        if args.report is None:
+            stops = make_runs(args, runs, failed)
+        comparisons = compare_all(runs)
+        print(table(comparisons))
+        write_comparisons(folder / args.name, args, comparisons)
+        if not stops:
+            save_figures(folder / args.name, runs, args.path / "networks")
+    except (OSError, ValueError) as error:
+        end(1, f"error: {error}")
+    for name, reason in failed.items():
+        print(f"reproduce.py: {name} failed: {reason}", file=sys.stderr)
+    if stops:
+        end(128 + stops[0], "stopped; the epochs that are done are saved: give the same command again to go on")
+    if failed:
+        sys.exit(1)
+
+
+def end(code: int, message: str) -> NoReturn:
+    """End the program with one line on standard error."""
+    print(f"reproduce.py: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    from reproduce import main  # so that other processes find everything of this file by its import
+
+    main()

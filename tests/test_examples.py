@@ -1,0 +1,15 @@
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent.parent / "examples"
+
+
+def test_notebook_runs_and_shows_its_figures():
+    notebook = nbformat.read(FOLDER / "quickstart.ipynb", as_version=4)
+    NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}).execute()  # raises where a cell fails
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    assert any("| proposed | 5 " in output.get("text", "") for output in outputs)

@@ -1,0 +1,386 @@
+import json
+import os
+import pty
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import psutil
+import pytest
+from scipy import stats
+
+import reproduce
+import train
+from results import Results, read_results
+
+FOLDER = Path(__file__).parent
+FLAGS = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "2"]
+FIGURES = ("learning-curves", "paired-differences", "scales-and-shifts", "normalized-values")
+BASELINE, PROPOSED = "digits-resnet18-weight1-c1-dataset", "digits-resnet18-weight0.1-c100-bn"
+
+
+def run(path: Path, *flags: str) -> int:
+    """An experiment in this process; returns its exit code."""
+    try:
+        reproduce.main([*FLAGS, "--path", str(path), "--device", "cpu", *flags])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def cells(*flags: str) -> list[reproduce.Cell]:
+    return reproduce.parse([*FLAGS, *flags]).cells
+
+
+# --- what is run ----------------------------------------------------------------------------------------------------
+
+
+def test_order_is_seed_by_seed():
+    assert [(cell.setting, cell.seed) for cell in cells("--seeds", "1-2", "7")] == [
+        (setting, seed) for seed in (1, 2, 7) for setting in ("baseline", "proposed")
+    ]
+    assert len(cells()) == 30
+
+
+def test_settings_of_the_paper():
+    found = {
+        cell.setting: (cell.run.bn_weight, cell.run.c, cell.run.input_norm)
+        for cell in cells("--settings", "baseline", "proposed", "init", "rate", "input", "--seeds", "1")
+    }
+    assert found == {
+        "baseline": (1, 1, "dataset"),
+        "proposed": (0.1, 100, "bn"),
+        "init": (0.1, 1, "bn"),
+        "rate": (1, 100, "bn"),
+        "input": (1, 1, "bn"),
+    }
+
+
+def test_own_settings_and_sweep():
+    found = cells("--settings", "proposed", "half:bn_weight=0.5,c=50", "--bn_weights", "0.01", "0.1", "--seeds", "3")
+    assert [(cell.setting, cell.run.bn_weight, cell.run.c, cell.run.input_norm) for cell in found] == [
+        ("proposed", 0.1, 100, "bn"),
+        ("half", 0.5, 50, "bn"),
+        ("bn_weight 0.01", 0.01, 100, "bn"),  # 0.1 is there already, as proposed
+    ]
+
+
+def test_names_of_runs_are_those_of_train():
+    for cell in cells("--precision", "bfloat16", "--seeds", "1"):
+        assert cell.name == train.parse(["--device", "cpu", *cell.flags]).name
+    assert reproduce.parse([*FLAGS, "--precision", "bfloat16"]).name == "digits-resnet18-bfloat16"
+    named = cells("--name", "mine", "--seeds", "1")
+    assert [cell.name for cell in named] == ["mine-weight1-c1-dataset-seed1", "mine-weight0.1-c100-bn-seed1"]
+
+
+def test_flags_of_train_pass_through(capsys):
+    flags = ["--momentum=0.8", "--scheduler", "none", "--seeds", "5", "--list", "--device", "cpu"]
+    assert run(Path("some where"), *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for line, bn_weight in zip(lines, (1, 0.1), strict=True):
+        program, script, *arguments = shlex.split(line)
+        assert (program, script) == ("python", "train.py")
+        settings = train.parse(arguments)
+        assert (settings.momentum, settings.scheduler, settings.seed) == (0.8, "none", 5)
+        assert (settings.bn_weight, settings.path, settings.num_epochs) == (bn_weight, Path("some where"), 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--settings", "nonsense"], "'nonsense' is none of baseline"),
+        (["--settings", "a:bn_weight=x"], "'bn_weight=x' is no bn_weight, c, input_norm=VALUE"),
+        (["--settings", "a:momentum=0.5"], "'momentum=0.5' is no bn_weight"),
+        (["--settings", "a:bn_weight=-1"], "argument --bn_weight: must be a number from 1e-30"),
+        (["--settings", "a:input_norm=x"], "input_norm is one of bn, dataset"),
+        (["--settings", "baseline:c=5"], "needs a name of its own"),
+        (["--settings", ":c=5"], "needs a name of its own"),
+        (["--settings", "init", "a:c=1"], "two of init, a are the same"),
+        (["--seeds", "3-1"], "not '3-1'"),
+        (["--seeds", "one"], "not 'one'"),
+        (["--jobs", "0"], "argument --jobs: must be a whole number of at least 1"),
+        (["--seed", "1"], "argument --seed: the experiment sets it"),
+        (["--c=5"], "argument --c: the experiment sets it"),
+        (["--nonsense"], "--nonsense"),
+        (["--num_epochs", "0"], "argument --num_epochs"),
+        (["--scheduler", "tcp://127.0.0.1:1", "--jobs", "2"], "argument --jobs: the cluster has its own"),
+        (["--scheduler", "linear"], "argument --scheduler: invalid choice: 'linear'"),
+    ],
+)
+def test_wrong_flag(flags, message, tmp_path, capsys):
+    assert run(tmp_path, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("reproduce.py: error: ") and error.count("\n") == 1
+
+
+# --- running it -----------------------------------------------------------------------------------------------------
+
+
+def test_experiment(small_network, tmp_path, capsys):
+    assert run(tmp_path, "--seeds", "1-3") == 0
+    accuracies = {}
+    for setting, name in (("baseline", BASELINE), ("proposed", PROPOSED)):
+        accuracies[setting] = []
+        for seed in (1, 2, 3):
+            table = pandas.read_csv(tmp_path / "results" / f"{name}-seed{seed}.csv", comment="#")
+            accuracies[setting].append(table["test_accuracy"][table["val_accuracy"].idxmax()])
+    ours, theirs = accuracies["proposed"], accuracies["baseline"]
+    summary = pandas.read_csv(tmp_path / "results" / "digits-resnet18.csv", comment="#").set_index("setting")
+    assert summary["mean"].tolist() == pytest.approx([np.mean(theirs), np.mean(ours)])
+    assert summary["standard_deviation"].tolist() == pytest.approx([np.std(theirs, ddof=1), np.std(ours, ddof=1)])
+    expected = stats.ttest_1samp(np.subtract(ours, theirs), 0, alternative="greater").pvalue
+    assert summary.loc["proposed", "p_value"] == pytest.approx(expected)
+    assert summary.loc["proposed", "pairs"] == 3
+    assert "# dataset: digits\n" in (tmp_path / "results" / "digits-resnet18.csv").read_text()
+    shown = capsys.readouterr().out
+    assert shown.endswith((tmp_path / "results" / "digits-resnet18.md").read_text())
+    assert shown.startswith(f"1/6 {BASELINE}-seed1 test accuracy {theirs[0]:.3f} %\n2/6 {PROPOSED}-seed1 test")
+    figures = {file.name for file in (tmp_path / "results").glob("*.png")}
+    assert figures == {f"digits-resnet18-{name}.png" for name in FIGURES}
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    monkeypatch.setattr(train, "train_one_epoch", None)
+
+
+def test_finished_runs_are_not_run_again(small_network, tmp_path, monkeypatch, capsys):
+    assert run(tmp_path, "--seeds", "1") == 0
+    first = (tmp_path / "results" / f"{PROPOSED}-seed1.csv").stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", None)
+        assert run(tmp_path, "--seeds", "1") == 0
+    capsys.readouterr()
+    assert run(tmp_path, "--seeds", "1-2") == 0
+    assert capsys.readouterr().out.startswith("3/4 ")
+    assert run(tmp_path, "--seeds", "1", "--restart") == 0
+    assert (tmp_path / "results" / f"{PROPOSED}-seed1.csv").stat().st_mtime_ns > first
+
+
+def test_one_failure_does_not_stop_the_others(small_network, tmp_path, monkeypatch, capsys):
+    whole = train.train
+
+    def fails_with_seed_2(settings):
+        if (settings.seed, settings.bn_weight) == (2, 1):
+            raise FloatingPointError("a loss is not\nfinite")
+        return whole(settings)
+
+    monkeypatch.setattr(train, "train", fails_with_seed_2)
+    assert run(tmp_path, "--seeds", "1-3") == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"reproduce.py: {BASELINE}-seed2 failed: FloatingPointError: a loss is not finite\n"
+    assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 5
+    rows = {line.split("|")[1].strip(): line for line in captured.out.splitlines() if line.startswith("|")}
+    assert " of 2 " in rows["proposed"]
+
+
+def test_files_of_another_experiment_are_left_alone(small_network, tmp_path, capsys):
+    assert run(tmp_path, "--seeds", "1") == 0
+    assert run(tmp_path, "--seeds", "1", "--momentum", "0.5") == 1
+    assert "momentum was 0.9, now 0.5" in capsys.readouterr().err
+    assert run(tmp_path, "--seeds", "1", "--momentum", "0.5", "--name", "half") == 0
+
+
+def test_report(small_network, tmp_path, monkeypatch, capsys):
+    assert run(tmp_path, "--seeds", "1-2") == 0
+    committed = tmp_path / "elsewhere"
+    (tmp_path / "results").rename(committed)
+    capsys.readouterr()
+    monkeypatch.setattr(train, "train", None)
+    assert run(tmp_path, "--report", str(committed), "--seeds", "1-5") == 0
+    assert " of 2 " in capsys.readouterr().out
+    assert (committed / "digits-resnet18-paired-differences.pdf").exists()
+    assert run(tmp_path, "--report") == 0
+    assert "it needs two pairs, there are 0" in capsys.readouterr().out
+
+
+def test_interrupted_experiment_goes_on(small_network, tmp_path, monkeypatch, capsys):
+    whole = train.train
+
+    def interrupted(settings):
+        if settings.seed == 2:
+            raise KeyboardInterrupt(signal.SIGTERM)
+        return whole(settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", interrupted)
+        assert run(tmp_path, "--seeds", "1-3") == 143
+    captured = capsys.readouterr()
+    assert captured.err.startswith("reproduce.py: stopped;")
+    assert "it needs two pairs, there is 1" in captured.out
+    assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 2
+    assert run(tmp_path, "--seeds", "1-3") == 0
+    assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 6
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (FOLDER.parent, FOLDER)))}
+
+
+@contextmanager
+def start(path: Path, *flags: str, **options: Any) -> Iterator[subprocess.Popen]:
+    """An experiment in other processes, which does not outlive a failing test."""
+    command = [sys.executable, FOLDER / "small.py", *FLAGS, "--path", path, *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT}
+    with subprocess.Popen(command, text=True, **(pipes | options)) as experiment:
+        try:
+            yield experiment
+        finally:
+            experiment.kill()
+
+
+def test_terminal_shows_bar_and_table(tmp_path):
+    main, child = pty.openpty()
+    os.set_blocking(main, False)
+    environment = {**ENVIRONMENT, "COLUMNS": "200", "LINES": "50"}
+    with start(tmp_path, "--seeds", "1-2", "--device", "cpu", stderr=child, env=environment) as experiment:
+        shown = b""
+        while experiment.poll() is None:
+            time.sleep(0.05)
+            with suppress(BlockingIOError):
+                shown += os.read(main, 100_000)
+        os.close(main)
+        os.close(child)
+        table = experiment.stdout.read()
+    assert experiment.returncode == 0
+    text = shown.decode()
+    assert re.search(r"50%.*2/4 \[\d\d:\d\d<\d\d:\d\d", text)  # the time left
+    assert "| proposed | 1 " in text and "there is 1" in text
+    assert table.startswith("| setting ")  # nothing but the table at the end
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+MANY = ["--num_epochs", "150", "--checkpoint_seconds", "0.1", "--seeds", "1-2", "--settings", "baseline", "init"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Iterator[dict[str, Results]]:
+    """The numbers of an undisturbed experiment with as many threads as a process of several gets."""
+    path = tmp_path_factory.mktemp("alone")
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    with start(path, *MANY, "--device", "cpu", env=environment) as experiment:
+        _, error = experiment.communicate()
+    assert experiment.returncode == 0, error
+    return numbers(path)
+
+
+def numbers(path: Path) -> dict[str, list]:
+    """All numbers of all runs."""
+    runs = {file.name: read_results(file) for file in (path / "results").glob("*seed*.csv")}
+    return {name: {key: column.tolist() for key, column in run.columns.items()} for name, run in runs.items()}
+
+
+def process_at_work(path: Path, epochs: int) -> psutil.Process:
+    """A process that is in the middle of a run which has made that many epochs."""
+    for _ in range(6000):
+        time.sleep(0.01)
+        for file in (path / "results").glob("*seed*.csv"):
+            if epochs < len(read_results(file).columns["epoch"]) < 120:
+                lock = path / "networks" / f"{file.stem}.lock"
+                for process in psutil.process_iter():
+                    try:
+                        if any(Path(opened.path) == lock for opened in process.open_files()):
+                            return process
+                    except (psutil.Error, OSError):
+                        continue
+    raise TimeoutError
+
+
+def test_killed_process_and_stopped_experiment(alone, tmp_path):
+    flags = [*MANY, "--jobs", "2", "--device", "cpu"]
+    with start(tmp_path, *flags) as experiment:
+        process_at_work(tmp_path, 10).kill()
+        assert process_at_work(tmp_path, 30).ppid() == experiment.pid
+        experiment.terminate()
+        _, error = experiment.communicate(timeout=300)
+    assert experiment.returncode == 143
+    assert error.splitlines()[-1].startswith("reproduce.py: stopped; the epochs that are done are saved")
+    assert numbers(tmp_path) != alone
+    with start(tmp_path, *flags) as experiment:
+        _, error = experiment.communicate(timeout=300)
+    assert experiment.returncode == 0, error
+    assert numbers(tmp_path) == alone
+
+
+@contextmanager
+def cluster(folder: Path, **environment: str) -> Iterator[tuple[str, list[subprocess.Popen]]]:
+    """The address of a Dask scheduler on this machine, and its two workers."""
+    file = folder / "scheduler.json"
+    options = {"env": {**ENVIRONMENT, "OMP_NUM_THREADS": "1", **environment}, "cwd": folder}
+    dask = [sys.executable, "-m", "dask"]
+    scheduler = [*dask, "scheduler", "--scheduler-file", file, "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+    worker = [*dask, "worker", "--scheduler-file", file, "--nthreads", "1", "--no-nanny", "--no-dashboard"]
+    with (folder / "cluster.log").open("w") as log, ExitStack() as stack:
+        processes = []
+        for command in (scheduler, worker, worker):
+            processes.append(stack.enter_context(subprocess.Popen(command, stdout=log, stderr=log, **options)))
+            stack.callback(processes[-1].kill)
+        while not file.exists():
+            assert processes[0].poll() is None, Path(log.name).read_text()
+            time.sleep(0.1)
+        yield json.loads(file.read_text())["address"], processes[1:]
+
+
+def test_cluster_with_a_killed_worker(alone, tmp_path):
+    path = tmp_path / "shared"
+    with cluster(tmp_path) as (address, workers), start(path, *MANY, "--scheduler", address) as experiment:
+        victim = process_at_work(path, 10).pid
+        next(worker for worker in workers if worker.pid == victim).kill()
+        out, error = experiment.communicate(timeout=300)
+    assert experiment.returncode == 0, error
+    assert numbers(path) == alone
+    assert "4/4 " in out
+
+
+def test_cluster_that_gives_up_a_run(alone, tmp_path):
+    path = tmp_path / "shared"
+    impatient = cluster(tmp_path, DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="0")
+    with impatient as (address, _), start(path, *MANY, "--scheduler", address) as experiment:
+        process_at_work(path, 10).kill()
+        _, error = experiment.communicate(timeout=300)
+    assert experiment.returncode == 1
+    failed = re.findall("^reproduce.py: (.*) failed: KilledWorker: ", error, re.MULTILINE)
+    assert 1 <= len(failed) == error.count("\n") < 4
+    finished = {Path(name).stem for name, columns in numbers(path).items() if columns == alone[name]}
+    assert finished | set(failed) == {Path(name).stem for name in alone}
+
+
+def test_cluster_without_the_project(tmp_path):
+    path = tmp_path / "shared"
+    with cluster(tmp_path, PYTHONPATH="") as (address, _), start(path, *MANY, "--scheduler", address) as experiment:
+        _, error = experiment.communicate(timeout=300)
+    assert experiment.returncode == 1
+    assert error.count("\n") == 1 and f"PYTHONPATH={FOLDER.parent}" in error
+
+
+def test_cluster_that_is_not_there(tmp_path, capsys):
+    assert run(tmp_path, "--scheduler", "tcp://127.0.0.1:1") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "tcp://127.0.0.1:1" in error
+
+
+# --- devices --------------------------------------------------------------------------------------------------------
+
+
+def test_every_run_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    with ExitStack() as stack:
+        first, second, third = (stack.enter_context(reproduce.own_device(None, lambda: 2)) for _ in range(3))
+        assert (first, second, third) == ("cuda:0", "cuda:1", "cuda:0")
+        with reproduce.own_device("cpu", lambda: 2) as chosen:
+            assert chosen == "cpu"
+    with reproduce.own_device("cuda", lambda: 2) as free_again:
+        assert free_again == "cuda:0"
+    with reproduce.own_device(None, lambda: 0) as none:
+        assert none == "cpu"
