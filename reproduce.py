@@ -341,12 +341,12 @@ def check_cluster(client: Any, path: Path) -> None:
 class Display:
     """A bar over the runs with the time left, under it the table; where there is no terminal, a line a run."""
 
-    def __init__(self, num_runs: int, num_finished: int, num_settings: int) -> None:
+    def __init__(self, num_runs: int, num_finished: int, comparisons: list[Comparison]) -> None:
         self.on_terminal = sys.stderr.isatty()
         options = {"disable": not self.on_terminal, "leave": False, "dynamic_ncols": True}
         self.bar = tqdm(total=num_runs, initial=num_finished, unit="run", smoothing=0, **options)
-        rows = range(1, num_settings + 3)  # the table has two lines of its own
-        self.lines = [tqdm(bar_format="{desc}", position=row, **options) for row in rows]
+        rows = enumerate(table(comparisons).splitlines(), start=1)
+        self.lines = [tqdm(desc=row, bar_format="{desc}", position=position, **options) for position, row in rows]
         self.place = itertools.count(num_finished + 1)
 
     def show(self, text: str, comparisons: list[Comparison]) -> None:
@@ -380,7 +380,7 @@ def make_runs(args: argparse.Namespace, runs: Runs, failed: dict[str, str]) -> l
         outcomes, handle = run_on_cluster(cells, args.scheduler, args.device), train.interrupt
     else:
         outcomes, handle = run_here(cells, args.jobs, args.device, stops), stop
-    display = Display(len(args.cells), len(args.cells) - len(cells), len(runs))
+    display = Display(len(args.cells), len(args.cells) - len(cells), compare_all(runs))
     with train.on_signals(handle), closing(outcomes), closing(display):
         try:
             for cell, outcome in outcomes:
@@ -389,10 +389,11 @@ def make_runs(args: argparse.Namespace, runs: Runs, failed: dict[str, str]) -> l
                     continue
                 results = read_run(cell, cell.path / "results") if outcome is None else None
                 if results is None:
-                    failed[cell.name] = outcome
+                    failed[cell.name] = outcome or "its result file is not there"
+                    said = f"failed: {failed[cell.name]}"
                 else:
                     runs[cell.setting][cell.seed] = results
-                said = f"failed: {outcome}" if results is None else f"test accuracy {results.test_accuracy:.3f} %"
+                    said = f"test accuracy {results.test_accuracy:.3f} %"
                 display.show(f"{cell.name} {said}", compare_all(runs))
         except KeyboardInterrupt as interrupt:
             stops.append(interrupt.args[0])
