@@ -1,6 +1,6 @@
 """Figures of an experiment, from its result files and trained weights alone.
 
-    python figures.py results/*.csv --output results/figures
+    python figures.py results/*-seed*.csv --output results/figures
 
 Every function returns a `matplotlib.figure.Figure` that belongs to no window: a notebook shows it, `save` writes it.
 All figures can be read in grey: lines differ in their strokes and markers too.
@@ -26,13 +26,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from data import load_image_set, make_batches
 from networks import SIGMA_ACT, construct_network
-from results import EXPERIMENT, Results, read_results
-from t_test import COMPARED, LEVEL, by_seed, compare
+from results import Results, read_results
+from t_test import COMPARED, EXPERIMENT, LEVEL, by_seed, check_alike, compare
 
 Runs = Mapping[str, Mapping[int, Results]]  # by setting and seed
 
 STROKES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
-MARKERS = "osD^vPX"
+MARKERS = "osD^vP"  # one less than strokes: together they differ for 42 lines
 DEPTH = "batch norm, from input to output (0: in front of the network)"
 LARGE = 3.0  # a normalized value beyond it is called large
 
@@ -227,10 +227,12 @@ def measure_normalized_values(network: nn.Module, images: Tensor) -> list[Normal
     for name, layer in network.named_modules():
         if isinstance(layer, _BatchNorm):
             hooks.append(layer.register_forward_pre_hook(partial(measure, name)))
+    training = network.training
     network.eval()
     try:
         network(images)
     finally:
+        network.train(training)
         for hook in hooks:
             hook.remove()
     return measured
@@ -305,26 +307,27 @@ def save_figures(stem: Path, runs: Runs, networks: Path) -> list[Path]:
             continue
         made += save(figure, stem.with_name(f"{stem.name}-{make.__name__.replace('_', '-')}"))
 
-    firsts = {name: of[min(of)] for name in ("baseline", "proposed") if (of := runs.get(name))}
-    weights = {}
-    for name, run in firsts.items():
-        file = networks / f"{run.settings['name']}-best.pt"
-        if file.exists():
-            weights[name] = torch.load(file, map_location="cpu", weights_only=True)
+    firsts = {name: seeds[min(seeds)] for name in ("baseline", "proposed") if (seeds := runs.get(name))}
+    weights: dict[str, Weights] = {}
+    files = {name: networks / f"{run.settings['name']}-best.pt" for name, run in firsts.items()}
     archive = stem.with_name(f"{stem.name}-scales-and-shifts.npz")
-    if weights:
+    title = ", ".join(f"{name} with seed {run.settings['seed']}" for name, run in firsts.items())
+    if files and all(file.exists() for file in files.values()):
+        weights = {name: torch.load(file, map_location="cpu", weights_only=True) for name, file in files.items()}
         arrays = {f"{name}/{key}": value for name, of in weights.items() for key, value in batch_norm_arrays(of)}
         np.savez_compressed(archive, **arrays)
         measured = {name: measure_run(firsts[name], of, networks.parent / "images") for name, of in weights.items()}
-        made += save(normalized_values(measured), stem.with_name(f"{stem.name}-normalized-values"))
+        figure = normalized_values(measured)
+        figure.suptitle(f"{title}; 128 test images", fontsize=9)
+        made += save(figure, stem.with_name(f"{stem.name}-normalized-values"))
     elif archive.exists():
         with np.load(archive) as arrays:
             for key, value in arrays.items():
                 setting, _, name = key.partition("/")
                 weights.setdefault(setting, {})[name] = value
     if weights:
-        bn_weights = {name: EXPERIMENT[name][0] for name in weights}
-        figure = learned_scales_and_shifts(weights, bn_weights)
+        figure = learned_scales_and_shifts(weights, {name: EXPERIMENT[name][0] for name in weights})
+        figure.suptitle(title, fontsize=9)
         made += save(figure, stem.with_name(f"{stem.name}-scales-and-shifts"))
     return made
 
@@ -354,6 +357,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             name = names.get((bn_weight, c, input_norm), f"γ {bn_weight}, c {c}, {input_norm}")
             groups.setdefault(name, []).append(file)
         runs = {name: by_seed(files, name) for name, files in groups.items() if files}
+        first, *others = (next(iter(seeds.values())) for seeds in runs.values())
+        for other in others:
+            check_alike(first, other, "the runs")
         made = save_figures(args.output / "figure", runs, args.networks or args.files[0].parent.parent / "networks")
     except (OSError, ValueError) as error:
         print(f"figures.py: error: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ import getpass
 import importlib.util
 import io
 import itertools
+import logging
 import multiprocessing
 import os
 import re
@@ -20,10 +21,11 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -39,10 +41,10 @@ import train
 from checkpoint import check_settings, run_files
 from figures import save_figures
 from networks import INPUT_NORMS
-from results import EXPERIMENT, Results, read_results, to_text, write_atomically
-from t_test import Comparison, compare, correct, table
+from results import Results, read_results, to_text, write_atomically
+from t_test import COMPARED, EXPERIMENT, SHORT, Comparison, compare, correct, mixed_circumstances, table
 
-Outcome = str | int | None  # of a run: why it failed, the signal that stopped it, or None where it is finished
+Outcome = Results | str | int  # of a run: its results, why it failed, or the signal that stopped it
 Runs = dict[str, dict[int, Results]]  # finished runs, by setting and seed
 
 ATTEMPTS = 3  # how often a run may lose its process before it counts as failed
@@ -55,13 +57,15 @@ class Cell:
 
     Attributes:
         setting: name of the setting.
-        flags: of train.py, without `--device`.
-        run: what `train.parse` makes of them.
+        flags: of train.py, without `--path` and `--device`.
+        run: what `train.parse` makes of them, with a path that holds wherever a process is at home.
+        began: when the experiment began, as time of a file; what is older, `--restart` is for.
     """
 
     setting: str
     flags: list[str]
     run: argparse.Namespace
+    began: float = 0.0
 
     @property
     def seed(self) -> int:
@@ -72,11 +76,6 @@ class Cell:
     def name(self) -> str:
         """The name of its files."""
         return self.run.name
-
-    @property
-    def path(self) -> Path:
-        """The folder of all files, wherever a process that makes the run is at home."""
-        return self.run.path.absolute()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -126,7 +125,7 @@ def setting(text: str) -> dict[str, tuple[float, float, str]]:
         if name not in EXPERIMENT:
             raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(EXPERIMENT)}, and has no :bn_weight=...")
         return {name: EXPERIMENT[name]}
-    values = dict(zip(("bn_weight", "c", "input_norm"), EXPERIMENT["proposed"], strict=True))
+    values = dict(zip(COMPARED, EXPERIMENT["proposed"], strict=True))
     for part in rest.split(","):
         key, _, value = part.partition("=")
         try:
@@ -154,7 +153,7 @@ def seeds(text: str) -> list[int]:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options, with `cells`, all runs in the order in which they are to be made. ValueError says what is wrong."""
     args, others = make_parser().parse_known_args(argv)
-    for flag in ("--bn_weight", "--c", "--input_norm", "--seed"):
+    for flag in (*(f"--{name}" for name in COMPARED), "--seed"):
         if any(re.fullmatch(f"{flag}(=.*)?", other) for other in others):
             raise ValueError(f"argument {flag}: the experiment sets it: give --settings, --bn_weights or --seeds")
     addresses = [value for value in args.scheduler if "://" in value]
@@ -188,8 +187,9 @@ def make_cell(args: argparse.Namespace, name: str, seed: int, others: list[str])
     here = ["--device", args.device] if args.device and not args.scheduler else ["--device", "cpu"]
     run = train.parse([*flags, *here])
     if args.name:
-        run.name = train.file_name(f"{args.name}{values_name(run)}-seed{seed}")
-        flags += ["--name", run.name]
+        flags += ["--name", f"{args.name}{values_name(run)}-seed{seed}"]
+        run = train.parse([*flags, *here])
+    run.path = run.path.absolute()
     return Cell(name, flags, run)
 
 
@@ -201,36 +201,41 @@ def values_name(run: argparse.Namespace) -> str:
 def read_runs(cells: list[Cell], folder: Path, runs: Runs, failed: dict[str, str]) -> None:
     """Put what is finished in a folder into `runs`, and into `failed` what is there but not of this experiment."""
     for cell in cells:
+        files = run_files(cell.run.path, cell.name)
+        files = files._replace(results=folder / files.results.name)
         try:
-            results = read_run(cell, folder)
+            if not files.results.exists():
+                continue
+            results = read_results(files.results)
+            check_settings(files, results, {name: getattr(cell.run, name) for name in train.SETTINGS})
         except (ValueError, OSError) as error:
             failed[cell.name] = describe(error)
             continue
-        if results is not None:
+        if len(results.columns["epoch"]) >= cell.run.num_epochs:
             runs[cell.setting][cell.seed] = results
 
 
-def read_run(cell: Cell, folder: Path) -> Results | None:
-    """The results of a run in a folder, None where it is not finished. ValueError where they are another run's."""
-    files = run_files(cell.path, cell.name)
-    files = files._replace(results=folder / files.results.name)
-    if not files.results.exists():
-        return None
-    results = read_results(files.results)
-    check_settings(files, results, {name: getattr(cell.run, name) for name in train.SETTINGS})
-    return results if len(results.columns["epoch"]) >= cell.run.num_epochs else None
-
-
 def run_cell(cell: Cell, device: str | None) -> tuple[Cell, Outcome]:
-    """Make one run in this process, or what is left of it. Returns the cell and what came of it."""
+    """Make one run in this process, or what is left of it. Returns the cell and what came of it.
+
+    Where another process is at work on the run, such as one that a stopped experiment has left behind, it waits.
+    """
+    flags = [*cell.flags, "--path", str(cell.run.path)]
+    results = run_files(cell.run.path, cell.name).results
+    if results.exists() and results.stat().st_mtime >= cell.began:  # it has been restarted already
+        flags = [flag for flag in flags if flag != "--restart"]
     try:
         with ONE_RUN, own_device(device) as own:
-            train.train(train.parse([*cell.flags, "--path", str(cell.path), "--device", own]))
+            settings = train.parse([*flags, "--device", own])
+            while True:
+                try:
+                    return cell, train.train(settings)
+                except BlockingIOError:
+                    time.sleep(1)
     except KeyboardInterrupt as stop:
         return cell, stop.args[0] if stop.args else signal.SIGINT
     except Exception as error:  # whatever it is, the other runs go on
         return cell, describe(error)
-    return cell, None
 
 
 def describe(error: BaseException) -> str:
@@ -247,9 +252,11 @@ def own_device(device: str | None, count: Callable[[], int] = torch.cuda.device_
     if device not in (None, "cuda") or not count():
         yield device or "cpu"
         return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else range(count())
     with ExitStack() as stack:
         for row, index in ((row, index) for row in itertools.count() for index in range(count())):
-            file = f"batch-norm-initialization-{getpass.getuser()}-cuda{index}-{row}.lock"
+            file = f"batch-norm-initialization-{getpass.getuser()}-cuda{names[index]}-{row}.lock"
             try:
                 stack.enter_context(FileLock(Path(tempfile.gettempdir()) / file, timeout=0))
                 break
@@ -264,22 +271,23 @@ def run_here(cells: list[Cell], jobs: int, device: str | None, stops: list[int])
     Where a process is killed, its run goes on from its checkpoint in another one. After an entry in `stops`, no
     further run begins.
     """
-    left, killed = list(cells), Counter()
-    while left and not stops:
+    groups, killed = [list(cells)], Counter()
+    while groups and not stops:
+        left = groups.pop(0)
         waiting = itertools.takewhile(lambda _: not stops, tuple(left))
         parallel = Parallel(n_jobs=jobs, pre_dispatch="n_jobs", batch_size=1, return_as="generator_unordered")
         try:
             for cell, outcome in parallel(delayed(run_cell)(cell, device) for cell in waiting):
                 left.remove(cell)
                 yield cell, outcome
-        except BrokenProcessPool:
-            under_way, left = left[:jobs], left[jobs:]
-            killed.update(cell.name for cell in under_way)
-            for cell in under_way:
-                if killed[cell.name] == ATTEMPTS:
-                    yield cell, f"its process was killed {ATTEMPTS} times, perhaps for lack of memory"
-                else:
-                    left.append(cell)  # behind the others, of which it may be that none is to blame
+        except BrokenProcessPool:  # all processes are gone, and nothing says whose fault it was
+            suspects, others = left[:jobs], left[jobs:]
+            if len(left) == 1:
+                killed[left[0].name] += 1
+            if killed[left[0].name] == ATTEMPTS:
+                yield left[0], f"its process was killed {ATTEMPTS} times, perhaps for lack of memory"
+            else:
+                groups = [*([suspect] for suspect in suspects), *([others] if others else []), *groups]
 
 
 def run_on_cluster(cells: list[Cell], address: str, device: str | None) -> Iterator[tuple[Cell, Outcome]]:
@@ -288,29 +296,38 @@ def run_on_cluster(cells: list[Cell], address: str, device: str | None) -> Itera
     Where a worker is lost, Dask gives its run to another one, which goes on from the checkpoint.
 
     Raises:
-        OSError: there is no scheduler at the address.
+        OSError: there is no scheduler at the address, or no longer.
         ValueError: the workers cannot do it; the message says what to change.
     """
     import distributed  # these take a second, and nothing else needs them
     from joblib._dask import DaskDistributedBackend
 
     class Backend(DaskDistributedBackend):
-        """joblib's own waits forever for a task that Dask gives up; this one lets it fail."""
+        """joblib's own, but for two things."""
+
+        def effective_n_jobs(self, n_jobs: int) -> int:
+            return max(2, super().effective_n_jobs(n_jobs))  # with one worker, joblib would do all the work here
 
         def submit(self, func: Any, callback: Callable | None = None) -> Future:
             future = super().submit(func, callback)
-            [(_, (cell, *_), _)] = func.items
+            [(_, (cell, *_), _)] = func.items  # a task that Dask gives up fails, where joblib would wait forever
             future.add_done_callback(lambda done: done.exception() and callback([(cell, describe(done.exception()))]))
             return future
 
         def retrieve_result_callback(self, out: Any) -> Any:
             return out if isinstance(out, list) else super().retrieve_result_callback(out)
 
-    with distributed.Client(address, timeout=10, set_as_default=False) as client:
-        check_cluster(client, cells[0].run.path)
-        with parallel_config(backend=Backend(client=client)):
-            parallel = Parallel(n_jobs=-1, pre_dispatch="all", batch_size=1, return_as="generator_unordered")
-            yield from parallel(delayed(run_cell)(cell, device) for cell in cells)
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what goes wrong is reported here, in one line
+    try:
+        with distributed.Client(address, timeout=10, set_as_default=False) as client:
+            check_cluster(client, cells[0].run.path)
+            with parallel_config(backend=Backend(client=client)):
+                parallel = Parallel(n_jobs=-1, pre_dispatch="all", batch_size=1, return_as="generator_unordered")
+                yield from parallel(delayed(run_cell)(cell, device) for cell in cells)
+    except CancelledError as error:
+        raise ConnectionError(
+            f"the scheduler at {address} is gone: start it, then give the same command again"
+        ) from error
 
 
 def check_cluster(client: Any, path: Path) -> None:
@@ -319,16 +336,11 @@ def check_cluster(client: Any, path: Path) -> None:
         client.wait_for_workers(1, timeout=30)
     except TimeoutError:
         raise ValueError(f"{client.scheduler.address} has no workers: start some with dask worker") from None
-    probe = path.absolute() / f"shared-{uuid.uuid4().hex}.tmp"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+    with probe_file(path) as probe:
         seen = client.run(Path.exists, probe, on_error="return")
-    finally:
-        probe.unlink(missing_ok=True)
     blind = [address for address, sees in seen.items() if sees is not True]
     if blind:
-        raise ValueError(f"{path.absolute()} must be a folder that all workers share; not so for {', '.join(blind)}")
+        raise ValueError(f"{path} must be a folder that all workers share; not so for {', '.join(blind)}")
     module = Path(__file__).stem
     found = client.run(importlib.util.find_spec, module, on_error="return")
     found[client.scheduler.address] = client.run_on_scheduler(importlib.util.find_spec, module)
@@ -345,7 +357,7 @@ class Display:
         self.on_terminal = sys.stderr.isatty()
         options = {"disable": not self.on_terminal, "leave": False, "dynamic_ncols": True}
         self.bar = tqdm(total=num_runs, initial=num_finished, unit="run", smoothing=0, **options)
-        rows = enumerate(table(comparisons).splitlines(), start=1)
+        rows = enumerate(table(comparisons, SHORT).splitlines(), start=1)
         self.lines = [tqdm(desc=row, bar_format="{desc}", position=position, **options) for position, row in rows]
         self.place = itertools.count(num_finished + 1)
 
@@ -355,7 +367,7 @@ class Display:
         if not self.on_terminal:
             print(f"{place} {text}", flush=True)
         self.bar.update()
-        for line, row in zip(self.lines, table(comparisons).splitlines(), strict=True):
+        for line, row in zip(self.lines, table(comparisons, SHORT).splitlines(), strict=True):
             line.set_description_str(row)
 
     def close(self) -> None:
@@ -370,34 +382,51 @@ def make_runs(args: argparse.Namespace, runs: Runs, failed: dict[str, str]) -> l
     cells = [cell for cell in args.cells if cell.seed not in runs[cell.setting] and cell.name not in failed]
     if not cells:
         return stops
+    with probe_file(args.path) as probe:
+        for cell in cells:
+            cell.began = probe.stat().st_mtime
 
     def stop(number: int) -> None:
         stops.append(number)
-        for child in multiprocessing.active_children():  # the runs save what they have, and end
+        children = multiprocessing.active_children()
+        for child in children:  # the runs save what they have, and end
             os.kill(child.pid, signal.SIGTERM)
+        if args.scheduler or not children:
+            train.interrupt(number)
 
     if args.scheduler:
-        outcomes, handle = run_on_cluster(cells, args.scheduler, args.device), train.interrupt
+        outcomes = run_on_cluster(cells, args.scheduler, args.device)
     else:
-        outcomes, handle = run_here(cells, args.jobs, args.device, stops), stop
+        outcomes = run_here(cells, args.jobs, args.device, stops)
     display = Display(len(args.cells), len(args.cells) - len(cells), compare_all(runs))
-    with train.on_signals(handle), closing(outcomes), closing(display):
+    with train.on_signals(stop), closing(outcomes), closing(display):
         try:
             for cell, outcome in outcomes:
                 if isinstance(outcome, int):
                     stops.append(outcome)
-                    continue
-                results = read_run(cell, cell.path / "results") if outcome is None else None
-                if results is None:
-                    failed[cell.name] = outcome or "its result file is not there"
-                    said = f"failed: {failed[cell.name]}"
+                elif isinstance(outcome, str):
+                    failed[cell.name] = outcome
+                    display.show(f"{cell.name} failed: {outcome}", compare_all(runs))
                 else:
-                    runs[cell.setting][cell.seed] = results
-                    said = f"test accuracy {results.test_accuracy:.3f} %"
-                display.show(f"{cell.name} {said}", compare_all(runs))
+                    runs[cell.setting][cell.seed] = outcome
+                    display.show(f"{cell.name} test accuracy {outcome.test_accuracy:.3f} %", compare_all(runs))
         except KeyboardInterrupt as interrupt:
             stops.append(interrupt.args[0])
+        except (OSError, ValueError) as error:  # the cluster
+            failed["the experiment"] = describe(error)
     return stops
+
+
+@contextmanager
+def probe_file(path: Path) -> Iterator[Path]:
+    """An empty file in a folder, for as long as it is needed."""
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / f"probe-{uuid.uuid4().hex}.tmp"
+    try:
+        probe.touch()
+        yield probe
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def compare_all(runs: Runs) -> list[Comparison]:
@@ -411,17 +440,27 @@ def compare_all(runs: Runs) -> list[Comparison]:
 
 def write_comparisons(file: Path, args: argparse.Namespace, comparisons: list[Comparison]) -> None:
     """Write the table as CSV, below the settings that all runs share, and as Markdown."""
-    shared = set(train.SETTINGS) - {"bn_weight", "c", "input_norm", "seed"}
     text = io.StringIO()
     for name in train.SETTINGS:
-        if name in shared:
+        if name not in (*COMPARED, "seed"):
             text.write(f"# {name}: {to_text(getattr(args.cells[0].run, name))}\n")
     writer = csv.writer(text, lineterminator="\n")
-    columns = "setting bn_weight c input_norm seeds mean standard_deviation pairs difference lower upper"
-    writer.writerow(f"{columns} p_value corrected_p_value improved verdict".split())
+    columns = [*("setting", *COMPARED, "seeds", "mean", "standard_deviation", "pairs", "difference", "lower", "upper")]
+    columns += ["p_value", "corrected_p_value", "improved", "verdict"]
+    writer.writerow(columns)
     for c in comparisons:
-        row = [c.setting, *args.settings[c.setting], len(c.accuracies), c.mean, c.deviation, len(c.differences)]
-        row += [c.difference, *c.interval, c.p_value, c.corrected_p_value, c.improved, c.verdict]
+        row = [c.setting, *args.settings[c.setting], len(c.accuracies), c.mean, c.deviation]
+        if c.setting != "baseline":
+            row += [
+                len(c.differences),
+                c.difference,
+                *c.interval,
+                c.p_value,
+                c.corrected_p_value,
+                c.improved,
+                c.verdict,
+            ]
+        row += [""] * (len(columns) - len(row))
         writer.writerow("" if value != value else value for value in row)  # NaN: an empty field
     write_atomically(file.with_name(f"{file.name}.csv"), text.getvalue().encode())
     write_atomically(file.with_name(f"{file.name}.md"), f"{table(comparisons)}\n".encode())
@@ -447,17 +486,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             read_runs(args.cells, folder, runs, failed)
         if args.report is None:
             stops = make_runs(args, runs, failed)
+        elif not any(runs.values()) and not failed:
+            raise ValueError(f"{folder} has no finished run of this experiment")
         comparisons = compare_all(runs)
         print(table(comparisons))
+        for line in mixed_circumstances(run for seeds in runs.values() for run in seeds.values()):
+            print(line)
         write_comparisons(folder / args.name, args, comparisons)
         if not stops:
-            save_figures(folder / args.name, runs, args.path / "networks")
+            save_figures(folder / args.name, runs, folder.parent / "networks")
     except (OSError, ValueError) as error:
         end(1, f"error: {error}")
     for name, reason in failed.items():
         print(f"reproduce.py: {name} failed: {reason}", file=sys.stderr)
     if stops:
-        end(128 + stops[0], "stopped; the epochs that are done are saved: give the same command again to go on")
+        again = "without --restart" if args.cells[0].run.restart else "again"
+        end(128 + stops[0], f"stopped; the epochs that are done are saved: give the same command {again} to go on")
     if failed:
         sys.exit(1)
 

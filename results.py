@@ -11,14 +11,6 @@ COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "test_accuracy")
 
 Setting = str | int | float | bool | None
 
-EXPERIMENT = {  # what the paper compares, by name: bn_weight, c, input_norm
-    "baseline": (1.0, 1.0, "dataset"),
-    "proposed": (0.1, 100.0, "bn"),
-    "init": (0.1, 1.0, "bn"),
-    "rate": (1.0, 100.0, "bn"),
-    "input": (1.0, 1.0, "bn"),
-}
-
 
 @dataclass
 class Results:

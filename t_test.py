@@ -5,7 +5,6 @@ python t_test.py --proposed results/*-weight0.1-c100-bn-*.csv --baseline results
 
 import argparse
 import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
@@ -19,7 +18,15 @@ from results import Results, read_results
 
 LEVEL = 0.05  # a p-value of at most this much is called significant
 COMPARED = ("bn_weight", "c", "input_norm")  # the settings that the paper compares
-CIRCUMSTANCES = ("name", "device", "machine", "python", "torch", "torchvision", "seconds")  # no settings at all
+CIRCUMSTANCES = ("device", "machine", "python", "torch", "torchvision")  # what else may change the numbers
+
+EXPERIMENT = {  # what the paper compares, by name
+    "baseline": (1.0, 1.0, "dataset"),
+    "proposed": (0.1, 100.0, "bn"),
+    "init": (0.1, 1.0, "bn"),
+    "rate": (1.0, 100.0, "bn"),
+    "input": (1.0, 1.0, "bn"),
+}
 
 
 def evaluate(d1: Any, d2: Any) -> float:
@@ -73,7 +80,7 @@ class Comparison:
         accuracies: its test accuracies in percent, by seed.
         differences: what they exceed the baseline's by, by seed, for the seeds that both have.
         interval: the 95 % confidence interval of the mean difference, two-sided; NaN for fewer than two pairs.
-        p_value: of `evaluate`; NaN for fewer than two pairs.
+        p_value: of `evaluate`; NaN for fewer than two pairs, and where all differences are equal.
         corrected_p_value: the same after Holm's correction over all comparisons that were made with it.
     """
 
@@ -108,9 +115,9 @@ class Comparison:
     def verdict(self) -> str:
         """What the corrected p-value says at the level of 0.05, or why there is none."""
         if len(self.differences) < 2:
-            return f"no test: it needs two pairs, there {'is' if self.differences else 'are'} {len(self.differences)}"
+            return f"no test: it takes two pairs with the baseline, not {len(self.differences)}"
         if np.isnan(self.p_value):
-            return "no test: no seed differs"
+            return "no test: all differences are equal"
         return "significantly better" if self.corrected_p_value <= LEVEL else "not significant"
 
 
@@ -121,13 +128,11 @@ def compare(setting: str, proposed: Mapping[int, float], baseline: Mapping[int, 
     """
     seeds = sorted(proposed.keys() & baseline.keys())
     ours, theirs = [proposed[seed] for seed in seeds], [baseline[seed] for seed in seeds]
-    interval, p_value = (nan, nan), nan
-    if len(seeds) > 1:
-        with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # scipy's, where all differences are equal
-            p_value = evaluate(ours, theirs)
-            interval = tuple(map(float, ttest_rel(ours, theirs).confidence_interval(0.95)))
     differences = {seed: a - b for seed, a, b in zip(seeds, ours, theirs, strict=True)}
+    interval, p_value = (nan, nan), nan
+    if len(seeds) > 1 and np.ptp(list(differences.values())) > 1e-9:  # without spread, a t-test would claim anything
+        p_value = evaluate(ours, theirs)
+        interval = tuple(map(float, ttest_rel(ours, theirs).confidence_interval(0.95)))
     return Comparison(setting, dict(proposed), differences, interval, p_value)
 
 
@@ -135,13 +140,13 @@ def correct(comparisons: Iterable[Comparison]) -> None:
     """Set the p-values after Holm's step-down correction for the number of comparisons.
 
     With m comparisons, the k-th smallest p-value is multiplied by m + 1 - k, and is at least as large as the
-    corrected value before it. Where there is no p-value, none was compared.
+    corrected value before it. Those with fewer than two pairs do not count.
     """
-    tested = sorted((c for c in comparisons if not np.isnan(c.p_value)), key=lambda c: c.p_value)
+    made = [c for c in comparisons if len(c.differences) > 1]
     largest = 0.0
-    for rank, comparison in enumerate(tested):
-        largest = max(largest, min(1.0, (len(tested) - rank) * comparison.p_value))
-        comparison.corrected_p_value = largest
+    for rank, comparison in enumerate(sorted(made, key=lambda c: np.nan_to_num(c.p_value, nan=1.0))):
+        largest = max(largest, min(1.0, (len(made) - rank) * comparison.p_value))
+        comparison.corrected_p_value = largest if comparison.p_value == comparison.p_value else nan
 
 
 HEADER = (
@@ -150,22 +155,25 @@ HEADER = (
 )
 
 
-def table(comparisons: Sequence[Comparison], baseline: str = "baseline") -> str:
+SHORT = tuple(name for name in HEADER if name not in ("pairs", "95 % interval", "improved", "verdict"))
+
+
+def table(comparisons: Sequence[Comparison], columns: Sequence[str] = HEADER, baseline: str = "baseline") -> str:
     """The comparisons as a table in Markdown, whose columns are aligned. The baseline has no comparison."""
-    lines = [HEADER]
+    rows = [dict(zip(columns, columns, strict=True))]
     for c in comparisons:
-        own = (c.setting, f"{len(c.accuracies)}", f"{c.mean:.2f} ± {c.deviation:.2f}".replace("nan", "–"))
-        if c.setting == baseline:
-            lines.append((*own, *[""] * (len(HEADER) - len(own))))
-            continue
-        numbers = (f"{c.difference:+.2f}", "{:+.2f} to {:+.2f}".format(*c.interval))
-        numbers += (f"{c.p_value:.2g}", f"{c.corrected_p_value:.2g}")
-        shown = ["–" if "nan" in number else number for number in numbers]
-        lines.append((*own, f"{len(c.differences)}", *shown, f"{c.improved} of {len(c.differences)}", c.verdict))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, tuple("-" * width for width in widths))
-    rows = (" | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join(f"| {row} |" for row in rows)
+        row = {"setting": c.setting, "seeds": f"{len(c.accuracies)}"}
+        row["test accuracy (%)"] = f"{c.mean:.2f} ± {c.deviation:.2f}".replace("nan", "–")
+        if c.setting != baseline:
+            numbers = {"difference": f"{c.difference:+.2f}", "95 % interval": "{:+.2f} to {:+.2f}".format(*c.interval)}
+            numbers |= {"p": f"{c.p_value:.2g}", "p (Holm)": f"{c.corrected_p_value:.2g}"}
+            row |= {name: "–" if "nan" in number else number for name, number in numbers.items()}
+            pairs = len(c.differences)
+            row |= {"pairs": f"{pairs}", "improved": f"{c.improved} of {pairs}", "verdict": c.verdict}
+        rows.append(row)
+    widths = {name: max(len(row.get(name, "")) for row in rows) for name in columns}
+    rows.insert(1, {name: "-" * width for name, width in widths.items()})
+    return "\n".join(f"| {' | '.join(row.get(name, '').ljust(widths[name]) for name in columns)} |" for row in rows)
 
 
 def by_seed(files: Iterable[Path], of: str) -> dict[int, Results]:
@@ -187,12 +195,19 @@ def by_seed(files: Iterable[Path], of: str) -> dict[int, Results]:
 
 def check_alike(one: Results, other: Results, of: str, apart_from: Sequence[str] = COMPARED) -> None:
     """ValueError, with what differs, where two runs have other settings than their seed and `apart_from` unlike."""
-    names = (one.settings | other.settings).keys() - {"seed", *CIRCUMSTANCES, *apart_from}
+    names = (one.settings | other.settings).keys() - {"name", "seed", "seconds", *CIRCUMSTANCES, *apart_from}
     unlike = [name for name in sorted(names) if one.settings.get(name) != other.settings.get(name)]
     if unlike:
         listed = "; ".join(f"{name} {one.settings.get(name)} and {other.settings.get(name)}" for name in unlike)
         more = f" in more than {', '.join(apart_from)}" if apart_from else ""
         raise ValueError(f"{of} differ{more}: {listed}")
+
+
+def mixed_circumstances(runs: Iterable[Results]) -> list[str]:
+    """A line for each of `CIRCUMSTANCES` in which the runs are not all alike: the test is sound, but less sharp."""
+    runs = list(runs)
+    found = {name: sorted({str(run.settings.get(name)) for run in runs}) for name in CIRCUMSTANCES}
+    return [f"not all runs have the same {name}: {'; '.join(values)}" for name, values in found.items() if values[1:]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -213,6 +228,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     comparisons = [compare("baseline", theirs, {}), compare("proposed", ours, theirs)]
     correct(comparisons)
     print(table(comparisons))
+    for line in mixed_circumstances([*proposed.values(), *baseline.values()]):
+        print(line)
     alone = sorted(proposed.keys() ^ baseline.keys())
     if alone:
         print(f"seeds without a partner, which do not count: {', '.join(map(str, alone))}")

@@ -159,7 +159,7 @@ def train(
                     if results.best_epoch == epoch:
                         best_weights = {name: value.cpu().clone() for name, value in network.state_dict().items()}
                     state = capture_state(results, best_weights, network, optimizer, scheduler)
-                    if time.monotonic() - last_save > settings.checkpoint_seconds:
+                    if time.monotonic() - last_save > settings.checkpoint_seconds or epoch == settings.num_epochs:
                         save_run(files, state)
                         saved, last_save = state, time.monotonic()
                     else:

@@ -134,10 +134,10 @@ def make_round(args: argparse.Namespace, images: CIFAR10, mode: str) -> Callable
 
 
 def make_batches_only(args: argparse.Namespace, images: CIFAR10, mode: str) -> Callable[[], None]:
-    """A function that makes the batches of a round, and has them on the device."""
+    """A function that makes as many batches as a round has steps, at least 20, and has them on the device."""
     ours = mode != PLAIN
     batches = our_batches(images, args.batch_size, args.device) if ours else plain_batches(images, args.batch_size)
-    return lambda: [images.to(args.device) for images, _ in islice(batches, args.steps)]
+    return lambda: [images.to(args.device) for images, _ in islice(batches, max(args.steps, 20))]
 
 
 def peak_memory(args: argparse.Namespace, mode: str) -> float:
@@ -276,7 +276,7 @@ def main() -> None:
         ratio = statistics.median(plain / own for plain, own in zip(times[PLAIN][1:], seconds, strict=True))
         flops, num_bytes = counts[precisions[mode]]
         make = make_batches_only(args, images, mode)
-        batch = statistics.median(seconds_of(make, args.device) / args.steps for _ in range(args.rounds))
+        batch = statistics.median(seconds_of(make, args.device) / max(args.steps, 20) for _ in range(args.rounds))
         print(
             f"{mode:18} {1000 * median:9.2f} {1000 * min(seconds):8.2f} {1000 * max(seconds):8.2f}"
             f" {args.batch_size / median:9,.0f} {ratio:7.2f}x {flops / median / peaks[precisions[mode]]:8.1%}"

@@ -1,11 +1,14 @@
 import re
 from pathlib import Path
 
+import numpy as np
+import pandas
 import pytest
+from scipy import stats
 
 import reproduce
 import train
-from results import EXPERIMENT
+from t_test import EXPERIMENT
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
@@ -26,7 +29,7 @@ def test_every_module_has_an_example():
 def test_every_flag_is_explained(parser):
     section = "The paper's training" if parser.prog == "train.py" else "The paper's experiment"
     text = re.search(rf"^## {section}\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
-    table = dict(re.findall(r"^\| `(--\w+)` \| (.*?) \|", text, re.MULTILINE)[: len(parser._actions)])
+    table = dict(re.findall(r"^\| `(--\w+)` \| (.*?) \|", text, re.MULTILINE))
     flags = {action.option_strings[-1]: action.default for action in parser._actions}
     del flags["--help"]
     assert table.keys() == flags.keys()
@@ -48,3 +51,34 @@ def test_command_of_the_paper_has_every_flag():
     of_the_paper = set(default) - {"checkpoint_seconds", "restart", "precision", "compile", "allow_tf32"}
     assert set(arguments[::2]) == {f"--{name}" for name in of_the_paper}
     assert {name for name in default if given[name] != default[name]} == {"name"}
+
+
+def test_table_of_digits_is_that_of_the_committed_files():
+    rows = re.findall(r"^\| (\w+) +\| (\d+) +\| (.*) \|$", README, re.MULTILINE)
+    assert [row[0] for row in rows] == list(EXPERIMENT)
+    accuracies = {}
+    for name, (bn_weight, c, input_norm) in EXPERIMENT.items():
+        files = (Path(train.__file__).parent / "results" / "digits").glob(
+            f"*-weight{bn_weight:g}-c{c:g}-{input_norm}-seed*.csv"
+        )
+        tables = {int(file.stem.rpartition("seed")[2]): pandas.read_csv(file, comment="#") for file in files}
+        assert sorted(tables) == list(range(1, 16))
+        accuracies[name] = [
+            tables[seed]["test_accuracy"][tables[seed]["val_accuracy"].idxmax()] for seed in sorted(tables)
+        ]
+    differences = {name: np.subtract(accuracies[name], accuracies["baseline"]) for name in list(EXPERIMENT)[1:]}
+    p_values = {name: stats.ttest_1samp(d, 0, alternative="greater").pvalue for name, d in differences.items()}
+    ordered = sorted(p_values.values())
+    for name, seeds, row in rows:
+        fields = [field.strip() for field in row.split("|")]
+        assert seeds == "15"
+        assert fields[0] == f"{np.mean(accuracies[name]):.2f} ± {np.std(accuracies[name], ddof=1):.2f}"
+        if name == "baseline":
+            continue
+        low, high = stats.t.interval(0.95, 14, differences[name].mean(), stats.sem(differences[name]))
+        holm = min(1, max((4 - j) * p for j, p in enumerate(ordered) if p <= p_values[name]))
+        verdict = "significantly better" if holm <= 0.05 else "not significant"
+        assert fields[1:] == [
+            *("15", f"{differences[name].mean():+.2f}", f"{low:+.2f} to {high:+.2f}", f"{p_values[name]:.2g}"),
+            *(f"{holm:.2g}", f"{(differences[name] > 0).sum()} of 15", verdict),
+        ]

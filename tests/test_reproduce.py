@@ -1,24 +1,30 @@
+import fcntl
 import json
 import os
 import pty
 import re
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pandas
 import psutil
 import pytest
 from scipy import stats
 
+import light
 import reproduce
 import train
 from results import Results, read_results
@@ -109,6 +115,7 @@ def test_flags_of_train_pass_through(capsys):
         (["--settings", "init", "a:c=1"], "two of init, a are the same"),
         (["--seeds", "3-1"], "not '3-1'"),
         (["--seeds", "one"], "not 'one'"),
+        (["--name", "x" * 190], "must be at most 200 letters"),
         (["--jobs", "0"], "argument --jobs: must be a whole number of at least 1"),
         (["--seed", "1"], "argument --seed: the experiment sets it"),
         (["--c=5"], "argument --c: the experiment sets it"),
@@ -151,11 +158,12 @@ def test_experiment(small_network, tmp_path, capsys):
 
 
 @pytest.fixture
-def no_training(monkeypatch):
-    monkeypatch.setattr(train, "train_one_epoch", None)
+def no_figures(monkeypatch):
+    """They take seconds."""
+    monkeypatch.setattr(reproduce, "save_figures", lambda *arguments: None)
 
 
-def test_finished_runs_are_not_run_again(small_network, tmp_path, monkeypatch, capsys):
+def test_finished_runs_are_not_run_again(small_network, no_figures, tmp_path, monkeypatch, capsys):
     assert run(tmp_path, "--seeds", "1") == 0
     first = (tmp_path / "results" / f"{PROPOSED}-seed1.csv").stat().st_mtime_ns
     with monkeypatch.context() as patch:
@@ -168,7 +176,7 @@ def test_finished_runs_are_not_run_again(small_network, tmp_path, monkeypatch, c
     assert (tmp_path / "results" / f"{PROPOSED}-seed1.csv").stat().st_mtime_ns > first
 
 
-def test_one_failure_does_not_stop_the_others(small_network, tmp_path, monkeypatch, capsys):
+def test_one_failure_does_not_stop_the_others(small_network, no_figures, tmp_path, monkeypatch, capsys):
     whole = train.train
 
     def fails_with_seed_2(settings):
@@ -185,7 +193,7 @@ def test_one_failure_does_not_stop_the_others(small_network, tmp_path, monkeypat
     assert " of 2 " in rows["proposed"]
 
 
-def test_files_of_another_experiment_are_left_alone(small_network, tmp_path, capsys):
+def test_files_of_another_experiment_are_left_alone(small_network, no_figures, tmp_path, capsys):
     assert run(tmp_path, "--seeds", "1") == 0
     assert run(tmp_path, "--seeds", "1", "--momentum", "0.5") == 1
     assert "momentum was 0.9, now 0.5" in capsys.readouterr().err
@@ -201,11 +209,11 @@ def test_report(small_network, tmp_path, monkeypatch, capsys):
     assert run(tmp_path, "--report", str(committed), "--seeds", "1-5") == 0
     assert " of 2 " in capsys.readouterr().out
     assert (committed / "digits-resnet18-paired-differences.pdf").exists()
-    assert run(tmp_path, "--report") == 0
-    assert "it needs two pairs, there are 0" in capsys.readouterr().out
+    assert run(tmp_path, "--report") == 1
+    assert f"{tmp_path / 'results'} has no finished run of this experiment" in capsys.readouterr().err
 
 
-def test_interrupted_experiment_goes_on(small_network, tmp_path, monkeypatch, capsys):
+def test_interrupted_experiment_goes_on(small_network, no_figures, tmp_path, monkeypatch, capsys):
     whole = train.train
 
     def interrupted(settings):
@@ -218,7 +226,7 @@ def test_interrupted_experiment_goes_on(small_network, tmp_path, monkeypatch, ca
         assert run(tmp_path, "--seeds", "1-3") == 143
     captured = capsys.readouterr()
     assert captured.err.startswith("reproduce.py: stopped;")
-    assert "it needs two pairs, there is 1" in captured.out
+    assert "it takes two pairs with the baseline, not 1" in captured.out
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 2
     assert run(tmp_path, "--seeds", "1-3") == 0
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 6
@@ -242,8 +250,8 @@ def start(path: Path, *flags: str, **options: Any) -> Iterator[subprocess.Popen]
 def test_terminal_shows_bar_and_table(tmp_path):
     main, child = pty.openpty()
     os.set_blocking(main, False)
-    environment = {**ENVIRONMENT, "COLUMNS": "200", "LINES": "50"}
-    with start(tmp_path, "--seeds", "1-2", "--device", "cpu", stderr=child, env=environment) as experiment:
+    fcntl.ioctl(main, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with start(tmp_path, "--seeds", "1-2", "--device", "cpu", stderr=child) as experiment:
         shown = b""
         while experiment.poll() is None:
             time.sleep(0.05)
@@ -255,20 +263,22 @@ def test_terminal_shows_bar_and_table(tmp_path):
     assert experiment.returncode == 0
     text = shown.decode()
     assert re.search(r"50%.*2/4 \[\d\d:\d\d<\d\d:\d\d", text)  # the time left
-    assert "| proposed | 1 " in text and "there is 1" in text
+    header = r"\| setting  \| seeds \| test accuracy \(%\) \| difference \| p +\| p \(Holm\) \|"
+    assert re.search(header, text) and "| proposed | 1 " in text
     assert table.startswith("| setting ")  # nothing but the table at the end
 
 
 # --- several processes ----------------------------------------------------------------------------------------------
 
 MANY = ["--num_epochs", "150", "--checkpoint_seconds", "0.1", "--seeds", "1-2", "--settings", "baseline", "init"]
+THREADS = {"OMP_NUM_THREADS": str(max(1, joblib.cpu_count() // 2))}  # what each of two processes gets
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Iterator[dict[str, Results]]:
-    """The numbers of an undisturbed experiment with as many threads as a process of several gets."""
+    """The numbers of an undisturbed experiment with as many threads as each of two processes gets."""
     path = tmp_path_factory.mktemp("alone")
-    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    environment = {**ENVIRONMENT, **THREADS}
     with start(path, *MANY, "--device", "cpu", env=environment) as experiment:
         _, error = experiment.communicate()
     assert experiment.returncode == 0, error
@@ -297,6 +307,12 @@ def process_at_work(path: Path, epochs: int) -> psutil.Process:
     raise TimeoutError
 
 
+@pytest.fixture
+def light_runs(monkeypatch):
+    """Stand-ins for runs, of which other processes know at once."""
+    monkeypatch.setattr(reproduce, "run_cell", light.run_cell)
+
+
 def test_killed_process_and_stopped_experiment(alone, tmp_path):
     flags = [*MANY, "--jobs", "2", "--device", "cpu"]
     with start(tmp_path, *flags) as experiment:
@@ -305,63 +321,102 @@ def test_killed_process_and_stopped_experiment(alone, tmp_path):
         experiment.terminate()
         _, error = experiment.communicate(timeout=300)
     assert experiment.returncode == 143
-    assert error.splitlines()[-1].startswith("reproduce.py: stopped; the epochs that are done are saved")
+    assert "\nreproduce.py: stopped; the epochs that are done are saved: give the same command again" in f"\n{error}"
     assert numbers(tmp_path) != alone
     with start(tmp_path, *flags) as experiment:
         _, error = experiment.communicate(timeout=300)
     assert experiment.returncode == 0, error
     assert numbers(tmp_path) == alone
+    for file in (tmp_path / "results").glob("*seed*.csv"):
+        assert str(read_results(file).settings["machine"]).endswith(f", {THREADS['OMP_NUM_THREADS']} threads")
+
+
+def test_run_that_kills_its_process_does_not_stop_the_others(light_runs):
+    names = ["a", "deadly", "b", "c", "deadly too", "d"]
+    outcomes = {cell.name: outcome for cell, outcome in reproduce.run_here(list(map(light.Cell, names)), 2, None, [])}
+    killed = "its process was killed 3 times, perhaps for lack of memory"
+    assert outcomes == {name: killed if name.startswith("deadly") else "done" for name in names}
 
 
 @contextmanager
-def cluster(folder: Path, **environment: str) -> Iterator[tuple[str, list[subprocess.Popen]]]:
-    """The address of a Dask scheduler on this machine, and its two workers."""
+def cluster(folder: Path, **environment: str) -> Iterator[tuple[str, Callable[[], subprocess.Popen]]]:
+    """The address of a Dask scheduler on this machine, and a function that starts one worker more."""
     file = folder / "scheduler.json"
-    options = {"env": {**ENVIRONMENT, "OMP_NUM_THREADS": "1", **environment}, "cwd": folder}
-    dask = [sys.executable, "-m", "dask"]
-    scheduler = [*dask, "scheduler", "--scheduler-file", file, "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
-    worker = [*dask, "worker", "--scheduler-file", file, "--nthreads", "1", "--no-nanny", "--no-dashboard"]
+    home = folder / "home"
+    home.mkdir()
+    options = {"env": {**ENVIRONMENT, **THREADS, **environment}, "cwd": home}
     with (folder / "cluster.log").open("w") as log, ExitStack() as stack:
-        processes = []
-        for command in (scheduler, worker, worker):
-            processes.append(stack.enter_context(subprocess.Popen(command, stdout=log, stderr=log, **options)))
-            stack.callback(processes[-1].kill)
+
+        def dask(*arguments: str) -> subprocess.Popen:
+            command = [sys.executable, "-m", "dask", *arguments, "--scheduler-file", str(file), "--no-dashboard"]
+            process = stack.enter_context(subprocess.Popen(command, stdout=log, stderr=log, **options))
+            stack.callback(process.kill)
+            return process
+
+        scheduler = dask("scheduler", "--host", "127.0.0.1", "--port", "0")
         while not file.exists():
-            assert processes[0].poll() is None, Path(log.name).read_text()
+            assert scheduler.poll() is None, Path(log.name).read_text()
             time.sleep(0.1)
-        yield json.loads(file.read_text())["address"], processes[1:]
+        yield json.loads(file.read_text())["address"], lambda: dask("worker", "--nthreads", "1", "--no-nanny")
 
 
 def test_cluster_with_a_killed_worker(alone, tmp_path):
     path = tmp_path / "shared"
-    with cluster(tmp_path) as (address, workers), start(path, *MANY, "--scheduler", address) as experiment:
-        victim = process_at_work(path, 10).pid
-        next(worker for worker in workers if worker.pid == victim).kill()
-        out, error = experiment.communicate(timeout=300)
+    with cluster(tmp_path) as (address, start_worker):
+        worker = start_worker()
+        with start(Path("shared"), *MANY, "--scheduler", address, cwd=tmp_path) as experiment:
+            assert process_at_work(path, 10).pid == worker.pid
+            start_worker()
+            worker.kill()
+            out, error = experiment.communicate(timeout=300)
     assert experiment.returncode == 0, error
     assert numbers(path) == alone
     assert "4/4 " in out
 
 
-def test_cluster_that_gives_up_a_run(alone, tmp_path):
-    path = tmp_path / "shared"
-    impatient = cluster(tmp_path, DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="0")
-    with impatient as (address, _), start(path, *MANY, "--scheduler", address) as experiment:
-        process_at_work(path, 10).kill()
-        _, error = experiment.communicate(timeout=300)
-    assert experiment.returncode == 1
-    failed = re.findall("^reproduce.py: (.*) failed: KilledWorker: ", error, re.MULTILINE)
-    assert 1 <= len(failed) == error.count("\n") < 4
-    finished = {Path(name).stem for name, columns in numbers(path).items() if columns == alone[name]}
-    assert finished | set(failed) == {Path(name).stem for name in alone}
+def run_light(address: str, path: Path, *names: str) -> dict[str, reproduce.Outcome]:
+    """What comes of stand-ins for runs on a cluster, by name."""
+    outcomes = reproduce.run_on_cluster([light.Cell(name, path) for name in names], address, None)
+    return {cell.name: outcome for cell, outcome in outcomes}
 
 
-def test_cluster_without_the_project(tmp_path):
-    path = tmp_path / "shared"
-    with cluster(tmp_path, PYTHONPATH="") as (address, _), start(path, *MANY, "--scheduler", address) as experiment:
-        _, error = experiment.communicate(timeout=300)
-    assert experiment.returncode == 1
-    assert error.count("\n") == 1 and f"PYTHONPATH={FOLDER.parent}" in error
+def test_cluster_that_gives_up_a_run(light_runs, tmp_path):
+    with cluster(tmp_path, DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="0") as (address, start_worker):
+        start_worker(), start_worker()
+        outcomes = run_light(address, tmp_path, "deadly", "a", "b", "c")
+    # Dask may blame runs that it had given to the same worker, too
+    killed = {name for name, outcome in outcomes.items() if outcome.startswith("KilledWorker: ")}
+    assert outcomes.keys() == {"deadly", "a", "b", "c"} and "deadly" in killed
+    assert {outcomes[name] for name in outcomes.keys() - killed} == {"done"}
+
+
+def test_cluster_whose_scheduler_dies(light_runs, tmp_path):
+    with cluster(tmp_path) as (address, start_worker):
+        start_worker(), start_worker()
+        port = int(address.rpartition(":")[2])
+        listening = {c.laddr.port: c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+        killer = threading.Timer(4, psutil.Process(listening[port]).kill)
+        killer.start()
+        with pytest.raises(ConnectionError, match=f"the scheduler at {address} is gone"):
+            run_light(address, tmp_path, "slow", "slower", "slow too")
+
+
+def test_cluster_without_the_project(light_runs, tmp_path):
+    with cluster(tmp_path, PYTHONPATH="") as (address, start_worker):
+        start_worker()
+        with pytest.raises(
+            ValueError, match=f"PYTHONPATH={FOLDER.parent}: tcp://.*, {address} cannot import reproduce"
+        ):
+            run_light(address, tmp_path, "a")
+
+
+def test_cluster_that_does_not_share_the_folder(light_runs, tmp_path, monkeypatch):
+    with cluster(tmp_path) as (address, start_worker):
+        start_worker()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "touch", lambda path: None)  # what is made here is not there
+            with pytest.raises(ValueError, match=f"{tmp_path} must be a folder that all workers share; not so for tcp"):
+                run_light(address, tmp_path, "a")
 
 
 def test_cluster_that_is_not_there(tmp_path, capsys):
@@ -384,3 +439,13 @@ def test_every_run_has_a_gpu_of_its_own(tmp_path, monkeypatch):
         assert free_again == "cuda:0"
     with reproduce.own_device(None, lambda: 0) as none:
         assert none == "cpu"
+
+
+def test_gpus_of_a_job_are_told_from_those_of_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    chosen = []
+    with ExitStack() as stack:
+        for visible in ("0,1", "2,3", "0,1"):
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+            chosen.append(stack.enter_context(reproduce.own_device(None, lambda: 2)))
+    assert chosen == ["cuda:0", "cuda:0", "cuda:1"]

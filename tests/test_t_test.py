@@ -109,11 +109,12 @@ def test_compare_pairs_by_seed():
 @pytest.mark.parametrize(
     ("proposed", "baseline", "verdict"),
     [
-        ({}, {}, "no test: it needs two pairs, there are 0"),
-        ({1: 95.0}, {1: 94.0, 2: 93.0}, "no test: it needs two pairs, there is 1"),
-        ({1: 95.0, 2: 94.0}, {1: 95.0, 2: 94.0}, "no test: no seed differs"),
-        ({1: 95.0, 2: 94.0}, {1: 94.0, 2: 93.0}, "significantly better"),
-        ({1: 94.0, 2: 93.0}, {1: 95.0, 2: 94.0}, "not significant"),
+        ({}, {}, "no test: it takes two pairs with the baseline, not 0"),
+        ({1: 95.0}, {1: 94.0, 2: 93.0}, "no test: it takes two pairs with the baseline, not 1"),
+        ({1: 95.0, 2: 94.0}, {1: 95.0, 2: 94.0}, "no test: all differences are equal"),
+        ({1: 95.1, 2: 94.3}, {1: 94.0, 2: 93.2}, "no test: all differences are equal"),
+        ({1: 95.1, 2: 94.0}, {1: 94.0, 2: 93.0}, "significantly better"),
+        ({1: 94.1, 2: 93.0}, {1: 95.0, 2: 94.0}, "not significant"),
     ],
 )
 def test_verdict(proposed, baseline, verdict):
@@ -136,10 +137,13 @@ def holm(p_values: list[float]) -> list[float]:
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8, unique=True))
 def test_holm_correction(p_values):
     comparisons = [Comparison(str(p), {}, {1: 1.0, 2: 1.0}, (0.0, 0.0), p) for p in p_values]
-    undecided = compare("too few", {}, {})
-    correct([undecided, *comparisons])
+    too_few = compare("too few", {}, {})
+    correct([too_few, *comparisons])
     assert [c.corrected_p_value for c in comparisons] == pytest.approx(holm(p_values))
-    assert math.isnan(undecided.corrected_p_value)
+    equal = compare("equal", {1: 1.0, 2: 2.0}, {1: 0.0, 2: 1.0})
+    correct([equal, *comparisons])  # it was compared, and found nothing
+    assert [c.corrected_p_value for c in comparisons] == pytest.approx(holm([*p_values, 1.0])[:-1])
+    assert math.isnan(too_few.corrected_p_value) and math.isnan(equal.corrected_p_value)
 
 
 def test_correction_is_in_the_verdict():
@@ -182,12 +186,13 @@ def fails(capsys):
 
 def test_files(tmp_path, capsys):
     proposed = write_runs(tmp_path, PROPOSED, bn_weight=0.1, c=100.0, input_norm="bn")
-    baseline = write_runs(tmp_path, BASELINE[:4], bn_weight=1.0, c=1.0, input_norm="dataset")
+    baseline = write_runs(tmp_path, BASELINE[:4], bn_weight=1.0, c=1.0, input_norm="dataset", torch="2.11")
     main(["--proposed", *reversed(proposed), "--baseline", *baseline])
-    *_, line, alone = capsys.readouterr().out.splitlines()
+    *_, line, versions, alone = capsys.readouterr().out.splitlines()
     fields = [field.strip() for field in line.strip("|").split("|")]
     assert fields[:3] == ["proposed", "5", f"{np.mean(PROPOSED):.2f} ± {np.std(PROPOSED, ddof=1):.2f}"]
     assert fields[6] == f"{by_hand(PROPOSED[:4], BASELINE[:4]):.2g}"
+    assert versions == "not all runs have the same torch: 2.11; None"
     assert alone == "seeds without a partner, which do not count: 5"
 
 
