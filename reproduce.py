@@ -355,8 +355,8 @@ class Display:
 
     def __init__(self, num_runs: int, num_finished: int, comparisons: list[Comparison]) -> None:
         self.on_terminal = sys.stderr.isatty()
-        options = {"disable": not self.on_terminal, "leave": False, "dynamic_ncols": True}
-        self.bar = tqdm(total=num_runs, initial=num_finished, unit="run", smoothing=0, **options)
+        options = {"disable": not self.on_terminal, "leave": False, "dynamic_ncols": True, "mininterval": 0}
+        self.bar = tqdm(total=num_runs, initial=num_finished, unit="run", smoothing=0, miniters=1, **options)
         rows = enumerate(table(comparisons, SHORT).splitlines(), start=1)
         self.lines = [tqdm(desc=row, bar_format="{desc}", position=position, **options) for position, row in rows]
         self.place = itertools.count(num_finished + 1)

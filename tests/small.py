@@ -5,12 +5,8 @@ from sklearn.utils import Bunch
 from torch import nn
 
 import data
-import figures
-import reproduce
 import train
 from batch_norm import ScaleBatchNorm2d
-
-run_cell = reproduce.run_cell
 
 
 def load_few_digits() -> Bunch:
@@ -31,23 +27,4 @@ def construct_small_network(
 def train_small() -> None:
     """Let every further run of this process take a few digits and the small network."""
     data.load_digits = load_few_digits
-    train.construct_network = figures.construct_network = construct_small_network
-
-
-def run_small_cell(cell: reproduce.Cell, device: str | None) -> tuple[reproduce.Cell, reproduce.Outcome]:
-    """`reproduce.run_cell` on them, wherever it is called."""
-    train_small()
-    return run_cell(cell, device)
-
-
-def reproduce_small() -> None:
-    """`python reproduce.py`, whose runs train on them."""
-    train_small()
-    reproduce.run_cell = run_small_cell
-    reproduce.main()
-
-
-if __name__ == "__main__":
-    from small import reproduce_small
-
-    reproduce_small()
+    train.construct_network = construct_small_network

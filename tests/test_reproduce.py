@@ -13,6 +13,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from scipy import stats
 import light
 import reproduce
 import train
+from checkpoint import lock_run, run_files
 from results import Results, read_results
 
 FOLDER = Path(__file__).parent
@@ -238,13 +240,48 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (FOLDER.pare
 @contextmanager
 def start(path: Path, *flags: str, **options: Any) -> Iterator[subprocess.Popen]:
     """An experiment in other processes, which does not outlive a failing test."""
-    command = [sys.executable, FOLDER / "small.py", *FLAGS, "--path", path, *flags]
+    command = [sys.executable, FOLDER / "small_experiment.py", *FLAGS, "--path", path, *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT}
     with subprocess.Popen(command, text=True, **(pipes | options)) as experiment:
         try:
             yield experiment
         finally:
             experiment.kill()
+
+
+def test_signal_before_a_training_begins(small_network, tmp_path, monkeypatch):
+    def load(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr(train, "load_image_set", load)
+    assert run(tmp_path, "--seeds", "1-3") == 130
+    assert not list((tmp_path / "results").glob("*seed*"))
+
+
+def test_run_of_another_process_is_waited_for(small_network, tmp_path):
+    [cell, _] = cells("--seeds", "1", "--path", str(tmp_path))
+    files = run_files(cell.run.path, cell.name)
+    with ThreadPoolExecutor() as pool, lock_run(files):
+        waiting = pool.submit(reproduce.run_cell, cell, "cpu")
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=3)
+    assert waiting.result()[1].test_accuracy == read_results(files.results).test_accuracy
+
+
+def test_run_is_restarted_only_once(small_network, tmp_path, monkeypatch):
+    [cell, _] = cells("--seeds", "1", "--path", str(tmp_path), "--restart")
+    restarts = []
+    monkeypatch.setattr(train, "train", lambda settings: restarts.append(settings.restart))
+    file = run_files(cell.run.path, cell.name).results
+    file.parent.mkdir()
+    for began in (None, 100.0, 101.0):
+        if began:
+            file.touch()
+            os.utime(file, (100, 100))
+            cell.began = began
+        reproduce.run_cell(cell, "cpu")
+    assert restarts == [True, False, True]
 
 
 def test_terminal_shows_bar_and_table(tmp_path):
