@@ -7,6 +7,7 @@ All figures can be read in grey: lines differ in their strokes and markers too.
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ import numpy as np
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -26,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from data import load_image_set, make_batches
 from networks import SIGMA_ACT, construct_network
-from results import Results, read_results
+from results import Results, read_results, write_atomically
 from t_test import COMPARED, EXPERIMENT, LEVEL, by_seed, check_alike, compare
 
 Runs = Mapping[str, Mapping[int, Results]]  # by setting and seed
@@ -87,23 +89,22 @@ def paired_differences(runs: Runs, baseline: str = "baseline") -> Figure:
     if not comparisons:
         raise ValueError(f"there is no seed with a run of {baseline} and of another setting")
     axes = make_axes(columns=len(comparisons), width=max(2.6, 5.5 / len(comparisons)), sharey=True, squeeze=False)[0]
+    handles: dict[str, Artist] = {}
     for panel, c in zip(axes, comparisons, strict=True):
         names, values = list(map(str, c.differences)), list(c.differences.values())
         colors = ["0.4" if value > 0 else "0.85" for value in values]
         panel.bar(names, values, color=colors, edgecolor="black", linewidth=0.8, zorder=2)
         panel.axhline(0, color="black", linewidth=0.8, zorder=3)
-        mean = panel.axhline(c.difference, color="C3", linestyle="--", linewidth=2, zorder=3, label="mean")
-        handles = [mean]
+        mean = panel.axhline(c.difference, color="C3", linestyle="--", linewidth=2, zorder=3)
+        handles["mean"] = mean
         title = f"{c.setting}: {c.difference:+.2f}"
-        if len(values) > 1:
-            handles.append(
-                panel.axhspan(*c.interval, color="C3", alpha=0.2, zorder=0, label="95 % interval of the mean")
-            )
+        if np.isfinite(c.interval).all():
+            handles["95 % interval of the mean"] = panel.axhspan(*c.interval, color="C3", alpha=0.2, zorder=0)
             title += "\n({:+.2f} to {:+.2f})".format(*c.interval)
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("seed")
         panel.tick_params(axis="x", labelsize=7)
-    axes[0].figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    axes[0].figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
     axes[0].set_ylabel(f"test accuracy − {baseline}'s (percentage points)")
     return axes[0].figure
 
@@ -311,20 +312,23 @@ def save_figures(stem: Path, runs: Runs, networks: Path) -> list[Path]:
     weights: dict[str, Weights] = {}
     files = {name: networks / f"{run.settings['name']}-best.pt" for name, run in firsts.items()}
     archive = stem.with_name(f"{stem.name}-scales-and-shifts.npz")
-    title = ", ".join(f"{name} with seed {run.settings['seed']}" for name, run in firsts.items())
+    title = ", ".join(run.settings["name"] for run in firsts.values())
     if files and all(file.exists() for file in files.values()):
         weights = {name: torch.load(file, map_location="cpu", weights_only=True) for name, file in files.items()}
         arrays = {f"{name}/{key}": value for name, of in weights.items() for key, value in batch_norm_arrays(of)}
-        np.savez_compressed(archive, **arrays)
+        content = io.BytesIO()
+        np.savez_compressed(content, title=title, **arrays)
+        write_atomically(archive, content.getvalue())
         measured = {name: measure_run(firsts[name], of, networks.parent / "images") for name, of in weights.items()}
         figure = normalized_values(measured)
         figure.suptitle(f"{title}; 128 test images", fontsize=9)
         made += save(figure, stem.with_name(f"{stem.name}-normalized-values"))
     elif archive.exists():
         with np.load(archive) as arrays:
-            for key, value in arrays.items():
-                setting, _, name = key.partition("/")
-                weights.setdefault(setting, {})[name] = value
+            if arrays["title"] == title:  # it is of these runs
+                for key in (key for key in arrays.files if key != "title"):
+                    setting, _, name = key.partition("/")
+                    weights.setdefault(setting, {})[name] = arrays[key]
     if weights:
         figure = learned_scales_and_shifts(weights, {name: EXPERIMENT[name][0] for name in weights})
         figure.suptitle(title, fontsize=9)

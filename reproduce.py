@@ -8,7 +8,6 @@ command: finished runs are not run again, the others continue from their checkpo
 
 import argparse
 import csv
-import getpass
 import importlib.util
 import io
 import itertools
@@ -38,7 +37,7 @@ from joblib import Parallel, delayed, parallel_config
 from tqdm import tqdm
 
 import train
-from checkpoint import check_settings, run_files
+from checkpoint import check_settings, lock_run, run_files
 from figures import save_figures
 from networks import INPUT_NORMS
 from results import Results, read_results, to_text, write_atomically
@@ -48,6 +47,7 @@ Outcome = Results | str | int  # of a run: its results, why it failed, or the si
 Runs = dict[str, dict[int, Results]]  # finished runs, by setting and seed
 
 ATTEMPTS = 3  # how often a run may lose its process before it counts as failed
+MISSED: list[int] = []  # signals that came while this process had no run
 ONE_RUN = threading.Lock()  # the random generators are the process's: two runs in it would not be reproducible
 
 
@@ -59,13 +59,11 @@ class Cell:
         setting: name of the setting.
         flags: of train.py, without `--path` and `--device`.
         run: what `train.parse` makes of them, with a path that holds wherever a process is at home.
-        began: when the experiment began, as time of a file; what is older, `--restart` is for.
     """
 
     setting: str
     flags: list[str]
     run: argparse.Namespace
-    began: float = 0.0
 
     @property
     def seed(self) -> int:
@@ -162,13 +160,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.scheduler and args.jobs > 1:
         raise ValueError("argument --jobs: the cluster has its own number of workers: leave it out with --scheduler")
 
+    names = [name for one in args.settings for name in one]
     args.settings = {name: values for one in args.settings for name, values in one.items()}
     for bn_weight in args.bn_weights:
         values = (bn_weight, *EXPERIMENT["proposed"][1:])
         if values not in args.settings.values():
             args.settings[f"bn_weight {train.short(bn_weight)}"] = values
-    if len(set(args.settings.values())) < len(args.settings):
-        raise ValueError(f"argument --settings: two of {', '.join(args.settings)} are the same")
+    if len(set(args.settings.values())) < len(args.settings) or len(set(names)) < len(names):
+        raise ValueError(f"argument --settings: two of {', '.join(names)} are the same")
     unique = dict.fromkeys(itertools.chain.from_iterable(args.seeds))
     # seed by seed, so that what is there after an interruption is a paired sample
     args.cells = [make_cell(args, name, seed, others) for seed in unique for name in args.settings]
@@ -220,13 +219,10 @@ def run_cell(cell: Cell, device: str | None) -> tuple[Cell, Outcome]:
 
     Where another process is at work on the run, such as one that a stopped experiment has left behind, it waits.
     """
-    flags = [*cell.flags, "--path", str(cell.run.path)]
-    results = run_files(cell.run.path, cell.name).results
-    if results.exists() and results.stat().st_mtime >= cell.began:  # it has been restarted already
-        flags = [flag for flag in flags if flag != "--restart"]
+    flags = [flag for flag in cell.flags if flag != "--restart"]  # the experiment as a whole does that
     try:
-        with ONE_RUN, own_device(device) as own:
-            settings = train.parse([*flags, "--device", own])
+        with train.on_signals(train.interrupt), ONE_RUN, own_device(device) as own:
+            settings = train.parse([*flags, "--path", str(cell.run.path), "--device", own])
             while True:
                 try:
                     return cell, train.train(settings)
@@ -236,6 +232,20 @@ def run_cell(cell: Cell, device: str | None) -> tuple[Cell, Outcome]:
         return cell, stop.args[0] if stop.args else signal.SIGINT
     except Exception as error:  # whatever it is, the other runs go on
         return cell, describe(error)
+
+
+def run_in_worker(cell: Cell, device: str | None) -> tuple[Cell, Outcome]:
+    """`run_cell` in a process that makes nothing but runs: a signal that comes between two stops the next one.
+
+    It must not end the process: with it, joblib would end all others, which are saving their runs.
+    """
+    if MISSED:
+        return cell, MISSED[0]
+    try:
+        return run_cell(cell, device)
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: MISSED.append(number))
 
 
 def describe(error: BaseException) -> str:
@@ -256,7 +266,7 @@ def own_device(device: str | None, count: Callable[[], int] = torch.cuda.device_
     names = visible.split(",") if visible else range(count())
     with ExitStack() as stack:
         for row, index in ((row, index) for row in itertools.count() for index in range(count())):
-            file = f"batch-norm-initialization-{getpass.getuser()}-cuda{names[index]}-{row}.lock"
+            file = f"batch-norm-initialization-{os.getuid()}-cuda{names[index]}-{row}.lock"
             try:
                 stack.enter_context(FileLock(Path(tempfile.gettempdir()) / file, timeout=0))
                 break
@@ -271,13 +281,14 @@ def run_here(cells: list[Cell], jobs: int, device: str | None, stops: list[int])
     Where a process is killed, its run goes on from its checkpoint in another one. After an entry in `stops`, no
     further run begins.
     """
+    run = run_cell if jobs == 1 else run_in_worker
     groups, killed = [list(cells)], Counter()
     while groups and not stops:
         left = groups.pop(0)
         waiting = itertools.takewhile(lambda _: not stops, tuple(left))
         parallel = Parallel(n_jobs=jobs, pre_dispatch="n_jobs", batch_size=1, return_as="generator_unordered")
         try:
-            for cell, outcome in parallel(delayed(run_cell)(cell, device) for cell in waiting):
+            for cell, outcome in parallel(delayed(run)(cell, device) for cell in waiting):
                 left.remove(cell)
                 yield cell, outcome
         except BrokenProcessPool:  # all processes are gone, and nothing says whose fault it was
@@ -290,14 +301,17 @@ def run_here(cells: list[Cell], jobs: int, device: str | None, stops: list[int])
                 groups = [*([suspect] for suspect in suspects), *([others] if others else []), *groups]
 
 
+class ClusterError(Exception):
+    """A cluster cannot make the runs."""
+
+
 def run_on_cluster(cells: list[Cell], address: str, device: str | None) -> Iterator[tuple[Cell, Outcome]]:
     """Make the runs on the workers of a Dask cluster; yields what `run_cell` returns, as they finish.
 
     Where a worker is lost, Dask gives its run to another one, which goes on from the checkpoint.
 
     Raises:
-        OSError: there is no scheduler at the address, or no longer.
-        ValueError: the workers cannot do it; the message says what to change.
+        ClusterError: there is no scheduler, or its workers cannot do it; the message says what to change.
     """
     import distributed  # these take a second, and nothing else needs them
     from joblib._dask import DaskDistributedBackend
@@ -331,23 +345,28 @@ def run_on_cluster(cells: list[Cell], address: str, device: str | None) -> Itera
 
 
 def check_cluster(client: Any, path: Path) -> None:
-    """ValueError where there are no workers, or some that cannot make runs whose files belong below `path`."""
+    """ClusterError where there are no workers, or some that cannot make runs whose files belong below `path`."""
     try:
         client.wait_for_workers(1, timeout=30)
     except TimeoutError:
-        raise ValueError(f"{client.scheduler.address} has no workers: start some with dask worker") from None
-    with probe_file(path) as probe:
+        raise ClusterError(f"{client.scheduler.address} has no workers: start some with dask worker") from None
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / f"probe-{uuid.uuid4().hex}.tmp"
+    probe.touch()
+    try:
         seen = client.run(Path.exists, probe, on_error="return")
+    finally:
+        probe.unlink(missing_ok=True)
     blind = [address for address, sees in seen.items() if sees is not True]
     if blind:
-        raise ValueError(f"{path} must be a folder that all workers share; not so for {', '.join(blind)}")
+        raise ClusterError(f"{path} must be a folder that all workers share; not so for {', '.join(blind)}")
     module = Path(__file__).stem
     found = client.run(importlib.util.find_spec, module, on_error="return")
     found[client.scheduler.address] = client.run_on_scheduler(importlib.util.find_spec, module)
     lost = [address for address, spec in found.items() if getattr(spec, "loader", None) is None]
     if lost:
         variable = f"PYTHONPATH={Path(__file__).parent}"
-        raise ValueError(f"start scheduler and workers with {variable}: {', '.join(lost)} cannot import {module}")
+        raise ClusterError(f"start scheduler and workers with {variable}: {', '.join(lost)} cannot import {module}")
 
 
 class Display:
@@ -361,11 +380,12 @@ class Display:
         self.lines = [tqdm(desc=row, bar_format="{desc}", position=position, **options) for position, row in rows]
         self.place = itertools.count(num_finished + 1)
 
-    def show(self, text: str, comparisons: list[Comparison]) -> None:
-        """Of one more run there is `text` to say."""
+    def show(self, text: str, comparisons: list[Comparison], failed: bool = False) -> None:
+        """Of one more run there is `text` to say; a terminal shows it where the run has failed."""
         place = f"{next(self.place)}/{self.bar.total}"
-        if not self.on_terminal:
-            print(f"{place} {text}", flush=True)
+        if failed or not self.on_terminal:
+            tqdm.write(f"{place} {text}")
+            sys.stdout.flush()
         self.bar.update()
         for line, row in zip(self.lines, table(comparisons, SHORT).splitlines(), strict=True):
             line.set_description_str(row)
@@ -382,9 +402,11 @@ def make_runs(args: argparse.Namespace, runs: Runs, failed: dict[str, str]) -> l
     cells = [cell for cell in args.cells if cell.seed not in runs[cell.setting] and cell.name not in failed]
     if not cells:
         return stops
-    with probe_file(args.path) as probe:
-        for cell in cells:
-            cell.began = probe.stat().st_mtime
+    if cells[0].run.restart:
+        for files in (run_files(cell.run.path, cell.name) for cell in cells):
+            with lock_run(files):
+                for file in (files.results, files.best_weights, files.checkpoint):
+                    file.unlink(missing_ok=True)
 
     def stop(number: int) -> None:
         stops.append(number)
@@ -406,27 +428,15 @@ def make_runs(args: argparse.Namespace, runs: Runs, failed: dict[str, str]) -> l
                     stops.append(outcome)
                 elif isinstance(outcome, str):
                     failed[cell.name] = outcome
-                    display.show(f"{cell.name} failed: {outcome}", compare_all(runs))
+                    display.show(f"{cell.name} failed: {outcome}", compare_all(runs), failed=True)
                 else:
                     runs[cell.setting][cell.seed] = outcome
                     display.show(f"{cell.name} test accuracy {outcome.test_accuracy:.3f} %", compare_all(runs))
         except KeyboardInterrupt as interrupt:
             stops.append(interrupt.args[0])
-        except (OSError, ValueError) as error:  # the cluster
-            failed["the experiment"] = describe(error)
+        except ClusterError as error:
+            failed["the experiment"] = str(error)
     return stops
-
-
-@contextmanager
-def probe_file(path: Path) -> Iterator[Path]:
-    """An empty file in a folder, for as long as it is needed."""
-    path.mkdir(parents=True, exist_ok=True)
-    probe = path / f"probe-{uuid.uuid4().hex}.tmp"
-    try:
-        probe.touch()
-        yield probe
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def compare_all(runs: Runs) -> list[Comparison]:
@@ -492,16 +502,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(table(comparisons))
         for line in mixed_circumstances(run for seeds in runs.values() for run in seeds.values()):
             print(line)
+        for name, reason in failed.items():
+            print(f"reproduce.py: {name} failed: {reason}", file=sys.stderr)
         write_comparisons(folder / args.name, args, comparisons)
         if not stops:
             save_figures(folder / args.name, runs, folder.parent / "networks")
     except (OSError, ValueError) as error:
         end(1, f"error: {error}")
-    for name, reason in failed.items():
-        print(f"reproduce.py: {name} failed: {reason}", file=sys.stderr)
     if stops:
         again = "without --restart" if args.cells[0].run.restart else "again"
-        end(128 + stops[0], f"stopped; the epochs that are done are saved: give the same command {again} to go on")
+        saved = (
+            "runs that workers have begun go to their end" if args.scheduler else "the epochs that are done are saved"
+        )
+        end(128 + stops[0], f"stopped; {saved}: give the same command {again} to go on")
     if failed:
         sys.exit(1)
 

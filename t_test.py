@@ -58,7 +58,7 @@ def evaluate(d1: Any, d2: Any) -> float:
 
 def as_vector(values: Any, name: str) -> np.ndarray:
     """`values` as a float64 array of one dimension; ValueError, naming `name`, where that cannot be."""
-    if hasattr(values, "detach"):  # a tensor: recognised without importing torch, which takes seconds
+    if hasattr(values, "detach"):  # a tensor: recognized without importing torch, which takes seconds
         values = values.detach().cpu().double()
     try:
         vector = np.asarray(values, dtype=np.float64)

@@ -4,7 +4,7 @@ import figures
 import reproduce
 from small import construct_small_network, train_small
 
-run_cell = reproduce.run_cell
+run_cell, run_in_worker = reproduce.run_cell, reproduce.run_in_worker
 
 
 def run_small_cell(cell: reproduce.Cell, device: str | None) -> tuple[reproduce.Cell, reproduce.Outcome]:
@@ -13,11 +13,17 @@ def run_small_cell(cell: reproduce.Cell, device: str | None) -> tuple[reproduce.
     return run_cell(cell, device)
 
 
+def run_small_in_worker(cell: reproduce.Cell, device: str | None) -> tuple[reproduce.Cell, reproduce.Outcome]:
+    """`reproduce.run_in_worker` on them."""
+    train_small()
+    return run_in_worker(cell, device)
+
+
 def main() -> None:
     """The command line."""
     train_small()
     figures.construct_network = construct_small_network
-    reproduce.run_cell = run_small_cell
+    reproduce.run_cell, reproduce.run_in_worker = run_small_cell, run_small_in_worker
     reproduce.main()
 
 

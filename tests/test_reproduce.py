@@ -28,7 +28,7 @@ from scipy import stats
 import light
 import reproduce
 import train
-from checkpoint import lock_run, run_files
+from checkpoint import load_checkpoint, lock_run, run_files
 from results import Results, read_results
 
 FOLDER = Path(__file__).parent
@@ -115,6 +115,7 @@ def test_flags_of_train_pass_through(capsys):
         (["--settings", "baseline:c=5"], "needs a name of its own"),
         (["--settings", ":c=5"], "needs a name of its own"),
         (["--settings", "init", "a:c=1"], "two of init, a are the same"),
+        (["--settings", "a:c=2", "a:c=3"], "two of a, a are the same"),
         (["--seeds", "3-1"], "not '3-1'"),
         (["--seeds", "one"], "not 'one'"),
         (["--name", "x" * 190], "must be at most 200 letters"),
@@ -269,19 +270,22 @@ def test_run_of_another_process_is_waited_for(small_network, tmp_path):
     assert waiting.result()[1].test_accuracy == read_results(files.results).test_accuracy
 
 
-def test_run_is_restarted_only_once(small_network, tmp_path, monkeypatch):
-    [cell, _] = cells("--seeds", "1", "--path", str(tmp_path), "--restart")
-    restarts = []
-    monkeypatch.setattr(train, "train", lambda settings: restarts.append(settings.restart))
-    file = run_files(cell.run.path, cell.name).results
-    file.parent.mkdir()
-    for began in (None, 100.0, 101.0):
-        if began:
-            file.touch()
-            os.utime(file, (100, 100))
-            cell.began = began
-        reproduce.run_cell(cell, "cpu")
-    assert restarts == [True, False, True]
+def test_restarted_experiment_goes_on_without_the_flag(small_network, no_figures, tmp_path, monkeypatch, capsys):
+    assert run(tmp_path, "--seeds", "1-3") == 0
+    whole = train.train
+
+    def interrupted(settings):
+        if settings.seed == 2:
+            raise KeyboardInterrupt(signal.SIGTERM)
+        return whole(settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", interrupted)
+        assert run(tmp_path, "--seeds", "1-3", "--restart") == 143
+    assert "give the same command without --restart to go on" in capsys.readouterr().err
+    assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 2  # what was there before is gone
+    assert run(tmp_path, "--seeds", "1-3") == 0
+    assert capsys.readouterr().out.startswith("3/6 ")
 
 
 def test_terminal_shows_bar_and_table(tmp_path):
@@ -348,6 +352,7 @@ def process_at_work(path: Path, epochs: int) -> psutil.Process:
 def light_runs(monkeypatch):
     """Stand-ins for runs, of which other processes know at once."""
     monkeypatch.setattr(reproduce, "run_cell", light.run_cell)
+    monkeypatch.setattr(reproduce, "run_in_worker", light.run_cell)
 
 
 def test_killed_process_and_stopped_experiment(alone, tmp_path):
@@ -366,6 +371,21 @@ def test_killed_process_and_stopped_experiment(alone, tmp_path):
     assert numbers(tmp_path) == alone
     for file in (tmp_path / "results").glob("*seed*.csv"):
         assert str(read_results(file).settings["machine"]).endswith(f", {THREADS['OMP_NUM_THREADS']} threads")
+
+
+def test_stopped_experiment_with_an_idle_process(tmp_path):
+    flags = ["--num_epochs", "400", "--checkpoint_seconds", "1e9", "--seeds", "1-3", "--settings", "baseline"]
+    with start(tmp_path, *flags, "--jobs", "2", "--device", "cpu") as experiment:
+        files = [tmp_path / "results" / f"{BASELINE}-seed{seed}.csv" for seed in (1, 2, 3)]
+        while [len(read_results(file).columns["epoch"]) for file in files if file.exists()] < [400, 400, 5]:
+            assert experiment.poll() is None
+            time.sleep(0.01)
+        experiment.terminate()
+        _, error = experiment.communicate(timeout=300)
+    assert experiment.returncode == 143, error
+    state = load_checkpoint(tmp_path / "networks" / f"{BASELINE}-seed3-last.pt")
+    assert 1 < len(state["columns"]["epoch"]) < 400  # more than the first epoch, whose checkpoint comes at once
+    assert len(state["columns"]["epoch"]) == len(read_results(files[2]).columns["epoch"])
 
 
 def test_run_that_kills_its_process_does_not_stop_the_others(light_runs):
@@ -434,7 +454,7 @@ def test_cluster_whose_scheduler_dies(light_runs, tmp_path):
         listening = {c.laddr.port: c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
         killer = threading.Timer(4, psutil.Process(listening[port]).kill)
         killer.start()
-        with pytest.raises(ConnectionError, match=f"the scheduler at {address} is gone"):
+        with pytest.raises(reproduce.ClusterError, match=f"the scheduler at {address} is gone"):
             run_light(address, tmp_path, "slow", "slower", "slow too")
 
 
@@ -452,7 +472,9 @@ def test_cluster_that_does_not_share_the_folder(light_runs, tmp_path, monkeypatc
         start_worker()
         with monkeypatch.context() as patch:
             patch.setattr(Path, "touch", lambda path: None)  # what is made here is not there
-            with pytest.raises(ValueError, match=f"{tmp_path} must be a folder that all workers share; not so for tcp"):
+            with pytest.raises(
+                reproduce.ClusterError, match=f"{tmp_path} must be a folder that all workers share; not so for tcp"
+            ):
                 run_light(address, tmp_path, "a")
 
 
