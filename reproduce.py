@@ -339,9 +339,9 @@ def run_on_cluster(cells: list[Cell], address: str, device: str | None) -> Itera
                 parallel = Parallel(n_jobs=-1, pre_dispatch="all", batch_size=1, return_as="generator_unordered")
                 yield from parallel(delayed(run_cell)(cell, device) for cell in cells)
     except CancelledError as error:
-        raise ConnectionError(
-            f"the scheduler at {address} is gone: start it, then give the same command again"
-        ) from error
+        raise ClusterError(f"the scheduler at {address} is gone: start it, then give the same command again") from error
+    except OSError as error:
+        raise ClusterError(f"there is no scheduler at {address}: {error}") from error
 
 
 def check_cluster(client: Any, path: Path) -> None:

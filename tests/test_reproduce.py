@@ -462,7 +462,7 @@ def test_cluster_without_the_project(light_runs, tmp_path):
     with cluster(tmp_path, PYTHONPATH="") as (address, start_worker):
         start_worker()
         with pytest.raises(
-            ValueError, match=f"PYTHONPATH={FOLDER.parent}: tcp://.*, {address} cannot import reproduce"
+            reproduce.ClusterError, match=f"PYTHONPATH={FOLDER.parent}: tcp://.*, {address} cannot import reproduce"
         ):
             run_light(address, tmp_path, "a")
 
