@@ -26,10 +26,10 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from data import load_image_set, make_batches
+from data import ImageSet, load_image_set, make_batches
 from networks import SIGMA_ACT, construct_network
 from results import Results, read_results, write_atomically
-from t_test import COMPARED, EXPERIMENT, LEVEL, by_seed, check_alike, compare
+from t_test import COMPARED, EXPERIMENT, LEVEL, accuracies, by_seed, check_alike, compare
 
 Runs = Mapping[str, Mapping[int, Results]]  # by setting and seed
 
@@ -48,11 +48,6 @@ def make_axes(rows: int = 1, columns: int = 1, width: float = 5.5, height: float
 def style(index: int) -> dict[str, Any]:
     """How the line of a setting is drawn."""
     return {"color": f"C{index}", "linestyle": STROKES[index % len(STROKES)], "marker": MARKERS[index % len(MARKERS)]}
-
-
-def accuracies(runs: Mapping[int, Results]) -> dict[int, float]:
-    """The test accuracy (percent) of each seed, at the epoch of its best validation accuracy."""
-    return {seed: run.test_accuracy for seed, run in runs.items()}
 
 
 def learning_curves(runs: Runs) -> Figure:
@@ -264,9 +259,8 @@ def values_of(run: Results) -> tuple[float, float, str]:
     return tuple(run.settings.get(name) for name in COMPARED)
 
 
-def measure_run(run: Results, weights: Weights, images: Path, num_images: int = 128) -> list[NormalizedValues]:
+def measure_run(run: Results, weights: Weights, image_set: ImageSet, num_images: int = 128) -> list[NormalizedValues]:
     """`measure_normalized_values` of a trained run on the first test images of its data set."""
-    image_set = load_image_set(run.settings["dataset"], images)
     batches = make_batches(image_set, "test", num_images, normalize=run.settings["input_norm"] == "dataset")
     network, dataset = run.settings["network"], run.settings["dataset"]
     network = construct_network(network, len(image_set.classes), dataset, input_norm=run.settings["input_norm"])
@@ -319,7 +313,9 @@ def save_figures(stem: Path, runs: Runs, networks: Path) -> list[Path]:
         content = io.BytesIO()
         np.savez_compressed(content, title=title, **arrays)
         write_atomically(archive, content.getvalue())
-        measured = {name: measure_run(firsts[name], of, networks.parent / "images") for name, of in weights.items()}
+        [dataset] = {run.settings["dataset"] for run in firsts.values()}
+        image_set = load_image_set(dataset, networks.parent / "images")
+        measured = {name: measure_run(firsts[name], of, image_set) for name, of in weights.items()}
         figure = normalized_values(measured)
         figure.suptitle(f"{title}; 128 test images", fontsize=9)
         made += save(figure, stem.with_name(f"{stem.name}-normalized-values"))

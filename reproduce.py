@@ -29,7 +29,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -41,7 +41,7 @@ from checkpoint import check_settings, lock_run, run_files
 from figures import save_figures
 from networks import INPUT_NORMS
 from results import Results, read_results, to_text, write_atomically
-from t_test import COMPARED, EXPERIMENT, SHORT, Comparison, compare, correct, mixed_circumstances, table
+from t_test import COMPARED, EXPERIMENT, SHORT, Comparison, compare_all, mixed_circumstances, table
 
 Outcome = Results | str | int  # of a run: its results, why it failed, or the signal that stopped it
 Runs = dict[str, dict[int, Results]]  # finished runs, by setting and seed
@@ -439,15 +439,6 @@ def make_runs(args: argparse.Namespace, runs: Runs, failed: dict[str, str]) -> l
     return stops
 
 
-def compare_all(runs: Runs) -> list[Comparison]:
-    """Every setting beside the baseline, with p-values that are corrected for the number of comparisons."""
-    accuracies = {name: {seed: run.test_accuracy for seed, run in of.items()} for name, of in runs.items()}
-    baseline = accuracies.get("baseline", {})
-    comparisons = [compare(name, of, {} if name == "baseline" else baseline) for name, of in accuracies.items()]
-    correct(comparisons)
-    return comparisons
-
-
 def write_comparisons(file: Path, args: argparse.Namespace, comparisons: list[Comparison]) -> None:
     """Write the table as CSV, below the settings that all runs share, and as Markdown."""
     text = io.StringIO()
@@ -484,7 +475,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args = parse(argv)
     except ValueError as error:
-        end(2, f"error: {error}")
+        train.end(2, f"error: {error}", "reproduce.py")
     if args.list:
         for cell in args.cells:
             print(shlex.join(["python", "train.py", *cell.flags, *(["--device", args.device] if args.device else [])]))
@@ -508,21 +499,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not stops:
             save_figures(folder / args.name, runs, folder.parent / "networks")
     except (OSError, ValueError) as error:
-        end(1, f"error: {error}")
+        train.end(1, f"error: {error}", "reproduce.py")
     if stops:
         again = "without --restart" if args.cells[0].run.restart else "again"
         saved = (
             "runs that workers have begun go to their end" if args.scheduler else "the epochs that are done are saved"
         )
-        end(128 + stops[0], f"stopped; {saved}: give the same command {again} to go on")
+        train.end(128 + stops[0], f"stopped; {saved}: give the same command {again} to go on", "reproduce.py")
     if failed:
         sys.exit(1)
-
-
-def end(code: int, message: str) -> NoReturn:
-    """End the program with one line on standard error."""
-    print(f"reproduce.py: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The paper's test of significance: a one-sided paired t-test over seeds.
 
-python t_test.py --proposed results/*-weight0.1-c100-bn-*.csv --baseline results/*-weight1-c1-dataset-*.csv
+    python t_test.py --proposed results/*-weight0.1-c100-bn-*.csv --baseline results/*-weight1-c1-dataset-*.csv
+
+`evaluate` is the test itself; the rest pairs runs by their seeds and puts what comes out into a table.
 """
 
 import argparse
@@ -149,12 +151,23 @@ def correct(comparisons: Iterable[Comparison]) -> None:
         comparison.corrected_p_value = largest if comparison.p_value == comparison.p_value else nan
 
 
+def accuracies(runs: Mapping[int, Results]) -> dict[int, float]:
+    """The test accuracy (percent) of each seed, at the epoch of its best validation accuracy."""
+    return {seed: run.test_accuracy for seed, run in runs.items()}
+
+
+def compare_all(runs: Mapping[str, Mapping[int, Results]]) -> list[Comparison]:
+    """Every setting beside the one called 'baseline', with p-values corrected for the number of comparisons."""
+    baseline = accuracies(runs.get("baseline", {}))
+    comparisons = [compare(name, accuracies(of), {} if name == "baseline" else baseline) for name, of in runs.items()]
+    correct(comparisons)
+    return comparisons
+
+
 HEADER = (
     *("setting", "seeds", "test accuracy (%)", "pairs", "difference", "95 % interval"),
     *("p", "p (Holm)", "improved", "verdict"),
 )
-
-
 SHORT = tuple(name for name in HEADER if name not in ("pairs", "95 % interval", "improved", "verdict"))
 
 
@@ -224,10 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         print(f"t_test.py: error: {error}", file=sys.stderr)
         sys.exit(1)
-    ours, theirs = ({seed: run.test_accuracy for seed, run in runs.items()} for runs in (proposed, baseline))
-    comparisons = [compare("baseline", theirs, {}), compare("proposed", ours, theirs)]
-    correct(comparisons)
-    print(table(comparisons))
+    print(table(compare_all({"baseline": baseline, "proposed": proposed})))
     for line in mixed_circumstances([*proposed.values(), *baseline.values()]):
         print(line)
     alone = sorted(proposed.keys() ^ baseline.keys())

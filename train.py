@@ -437,9 +437,9 @@ def main(argv: Sequence[str] | None = None) -> Results:
     return results
 
 
-def end(code: int, message: str) -> NoReturn:
+def end(code: int, message: str, program: str = "train.py") -> NoReturn:
     """End the program with one line on standard error."""
-    print(f"train.py: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -216,7 +216,9 @@ def test_report(small_network, tmp_path, monkeypatch, capsys):
     assert f"{tmp_path / 'results'} has no finished run of this experiment" in capsys.readouterr().err
 
 
-def test_interrupted_experiment_goes_on(small_network, no_figures, tmp_path, monkeypatch, capsys):
+@contextmanager
+def interrupted_at_seed_2(monkeypatch) -> Iterator[None]:
+    """SIGTERM comes when the first run with seed 2 begins."""
     whole = train.train
 
     def interrupted(settings):
@@ -226,6 +228,11 @@ def test_interrupted_experiment_goes_on(small_network, no_figures, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "train", interrupted)
+        yield
+
+
+def test_interrupted_experiment_goes_on(small_network, no_figures, tmp_path, monkeypatch, capsys):
+    with interrupted_at_seed_2(monkeypatch):
         assert run(tmp_path, "--seeds", "1-3") == 143
     captured = capsys.readouterr()
     assert captured.err.startswith("reproduce.py: stopped;")
@@ -272,15 +279,7 @@ def test_run_of_another_process_is_waited_for(small_network, tmp_path):
 
 def test_restarted_experiment_goes_on_without_the_flag(small_network, no_figures, tmp_path, monkeypatch, capsys):
     assert run(tmp_path, "--seeds", "1-3") == 0
-    whole = train.train
-
-    def interrupted(settings):
-        if settings.seed == 2:
-            raise KeyboardInterrupt(signal.SIGTERM)
-        return whole(settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train", interrupted)
+    with interrupted_at_seed_2(monkeypatch):
         assert run(tmp_path, "--seeds", "1-3", "--restart") == 143
     assert "give the same command without --restart to go on" in capsys.readouterr().err
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 2  # what was there before is gone
