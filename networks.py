@@ -4,7 +4,7 @@ import math
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision import models
 
 from batch_norm import ScaleBatchNorm2d
@@ -109,7 +109,9 @@ def speed_up(network: nn.Module, device: torch.device, precision: str = "float32
         device: where it is.
         precision: 'bfloat16' for layers and activations in bfloat16 where torch's autocast finds that safe, with the
             channels of an image next to each other in memory; 'float32' leaves both as they are.
-        compiled: whether to compile it, for every size of a batch, with CUDA graphs on a GPU.
+        compiled: whether to compile it, with CUDA graphs on a GPU. As that takes up to minutes, it is done for the size
+            of the first batch in training and of the first in evaluation; others, such as a short last one, are
+            computed as they are without it.
 
     Raises:
         ValueError: `precision` is none of `PRECISIONS`.
@@ -120,4 +122,12 @@ def speed_up(network: nn.Module, device: torch.device, precision: str = "float32
         network.to(memory_format=torch.channels_last)
         network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
     if compiled:
-        network.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
+        eager, sizes = network.forward, {}
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        fast = torch.compile(eager, mode=mode, dynamic=False)
+
+        def forward(images: Tensor) -> Tensor:
+            size = sizes.setdefault(network.training, len(images))
+            return (fast if len(images) == size else eager)(images)
+
+        network.forward = forward

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch._dynamo.utils import counters
 
 from batch_norm import ScaleBatchNorm2d
 from networks import NETWORKS, construct_network, reinit_network, speed_up, zero_biases
@@ -148,12 +149,25 @@ def test_speed_up(precision, compiled, tolerance):
     assert (gradient - expected_gradient).norm() <= 5 * tolerance * expected_gradient.norm()  # through twice the steps
     if not compiled:  # which may round otherwise or not
         assert torch.equal(gradient, expected_gradient) == (precision == "float32")
-    assert (network._compiled_call_impl is not None) == compiled
     assert list(network.state_dict()) == names
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in network.parameters())
     assert all(b.dtype in (torch.float32, torch.int64) for b in network.buffers())
     in_channels_last = network[1].weight.is_contiguous(memory_format=torch.channels_last)
     assert in_channels_last == (precision == "bfloat16")
+
+
+def test_only_whole_batches_are_compiled():
+    """Compiling takes long: it is done once for training and once for evaluation, not for short last batches."""
+    torch._dynamo.reset()
+    counters.clear()
+    plain, fast = small_network(), small_network()
+    speed_up(fast, torch.device("cpu"), compiled=True)
+    for training, size in [(True, 16), (True, 16), (True, 3), (False, 12), (False, 4), (True, 16), (False, 12)]:
+        images = torch.rand(size, 3, 8, 8)
+        with torch.inference_mode(not training):
+            torch.testing.assert_close(fast.train(training)(images), plain.train(training)(images))
+    assert counters["stats"]["unique_graphs"] == 2
+    assert fast.state_dict()["2.num_batches_tracked"] == 4
 
 
 def test_speed_up_with_an_unknown_precision():
