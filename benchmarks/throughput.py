@@ -5,12 +5,13 @@
     python benchmarks/throughput.py --pixels 8 --steps 5 --profile
 
 The plain loop is what one would write today: torchvision's CIFAR10 with PIL transforms, a DataLoader with its defaults,
-eager float32, `loss.item()` at every step. All modes take turns, for several rounds. The images are CIFAR-10's where
-`--path` has them, and random ones otherwise. The columns after the ratio to the plain loop:
+eager float32 with torch's defaults (tf32 for convolutions on a GPU), `loss.item()` at every step. All modes take turns,
+for several rounds. The images are CIFAR-10's where `--path` has them, and random ones otherwise. The columns after the
+ratio to the plain loop:
 
     product   operations of a step's convolutions and matrix products, as a share of what a large product reaches
     copy      bytes that the operations of an eager step read and write, as a share of what a large copy reaches
-    batch     making the batch, with nothing else going on, as a share of the step
+    batch     what a step spends on having its batch, as a share of the step
     memory    peak of a process that trains in this mode alone (GPU: what tensors take of the GPU) with all images
 """
 
@@ -19,9 +20,10 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
+from functools import partial
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +43,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import ImageSet, make_batches
 from networks import construct_network, speed_up
-from train import machine_name, train_one_epoch
+from train import Batch, machine_name, train_one_epoch
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
-MODES = {  # precision, whether compiled
-    "float32": ("float32", False),
-    "bfloat16": ("bfloat16", False),
-    "float32 compiled": ("float32", True),
-    "bfloat16 compiled": ("bfloat16", True),
-}
-
-
 PLAIN = "plain loop"
+MODES = ("float32", "tf32", "bfloat16", "float32 compiled", "tf32 compiled", "bfloat16 compiled")
+
+Training = Callable[[Iterable[Batch]], None]
 
 
 class SyntheticCIFAR10(CIFAR10):
@@ -98,52 +95,51 @@ def our_batches(images: CIFAR10, batch_size: int, device: torch.device) -> DataL
     return make_batches(image_set, "train", batch_size, normalize=False)
 
 
-def plain_round(args: argparse.Namespace, images: CIFAR10) -> Callable[[], None]:
-    """A function that makes the steps of a round, as one would write it today."""
-    network = make_network(args)
-    optimizer = optim.SGD(network.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
-    loader = plain_batches(images, args.batch_size)
-
-    def steps() -> None:
-        network.train()
-        total = 0.0
-        for batch, labels in islice(loader, args.steps):
-            batch, labels = batch.to(args.device), labels.to(args.device)
-            optimizer.zero_grad()
-            loss = F.cross_entropy(network(batch), labels)
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
-
-    return steps
-
-
-def our_round(args: argparse.Namespace, images: CIFAR10, mode: str) -> Callable[[], None]:
-    """A function that makes the steps of a round, with the code of `train.py`."""
-    batches = our_batches(images, args.batch_size, args.device)
-    network = make_network(args)
-    speed_up(network, args.device, *MODES[mode])
-    parameters = adjust_weight_decay_and_learning_rate(network, learning_rate=0.001, c=100)
-    optimizer = optim.SGD(parameters, momentum=0.9, fused=args.device.type == "cuda")
-    return lambda: train_one_epoch(network, islice(batches, args.steps), optimizer, 1, tqdm(disable=True))
-
-
-def make_round(args: argparse.Namespace, images: CIFAR10, mode: str) -> Callable[[], None]:
+def make_loader(args: argparse.Namespace, images: CIFAR10, mode: str) -> DataLoader:
     """One or the other."""
-    return plain_round(args, images) if mode == PLAIN else our_round(args, images, mode)
+    if mode == PLAIN:
+        return plain_batches(images, args.batch_size)
+    return our_batches(images, args.batch_size, args.device)
 
 
-def make_batches_only(args: argparse.Namespace, images: CIFAR10, mode: str) -> Callable[[], None]:
-    """A function that makes as many batches as a round has steps, at least 20, and has them on the device."""
-    ours = mode != PLAIN
-    batches = our_batches(images, args.batch_size, args.device) if ours else plain_batches(images, args.batch_size)
-    return lambda: [images.to(args.device) for images, _ in islice(batches, max(args.steps, 20))]
+def train_plainly(network: nn.Module, batches: Iterable[Batch], optimizer: optim.Optimizer) -> None:
+    """The plain loop."""
+    network.train()
+    device = next(network.parameters()).device
+    total = 0.0
+    for images, labels in batches:
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+
+
+def make_training(args: argparse.Namespace, mode: str) -> Training:
+    """A function that makes a training step with each of some batches: a plain loop, or the code of `train.py`."""
+    network = make_network(args)
+    if mode == PLAIN:
+        optimizer = optim.SGD(network.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
+    else:
+        speed_up(network, args.device, "bfloat16" if "bfloat16" in mode else "float32", "compiled" in mode)
+        parameters = adjust_weight_decay_and_learning_rate(network, learning_rate=0.001, c=100)
+        optimizer = optim.SGD(parameters, momentum=0.9, fused=args.device.type == "cuda")
+
+    def train(batches: Iterable[Batch]) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = "tf32" in mode
+        torch.backends.cudnn.allow_tf32 = "tf32" in mode or mode == PLAIN  # torch allows it unless told otherwise
+        if mode == PLAIN:
+            train_plainly(network, batches, optimizer)
+        else:
+            train_one_epoch(network, batches, optimizer, 1, tqdm(disable=True))
+
+    return train
 
 
 def peak_memory(args: argparse.Namespace, mode: str) -> float:
     """MiB at the peak of one step in this process: of the process, or of the tensors on the GPU."""
-    args = argparse.Namespace(**(vars(args) | {"steps": 1}))
-    make_round(args, load_images(args.path, args.pixels), mode)()
+    make_training(args, mode)(islice(make_loader(args, load_images(args.path, args.pixels), mode), 1))
     if args.device.type == "cuda":
         return torch.cuda.max_memory_allocated(args.device) / 2**20
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
@@ -166,10 +162,24 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+def batch_seconds(args: argparse.Namespace, train: Training, loader: DataLoader, step_seconds: float) -> float:
+    """What a step spends on having its batch.
+
+    A CPU makes batches between the steps, so that making them can be measured alone. A GPU goes on with its work
+    meanwhile: there it is what a step is longer than one of many with the same batch.
+    """
+    if args.device.type == "cuda":
+        batch = [tensor.to(args.device) for tensor in next(iter(loader))]
+        return step_seconds - seconds_of(partial(train, repeat(batch, args.steps)), args.device) / args.steps
+    count = max(args.steps, 20)
+    return seconds_of(lambda: list(islice(loader, count)), args.device) / count
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
     """The best rate of a large matrix product, in operations (a multiplication, an addition) a second."""
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    a, b = torch.randn(2, n, n, device=device).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
     return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(5))
 
 
@@ -196,7 +206,7 @@ class ByteCounter(TorchDispatchMode):
 def count_step(args: argparse.Namespace, precision: str) -> tuple[int, int]:
     """Operations of the convolutions and matrix products of a training step, and bytes of all its operations."""
     network = make_network(args)
-    speed_up(network, args.device, precision)
+    speed_up(network, args.device, "bfloat16" if precision == "bfloat16" else "float32")
     images = torch.rand(args.batch_size, 3, args.pixels, args.pixels, device=args.device)
     with FlopCounterMode(display=False) as flops:
         network(images).sum().backward()
@@ -207,20 +217,20 @@ def count_step(args: argparse.Namespace, precision: str) -> tuple[int, int]:
 
 def print_profile(args: argparse.Namespace, images: CIFAR10, mode: str) -> None:
     """What the steps of a round spend their time with."""
-    steps = our_round(args, images, mode)
-    steps()
+    train, loader = make_training(args, mode), make_loader(args, images, mode)
+    train(islice(loader, args.steps))
     on_gpu = args.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
-        seconds_of(steps, args.device)
+        seconds_of(partial(train, islice(loader, args.steps)), args.device)
     order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
     print(f"{mode}, {args.steps} steps")
     print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16."""
-    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def main() -> None:
@@ -231,7 +241,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=32, help="height and width of an image (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="steps of a round (default: 1 on a CPU, 100 on a GPU)")
     parser.add_argument("--rounds", type=int, default=3, help="after one that warms up (default: %(default)s)")
-    modes_help = "(default: float32; bfloat16 where the device has instructions for it; on a GPU compiled too)"
+    modes_help = "(default: all on a GPU; on a CPU float32, and bfloat16 where it has instructions for that)"
     parser.add_argument("--modes", nargs="*", choices=MODES, help=modes_help)
     parser.add_argument("--path", type=Path, default=Path(), help="where images/ is (default: the current folder)")
     parser.add_argument("--profile", action="store_true", help="show what the steps of each mode are spent with")
@@ -240,8 +250,7 @@ def main() -> None:
     args = parser.parse_args()
     on_gpu = args.device.type == "cuda"
     args.steps = args.steps or (100 if on_gpu else 1)
-    modes = args.modes or [m for m in list(MODES)[: 4 if on_gpu else 2] if "float32" in m or has_bfloat16(args.device)]
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    modes = args.modes or [*(MODES if on_gpu else ["float32", *(["bfloat16"] if has_bfloat16() else [])])]
 
     images = load_images(args.path, args.pixels)
     print(f"{machine_name(args.device)}, torch {torch.__version__}")
@@ -251,14 +260,20 @@ def main() -> None:
             print_profile(args, images, mode)
         return
 
-    rounds = {mode: make_round(args, images, mode) for mode in (PLAIN, *modes)}
-    times = {mode: [] for mode in rounds}
+    modes = [PLAIN, *modes]
+    trainings = {mode: make_training(args, mode) for mode in modes}
+    loaders = {mode: make_loader(args, images, mode) for mode in modes}
+    times, batch_times = {mode: [] for mode in modes}, {mode: [] for mode in modes}
     for _ in range(args.rounds + 1):
-        for mode, steps in rounds.items():
-            times[mode].append(seconds_of(steps, args.device) / args.steps)
+        for mode, train in trainings.items():
+            loader = loaders[mode]
+            seconds = seconds_of(partial(train, islice(loader, args.steps)), args.device) / args.steps
+            times[mode].append(seconds)
+            batch_times[mode].append(batch_seconds(args, train, loader, seconds))
 
-    precisions = {mode: MODES[mode][0] if mode in MODES else "float32" for mode in rounds}
-    peaks = {name: peak_flops(args.device, getattr(torch, name)) for name in sorted(set(precisions.values()))}
+    precisions = {mode: mode.split()[0] for mode in modes}
+    precisions[PLAIN] = "tf32" if on_gpu else "float32"
+    peaks = {name: peak_flops(args.device, name) for name in sorted(set(precisions.values()))}
     counts = {name: count_step(args, name) for name in peaks}
     bandwidth = copy_bandwidth(args.device)
     print(f"{args.rounds} rounds of {args.steps} steps; copy: {bandwidth / 1e9:.1f} GB/s")
@@ -275,8 +290,7 @@ def main() -> None:
         median = statistics.median(seconds)
         ratio = statistics.median(plain / own for plain, own in zip(times[PLAIN][1:], seconds, strict=True))
         flops, num_bytes = counts[precisions[mode]]
-        make = make_batches_only(args, images, mode)
-        batch = statistics.median(seconds_of(make, args.device) / max(args.steps, 20) for _ in range(args.rounds))
+        batch = statistics.median(batch_times[mode][1:])
         print(
             f"{mode:18} {1000 * median:9.2f} {1000 * min(seconds):8.2f} {1000 * max(seconds):8.2f}"
             f" {args.batch_size / median:9,.0f} {ratio:7.2f}x {flops / median / peaks[precisions[mode]]:8.1%}"
