@@ -388,7 +388,7 @@ def test_stopped_experiment_with_an_idle_process(tmp_path):
 
 
 def test_run_that_kills_its_process_does_not_stop_the_others(light_runs):
-    names = ["a", "deadly", "b", "c", "deadly too", "d"]
+    names = ["a", "deadly", "deadly too", "b", "c", "d"]
     outcomes = {cell.name: outcome for cell, outcome in reproduce.run_here(list(map(light.Cell, names)), 2, None, [])}
     killed = "its process was killed 3 times, perhaps for lack of memory"
     assert outcomes == {name: killed if name.startswith("deadly") else "done" for name in names}
