@@ -220,6 +220,20 @@ def test_seconds_between_checkpoints(tmp_path, monkeypatch, now):
     assert results.settings["seconds"] == 9
 
 
+def test_result_file_is_finished_only_after_the_weights(tmp_path, monkeypatch):
+    """Whoever finds a finished result file finds the weights that belong to it."""
+    before = []
+    save_run = train.save_run
+
+    def noted_save(files, state):
+        before.append(len(read_results(files.results).columns["epoch"]) if files.results.exists() else 0)
+        save_run(files, state)
+
+    monkeypatch.setattr(train, "save_run", noted_save)
+    run(tmp_path, "--num_epochs", "3", "--checkpoint_seconds", "1e9")
+    assert before == [0, 2]
+
+
 def test_seconds_add_up_over_restarts(tmp_path, monkeypatch, now):
     with monkeypatch.context() as patch:
         stop_in_epoch(3, patch)
