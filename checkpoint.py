@@ -93,6 +93,8 @@ def apply_state(
     """Put all three and the random generators into the state that `capture_state` has copied."""
     network.load_state_dict(state["network"])
     optimizer.load_state_dict(state["optimizer"])
+    for group in optimizer.param_groups:  # what goes with the device, which may be another one now
+        group["fused"] = optimizer.defaults["fused"]
     scheduler.load_state_dict(state["scheduler"])
     set_random_states(state["random"])
 
@@ -156,7 +158,7 @@ def recover_run(files: RunFiles, settings: dict[str, Setting]) -> tuple[Results 
 
     Returns:
         The results so far, None where there are none; and the state to go on from, None where there is none or where
-        only the result file of a finished run is left.
+        the result file says that the run was finished without this checkpoint.
 
     Raises:
         ValueError: the settings were others, or a file is damaged; the message says what to do.
@@ -167,6 +169,10 @@ def recover_run(files: RunFiles, settings: dict[str, Setting]) -> tuple[Results 
         state = load_checkpoint(files.checkpoint)
         results = results_so_far(state)
         check_settings(files, results, settings)
+        if len(results.columns["epoch"]) < settings["num_epochs"]:
+            finished = read_finished(files, settings)
+            if finished is not None:  # in another place, and the file was put here
+                return finished, None
         write_outcome(files, state)
         return results, state
     if not files.results.exists():
@@ -182,6 +188,16 @@ def recover_run(files: RunFiles, settings: dict[str, Setting]) -> tuple[Results 
             f"{files.results} has {epochs} epochs, but there is no {files.checkpoint} to go on from: {REMEDY}"
         )
     return results, None
+
+
+def read_finished(files: RunFiles, settings: dict[str, Setting]) -> Results | None:
+    """What is in the result file, if that is of a run with these settings and has all epochs."""
+    try:
+        results = read_results(files.results)
+        check_settings(files, results, settings)
+    except (FileNotFoundError, ValueError):
+        return None
+    return results if len(results.columns["epoch"]) >= settings["num_epochs"] else None
 
 
 def check_settings(files: RunFiles, earlier: Results, settings: dict[str, Setting]) -> None:

@@ -197,7 +197,12 @@ def make_batches(image_set: ImageSet, split: str, batch_size: int, normalize: bo
         split: 'train', 'val' or 'test'.
         batch_size: number of images in a batch.
         normalize: whether to normalize with the statistics of the set (`input_norm` is 'dataset').
+
+    Raises:
+        ValueError: `split` is none of these.
     """
+    if split not in image_set.splits:
+        raise ValueError(f"the split must be one of {', '.join(image_set.splits)}, not {split!r}")
     training = split == "train"
     images = Split(image_set, split, flip=training and image_set.flip, normalize=normalize)
     return DataLoader(images, batch_size, shuffle=training, collate_fn=lambda batch: batch)

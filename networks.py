@@ -1,6 +1,8 @@
 """The networks of the paper: torchvision's ResNets with scaled batch norms and a batch norm in front of them."""
 
 import math
+import os
+import shutil
 from functools import partial
 
 import torch
@@ -115,13 +117,15 @@ def speed_up(network: nn.Module, device: torch.device, precision: str = "float32
 
     Raises:
         ValueError: `precision` is none of `PRECISIONS`.
+        FileNotFoundError: there is no compiler to compile with.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     if precision == "bfloat16":
         network.to(memory_format=torch.channels_last)
-        network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
     if compiled:
+        if not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
+            raise FileNotFoundError("there is no C++ compiler here: install g++, let CXX name one, or do not compile")
         eager, sizes = network.forward, {}
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         fast = torch.compile(eager, mode=mode, dynamic=False)
@@ -131,3 +135,5 @@ def speed_up(network: nn.Module, device: torch.device, precision: str = "float32
             return (fast if len(images) == size else eager)(images)
 
         network.forward = forward
+    if precision == "bfloat16":  # around what is compiled, so that further networks of a process are not compiled anew
+        network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)

@@ -41,6 +41,7 @@ from checkpoint import check_settings, lock_run, run_files
 from figures import save_figures
 from networks import INPUT_NORMS
 from results import Results, read_results, to_text, write_atomically
+from seeds import MAX_SEED
 from t_test import COMPARED, EXPERIMENT, SHORT, Comparison, compare_all, mixed_circumstances, table
 
 Outcome = Results | str | int  # of a run: its results, why it failed, or the signal that stopped it
@@ -144,6 +145,8 @@ def seeds(text: str) -> list[int]:
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise argparse.ArgumentTypeError(f"seeds are whole numbers and ranges such as 1-15, not {text!r}")
+        if int(match[2] or match[1]) > MAX_SEED:
+            raise argparse.ArgumentTypeError(f"seeds above {MAX_SEED} repeat the draws of smaller ones, not {text!r}")
         numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
     return numbers
 
@@ -182,8 +185,8 @@ def make_cell(args: argparse.Namespace, name: str, seed: int, others: list[str])
     bn_weight, c, input_norm = args.settings[name]
     flags = [*others, "--bn_weight", train.short(bn_weight), "--c", train.short(c), "--input_norm", input_norm]
     flags += ["--seed", str(seed)]
-    # a cluster's devices are not this machine's
-    here = ["--device", args.device] if args.device and not args.scheduler else ["--device", "cpu"]
+    elsewhere = args.list or args.report is not None or args.scheduler  # where this machine's devices do not matter
+    here = ["--device", args.device] if args.device and not elsewhere else ["--device", "cpu"]
     run = train.parse([*flags, *here])
     if args.name:
         flags += ["--name", f"{args.name}{values_name(run)}-seed{seed}"]

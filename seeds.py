@@ -7,13 +7,15 @@ import random
 import numpy as np
 import torch
 
+MAX_SEED = 88265  # from 0 to here, every seed makes draws of its own
+
 
 def make_complex(simple_seed: int | str, verbose: bool = False) -> int:
     """Turn a simple seed, such as 1, into a number that uses all 32 bits.
 
-    It is the last 32 bits of the MD5 of the seed's decimal text, so that 1 and '1' give the same. The seeds 0 to 88265
-    give distinct values; 88266 is the first to collide. The paper trains with 1 to 15 and draws the validation set
-    with 0.
+    It is the last 32 bits of the MD5 of the seed's decimal text, so that 1 and '1' give the same. The seeds 0 to
+    `MAX_SEED` give distinct values; the next one is the first to collide. The paper trains with 1 to 15 and draws the
+    validation set with 0.
 
     Args:
         simple_seed: any integer or text.

@@ -20,7 +20,7 @@ from results import Results, read_results
 
 LEVEL = 0.05  # a p-value of at most this much is called significant
 COMPARED = ("bn_weight", "c", "input_norm")  # the settings that the paper compares
-CIRCUMSTANCES = ("device", "machine", "python", "torch", "torchvision")  # what else may change the numbers
+CIRCUMSTANCES = ("machine", "python", "torch", "torchvision")  # what else may change the numbers
 
 EXPERIMENT = {  # what the paper compares, by name
     "baseline": (1.0, 1.0, "dataset"),
@@ -208,7 +208,7 @@ def by_seed(files: Iterable[Path], of: str) -> dict[int, Results]:
 
 def check_alike(one: Results, other: Results, of: str, apart_from: Sequence[str] = COMPARED) -> None:
     """ValueError, with what differs, where two runs have other settings than their seed and `apart_from` unlike."""
-    names = (one.settings | other.settings).keys() - {"name", "seed", "seconds", *CIRCUMSTANCES, *apart_from}
+    names = (one.settings | other.settings).keys() - {"name", "seed", "seconds", "device", *CIRCUMSTANCES, *apart_from}
     unlike = [name for name in sorted(names) if one.settings.get(name) != other.settings.get(name)]
     if unlike:
         listed = "; ".join(f"{name} {one.settings.get(name)} and {other.settings.get(name)}" for name in unlike)

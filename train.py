@@ -7,10 +7,8 @@
 
 import argparse
 import math
-import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -95,7 +93,7 @@ def train(
     Raises:
         FloatingPointError: a loss is not finite.
         ValueError: the files are of a run with other settings, or a file is damaged.
-        FileNotFoundError: the data cannot be had.
+        FileNotFoundError: the data cannot be had, or there is no compiler for `compile`.
         BlockingIOError: another process works on the same run.
         OSError: a file cannot be read or written.
         torch.OutOfMemoryError: the device has too little memory.
@@ -271,8 +269,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         modes = {"bfloat16": settings.precision != "float32", "compiled": settings.compile, "tf32": settings.allow_tf32}
         values += tuple(mode for mode, chosen in modes.items() if chosen)
         settings.name = "-".join((settings.dataset, settings.network, *values, f"seed{settings.seed}"))
-    if settings.compile and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
-        parser.error("argument --compile: there is no C++ compiler here: install g++, or let CXX name one")
     size = DATASETS[settings.dataset]
     if settings.batch_size > size.num_train:
         parser.error(

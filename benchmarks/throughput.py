@@ -20,10 +20,10 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import islice, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,11 @@ def make_loader(args: argparse.Namespace, images: CIFAR10, mode: str) -> DataLoa
     return our_batches(images, args.batch_size, args.device)
 
 
+def take(loader: DataLoader, num_batches: int) -> Iterator[Batch]:
+    """So many batches, of several epochs where one has fewer."""
+    return islice(chain.from_iterable(repeat(loader)), num_batches)
+
+
 def train_plainly(network: nn.Module, batches: Iterable[Batch], optimizer: optim.Optimizer) -> None:
     """The plain loop."""
     network.train()
@@ -138,8 +143,8 @@ def make_training(args: argparse.Namespace, mode: str) -> Training:
 
 
 def peak_memory(args: argparse.Namespace, mode: str) -> float:
-    """MiB at the peak of one step in this process: of the process, or of the tensors on the GPU."""
-    make_training(args, mode)(islice(make_loader(args, load_images(args.path, args.pixels), mode), 1))
+    """MiB at the peak of three steps in this process: of the process, or of the tensors on the GPU."""
+    make_training(args, mode)(take(make_loader(args, load_images(args.path, args.pixels), mode), 3))
     if args.device.type == "cuda":
         return torch.cuda.max_memory_allocated(args.device) / 2**20
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
@@ -154,7 +159,7 @@ def peak_memory_alone(args: argparse.Namespace, mode: str) -> float:
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """How long some work takes until the device is through with it."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
     work()
@@ -169,10 +174,11 @@ def batch_seconds(args: argparse.Namespace, train: Training, loader: DataLoader,
     meanwhile: there it is what a step is longer than one of many with the same batch.
     """
     if args.device.type == "cuda":
-        batch = [tensor.to(args.device) for tensor in next(iter(loader))]
+        [batch] = take(loader, 1)
+        batch = [tensor.to(args.device) for tensor in batch]
         return step_seconds - seconds_of(partial(train, repeat(batch, args.steps)), args.device) / args.steps
     count = max(args.steps, 20)
-    return seconds_of(lambda: list(islice(loader, count)), args.device) / count
+    return seconds_of(lambda: list(take(loader, count)), args.device) / count
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
@@ -203,26 +209,24 @@ class ByteCounter(TorchDispatchMode):
         return result
 
 
-def count_step(args: argparse.Namespace, precision: str) -> tuple[int, int]:
+def count_step(args: argparse.Namespace, precision: str, batch: Batch) -> tuple[int, int]:
     """Operations of the convolutions and matrix products of a training step, and bytes of all its operations."""
-    network = make_network(args)
-    speed_up(network, args.device, "bfloat16" if precision == "bfloat16" else "float32")
-    images = torch.rand(args.batch_size, 3, args.pixels, args.pixels, device=args.device)
+    train = make_training(args, precision)
     with FlopCounterMode(display=False) as flops:
-        network(images).sum().backward()
-    with ByteCounter() as bytes_:
-        network(images).sum().backward()
+        train([batch])
+    with ByteCounter() as bytes_:  # of the second step, when there is a momentum
+        train([batch])
     return flops.get_total_flops(), bytes_.total
 
 
 def print_profile(args: argparse.Namespace, images: CIFAR10, mode: str) -> None:
     """What the steps of a round spend their time with."""
     train, loader = make_training(args, mode), make_loader(args, images, mode)
-    train(islice(loader, args.steps))
+    train(take(loader, args.steps))
     on_gpu = args.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
-        seconds_of(partial(train, islice(loader, args.steps)), args.device)
+        seconds_of(partial(train, take(loader, args.steps)), args.device)
     order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
     print(f"{mode}, {args.steps} steps")
     print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
@@ -267,14 +271,15 @@ def main() -> None:
     for _ in range(args.rounds + 1):
         for mode, train in trainings.items():
             loader = loaders[mode]
-            seconds = seconds_of(partial(train, islice(loader, args.steps)), args.device) / args.steps
+            seconds = seconds_of(partial(train, take(loader, args.steps)), args.device) / args.steps
             times[mode].append(seconds)
             batch_times[mode].append(batch_seconds(args, train, loader, seconds))
 
     precisions = {mode: mode.split()[0] for mode in modes}
     precisions[PLAIN] = "tf32" if on_gpu else "float32"
     peaks = {name: peak_flops(args.device, name) for name in sorted(set(precisions.values()))}
-    counts = {name: count_step(args, name) for name in peaks}
+    [batch] = take(our_batches(images, args.batch_size, args.device), 1)
+    counts = {name: count_step(args, name, batch) for name in peaks}
     bandwidth = copy_bandwidth(args.device)
     print(f"{args.rounds} rounds of {args.steps} steps; copy: {bandwidth / 1e9:.1f} GB/s")
     for name, peak in peaks.items():

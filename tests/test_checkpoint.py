@@ -1,6 +1,7 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,18 @@ import torch
 
 import checkpoint
 import train
-from checkpoint import load_checkpoint, lock_run, random_states, run_files, save_run, set_random_states
+from checkpoint import (
+    apply_state,
+    capture_state,
+    load_checkpoint,
+    lock_run,
+    random_states,
+    run_files,
+    save_run,
+    set_random_states,
+)
 from kill_and_restart import FLAGS, finish, outcome, processes, same, start
-from results import COLUMNS, read_results
+from results import COLUMNS, Results, read_results
 from seeds import make_deterministic
 
 
@@ -361,6 +371,37 @@ def test_result_file_without_its_checkpoint(tmp_path, monkeypatch, fails):
     (tmp_path / "networks" / "x-last.pt").unlink()
     line = fails(tmp_path)
     assert "x.csv has 2 epochs, but there is no" in line and "--restart" in line
+
+
+def test_finished_result_file_from_another_place(alone, tmp_path, monkeypatch, capsys):
+    """The checkpoint that was left here is older, and must not undo it."""
+    with monkeypatch.context() as patch:
+        stop_in_epoch(3, patch)
+        with pytest.raises(SystemExit):
+            run(tmp_path)
+    file = tmp_path / "results" / "x.csv"
+    shutil.copy(alone / "results" / "x.csv", file)
+    capsys.readouterr()
+    run(tmp_path)
+    assert capsys.readouterr().out.startswith("x is finished already")
+    assert file.read_bytes() == (alone / "results" / "x.csv").read_bytes()
+
+
+def test_state_of_a_gpu_goes_on_as_that_of_a_cpu():
+    """The fused optimizer of a GPU has other roundings on a CPU."""
+    networks = [torch.nn.Linear(2, 2) for _ in range(2)]
+    optimizers = [
+        torch.optim.SGD(network.parameters(), 0.1, 0.9, fused=fused)
+        for network, fused in zip(networks, (True, False), strict=True)
+    ]
+    schedulers = [torch.optim.lr_scheduler.ConstantLR(optimizer) for optimizer in optimizers]
+    networks[0](torch.ones(2)).sum().backward()
+    optimizers[0].step()
+    state = capture_state(Results({}, {}), {}, networks[0], optimizers[0], schedulers[0])
+    apply_state(state, networks[1], optimizers[1], schedulers[1])
+    assert [group["fused"] for group in optimizers[1].param_groups] == [False]
+    momenta = [list(optimizer.state_dict()["state"].values()) for optimizer in optimizers]
+    assert momenta[0] and same(*momenta)
 
 
 def test_damaged_result_file_without_its_checkpoint(tmp_path, fails):

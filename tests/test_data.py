@@ -130,6 +130,11 @@ def test_unknown_data_set():
         load_image_set("mnist")
 
 
+def test_unknown_split():
+    with pytest.raises(ValueError, match="one of train, val, test, not 'validation'"):
+        make_batches(load_image_set("digits"), "validation", 8, normalize=False)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_batches_are_those_of_a_plain_loop(small_cifar10, normalize):
     """Two epochs beside torchvision's transforms on PIL images, one draw an image, through plain DataLoaders."""

@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import pytest
 import torch
@@ -168,6 +169,24 @@ def test_only_whole_batches_are_compiled():
             torch.testing.assert_close(fast.train(training)(images), plain.train(training)(images))
     assert counters["stats"]["unique_graphs"] == 2
     assert fast.state_dict()["2.num_batches_tracked"] == 4
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_further_networks_of_a_process_are_not_compiled_anew(precision):
+    """After eight times, torch would leave them as they are."""
+    torch._dynamo.reset()
+    counters.clear()
+    for _ in range(3):
+        network = small_network()
+        speed_up(network, torch.device("cpu"), precision, compiled=True)
+        assert pass_through(network)[0].dtype == getattr(torch, precision)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_compile_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"no C\+\+ compiler here: install g\+\+"):
+        speed_up(nn.Linear(2, 2), torch.device("cpu"), compiled=True)
 
 
 def test_speed_up_with_an_unknown_precision():

@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -104,6 +105,17 @@ def test_flags_of_train_pass_through(capsys):
         assert (settings.bn_weight, settings.path, settings.num_epochs) == (bn_weight, Path("some where"), 2)
 
 
+def test_commands_for_another_machine(tmp_path, monkeypatch, capsys):
+    """This one needs neither the device nor the compiler."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    flags = [*FLAGS, "--seeds", "3", "--device", "cuda", "--compile", "--path", str(tmp_path)]
+    reproduce.main([*flags, "--list"])
+    assert re.findall(r"--seed 3 .*--device cuda$", capsys.readouterr().out, re.MULTILINE) != []
+    with pytest.raises(SystemExit):
+        reproduce.main([*flags, "--report"])
+    assert "has no finished run of this experiment" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -118,6 +130,7 @@ def test_flags_of_train_pass_through(capsys):
         (["--settings", "a:c=2", "a:c=3"], "two of a, a are the same"),
         (["--seeds", "3-1"], "not '3-1'"),
         (["--seeds", "one"], "not 'one'"),
+        (["--seeds", "88265-999999999"], "seeds above 88265 repeat the draws"),
         (["--name", "x" * 190], "must be at most 200 letters"),
         (["--jobs", "0"], "argument --jobs: must be a whole number of at least 1"),
         (["--seed", "1"], "argument --seed: the experiment sets it"),

@@ -185,8 +185,9 @@ def fails(capsys):
 
 
 def test_files(tmp_path, capsys):
-    proposed = write_runs(tmp_path, PROPOSED, bn_weight=0.1, c=100.0, input_norm="bn")
-    baseline = write_runs(tmp_path, BASELINE[:4], bn_weight=1.0, c=1.0, input_norm="dataset", torch="2.11")
+    proposed = write_runs(tmp_path, PROPOSED, bn_weight=0.1, c=100.0, input_norm="bn", device="cuda:1")
+    settings = {"bn_weight": 1.0, "c": 1.0, "input_norm": "dataset", "device": "cuda:0", "torch": "2.11"}
+    baseline = write_runs(tmp_path, BASELINE[:4], **settings)
     main(["--proposed", *reversed(proposed), "--baseline", *baseline])
     *_, line, versions, alone = capsys.readouterr().out.splitlines()
     fields = [field.strip() for field in line.strip("|").split("|")]
