@@ -126,6 +126,8 @@ def speed_up(network: nn.Module, device: torch.device, precision: str = "float32
     if compiled:
         if not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
             raise FileNotFoundError("there is no C++ compiler here: install g++, let CXX name one, or do not compile")
+        # how many kinds of networks and GPUs a process may compile for; beyond it, torch silently does without
+        torch.compiler.config.recompile_limit = 64
         eager, sizes = network.forward, {}
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         fast = torch.compile(eager, mode=mode, dynamic=False)

@@ -183,6 +183,18 @@ def test_further_networks_of_a_process_are_not_compiled_anew(precision):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_many_kinds_of_networks_are_compiled(monkeypatch):
+    torch._dynamo.reset()
+    counters.clear()
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, dynamic: whole(f, backend="eager", dynamic=dynamic))
+    for width in range(1, 13):
+        network = nn.Linear(width, 2)
+        speed_up(network, torch.device("cpu"), compiled=True)
+        network(torch.rand(3, width))
+    assert counters["stats"]["unique_graphs"] == 12
+
+
 def test_compile_without_a_compiler(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"no C\+\+ compiler here: install g\+\+"):
