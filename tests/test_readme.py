@@ -53,19 +53,38 @@ def test_command_of_the_paper_has_every_flag():
     assert {name for name in default if given[name] != default[name]} == {"name"}
 
 
+def committed_accuracies(files: str) -> list[float]:
+    """Test accuracies at the best validation epoch, of the seeds 1 to 15 in this order."""
+    found = (Path(train.__file__).parent / "results").glob(files)
+    tables = {int(file.stem.rpartition("seed")[2]): pandas.read_csv(file, comment="#") for file in found}
+    assert sorted(tables) == list(range(1, 16))
+    return [tables[seed]["test_accuracy"][tables[seed]["val_accuracy"].idxmax()] for seed in sorted(tables)]
+
+
+def test_table_of_modes_is_that_of_the_committed_files():
+    rows = re.findall(r"^\| (neither|`[^|]*`) \| ([\d.]+ ± [\d.]+) \|(.*)\|(.*)\|$", README, re.MULTILINE)
+    files = {
+        "neither": "digits/*-weight0.1-c100-bn-seed*.csv",
+        "`--precision bfloat16`": "digits-modes/*-weight0.1-c100-bn-bfloat16-seed*.csv",
+        "`--compile`": "digits-modes/*-weight0.1-c100-bn-compiled-seed*.csv",
+    }
+    assert [row[0] for row in rows] == list(files)
+    accuracies = {mode: committed_accuracies(of) for mode, of in files.items()}
+    for mode, mean_and_deviation, difference, interval in rows:
+        assert mean_and_deviation == f"{np.mean(accuracies[mode]):.2f} ± {np.std(accuracies[mode], ddof=1):.2f}"
+        if mode != "neither":
+            differences = np.subtract(accuracies[mode], accuracies["neither"])
+            low, high = stats.t.interval(0.95, 14, differences.mean(), stats.sem(differences))
+            assert (difference, interval) == (f" {differences.mean():+.2f} ", f" {low:+.2f} to {high:+.2f} ")
+
+
 def test_table_of_digits_is_that_of_the_committed_files():
     rows = re.findall(r"^\| (\w+) +\| (\d+) +\| (.*) \|$", README, re.MULTILINE)
     assert [row[0] for row in rows] == list(EXPERIMENT)
-    accuracies = {}
-    for name, (bn_weight, c, input_norm) in EXPERIMENT.items():
-        files = (Path(train.__file__).parent / "results" / "digits").glob(
-            f"*-weight{bn_weight:g}-c{c:g}-{input_norm}-seed*.csv"
-        )
-        tables = {int(file.stem.rpartition("seed")[2]): pandas.read_csv(file, comment="#") for file in files}
-        assert sorted(tables) == list(range(1, 16))
-        accuracies[name] = [
-            tables[seed]["test_accuracy"][tables[seed]["val_accuracy"].idxmax()] for seed in sorted(tables)
-        ]
+    accuracies = {
+        name: committed_accuracies(f"digits/*-weight{bn_weight:g}-c{c:g}-{input_norm}-seed*.csv")
+        for name, (bn_weight, c, input_norm) in EXPERIMENT.items()
+    }
     differences = {name: np.subtract(accuracies[name], accuracies["baseline"]) for name in list(EXPERIMENT)[1:]}
     p_values = {name: stats.ttest_1samp(d, 0, alternative="greater").pvalue for name, d in differences.items()}
     ordered = sorted(p_values.values())
