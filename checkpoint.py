@@ -10,7 +10,7 @@ import io
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -170,9 +170,10 @@ def recover_run(files: RunFiles, settings: dict[str, Setting]) -> tuple[Results 
         results = results_so_far(state)
         check_settings(files, results, settings)
         if len(results.columns["epoch"]) < settings["num_epochs"]:
-            finished = read_finished(files, settings)
-            if finished is not None:  # in another place, and the file was put here
-                return finished, None
+            with suppress(ValueError):  # a damaged result file is written anew
+                finished = read_finished(files, settings)
+                if finished is not None:  # in another place, and the file was put here
+                    return finished, None
         write_outcome(files, state)
         return results, state
     if not files.results.exists():
@@ -191,12 +192,16 @@ def recover_run(files: RunFiles, settings: dict[str, Setting]) -> tuple[Results 
 
 
 def read_finished(files: RunFiles, settings: dict[str, Setting]) -> Results | None:
-    """What is in the result file, if that is of a run with these settings and has all epochs."""
-    try:
-        results = read_results(files.results)
-        check_settings(files, results, settings)
-    except (FileNotFoundError, ValueError):
+    """What is in the result file of a run, None where there is no such file or it has not all epochs yet.
+
+    Raises:
+        ValueError: the file is damaged, or of a run with other settings.
+        OSError: it cannot be read.
+    """
+    if not files.results.exists():
         return None
+    results = read_results(files.results)
+    check_settings(files, results, settings)
     return results if len(results.columns["epoch"]) >= settings["num_epochs"] else None
 
 

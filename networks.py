@@ -121,8 +121,6 @@ def speed_up(network: nn.Module, device: torch.device, precision: str = "float32
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    if precision == "bfloat16":
-        network.to(memory_format=torch.channels_last)
     if compiled:
         if not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
             raise FileNotFoundError("there is no C++ compiler here: install g++, let CXX name one, or do not compile")
@@ -137,5 +135,7 @@ def speed_up(network: nn.Module, device: torch.device, precision: str = "float32
             return (fast if len(images) == size else eager)(images)
 
         network.forward = forward
-    if precision == "bfloat16":  # around what is compiled, so that further networks of a process are not compiled anew
+    if precision == "bfloat16":
+        network.to(memory_format=torch.channels_last)
+        # around what is compiled, so that further networks of a process are not compiled anew
         network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)

@@ -37,10 +37,10 @@ from joblib import Parallel, delayed, parallel_config
 from tqdm import tqdm
 
 import train
-from checkpoint import check_settings, lock_run, run_files
+from checkpoint import lock_run, read_finished, run_files
 from figures import save_figures
 from networks import INPUT_NORMS
-from results import Results, read_results, to_text, write_atomically
+from results import Results, to_text, write_atomically
 from seeds import MAX_SEED
 from t_test import COMPARED, EXPERIMENT, SHORT, Comparison, compare_all, mixed_circumstances, table
 
@@ -206,14 +206,11 @@ def read_runs(cells: list[Cell], folder: Path, runs: Runs, failed: dict[str, str
         files = run_files(cell.run.path, cell.name)
         files = files._replace(results=folder / files.results.name)
         try:
-            if not files.results.exists():
-                continue
-            results = read_results(files.results)
-            check_settings(files, results, {name: getattr(cell.run, name) for name in train.SETTINGS})
+            results = read_finished(files, {name: getattr(cell.run, name) for name in train.SETTINGS})
         except (ValueError, OSError) as error:
             failed[cell.name] = describe(error)
             continue
-        if len(results.columns["epoch"]) >= cell.run.num_epochs:
+        if results is not None:
             runs[cell.setting][cell.seed] = results
 
 

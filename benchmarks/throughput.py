@@ -264,9 +264,10 @@ def main() -> None:
             print_profile(args, images, mode)
         return
 
-    modes = [PLAIN, *modes]
+    ours = our_batches(images, args.batch_size, args.device)
+    loaders = {PLAIN: plain_batches(images, args.batch_size), **dict.fromkeys(modes, ours)}
+    modes = list(loaders)
     trainings = {mode: make_training(args, mode) for mode in modes}
-    loaders = {mode: make_loader(args, images, mode) for mode in modes}
     times, batch_times = {mode: [] for mode in modes}, {mode: [] for mode in modes}
     for _ in range(args.rounds + 1):
         for mode, train in trainings.items():
@@ -278,7 +279,7 @@ def main() -> None:
     precisions = {mode: mode.split()[0] for mode in modes}
     precisions[PLAIN] = "tf32" if on_gpu else "float32"
     peaks = {name: peak_flops(args.device, name) for name in sorted(set(precisions.values()))}
-    [batch] = take(our_batches(images, args.batch_size, args.device), 1)
+    [batch] = take(ours, 1)
     counts = {name: count_step(args, name, batch) for name in peaks}
     bandwidth = copy_bandwidth(args.device)
     print(f"{args.rounds} rounds of {args.steps} steps; copy: {bandwidth / 1e9:.1f} GB/s")
