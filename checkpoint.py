@@ -1,50 +1,167 @@
-"""Save and restore a run so that it can be stopped at any moment and goes on as if it never had been.
+"""A run as a thing on disk: its files, its lock, what is saved when, and what an earlier process has left behind.
 
-A checkpoint is what `torch.save` writes, with the SHA-256 of that behind it: torch itself notices a file that is cut
-short, but not a changed byte in a weight. `torch.load` reads it as it is.
+A checkpoint is what `torch.save` writes, followed by its SHA-256: torch itself notices a file that is cut short, but
+not a changed byte in a weight. `torch.load` reads it as it is.
 """
 
+import argparse
 import copy
 import hashlib
 import io
+import math
 import os
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any
 
 import filelock
 import numpy as np
 import torch
+import torchvision
 from torch import nn, optim
 
-from results import Results, Setting, read_results, write_atomically, write_results
+from command_line import on_signals
+from results import COLUMNS, Results, Setting, read_results, write_atomically, write_results
+from seeds import random_states, set_random_states
+from settings import RunFiles, determining, differences, run_files
 
 FORMAT = 1  # raise it when a change makes older checkpoints useless
 REMEDY = "give --restart to start over, or another --name"
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 
-class RunFiles(NamedTuple):
-    """The files of a run."""
+class Run:
+    """A training run and its files, as a context manager: locked as long as it lasts, saved whatever ends it.
 
-    results: Path
-    best_weights: Path
-    checkpoint: Path
-    lock: Path
+    What an earlier process has left of the run is found on entry, and `resume` puts it into the network and its
+    optimizer; `epochs` are those that are left; `record` takes the numbers of each.
+
+    Args:
+        settings: what `train.parse` returns.
+        stops: numbers of signals that have arrived, also while the run goes on: from `resume` on, the first one ends
+            the run between two steps with KeyboardInterrupt, never in the middle of saving it. SIGINT and SIGTERM of
+            this process are added to it.
+
+    Raises:
+        BlockingIOError: another process works on the same run (on entry, like the others).
+        ValueError: the files are of a run with other settings, or one is damaged; the message says what to do.
+        FileExistsError: there is the result file of an unfinished run, but no checkpoint.
+        OSError: a file cannot be read or written.
+    """
+
+    def __init__(self, settings: argparse.Namespace, stops: list[int] | None = None) -> None:
+        self.settings = settings
+        self.stops = [] if stops is None else stops
+        self.files = run_files(settings.path, settings.name)
+        self.results: Results | None = None  # the numbers so far
+        self.state: dict[str, Any] | None = None  # all that the epochs so far have led to
+        self.saved_state: dict[str, Any] | None = None  # the same as it was at the last checkpoint
+        self.last_save = -math.inf
+        self.contexts = ExitStack()
+
+    def __enter__(self) -> "Run":
+        with ExitStack() as contexts:
+            contexts.enter_context(lock_run(self.files))
+            if not self.settings.restart:
+                self.results, self.state = recover_run(self.files, self.settings)
+                self.saved_state = self.state
+            self.contexts = contexts.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.contexts:
+            if self.saved_state is not self.state:
+                save_run(self.files, self.state)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.results is not None and self.results.num_epochs >= self.settings.num_epochs
+
+    @property
+    def epochs(self) -> range:
+        """The epochs that are left, counted from 1."""
+        done = self.results.num_epochs if self.results else 0
+        return range(done + 1, self.settings.num_epochs + 1)
+
+    def resume(self, network: nn.Module, optimizer: optim.Optimizer, scheduler: optim.lr_scheduler.LRScheduler) -> None:
+        """Put these three and all random generators into the state in which an earlier process has left the run."""
+        self.parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
+        self.start = time.monotonic()
+        if self.state is not None:
+            for name, part in self.parts.items():
+                part.load_state_dict(self.state[name])
+            for group in optimizer.param_groups:  # this goes with the device, which may be another one now
+                group["fused"] = optimizer.defaults["fused"]
+            set_random_states(self.state["random"])
+            self.last_save = self.start
+            self.start -= self.results.settings["seconds"]
+        self.contexts.enter_context(on_signals(self.stops.append))
+
+    def steps(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, one after the other; KeyboardInterrupt with the number of a signal that has arrived."""
+        for batch in batches:
+            if self.stops:
+                raise KeyboardInterrupt(self.stops[0])
+            yield batch
+
+    def record(self, *numbers: float) -> None:
+        """Add the numbers of an epoch, in the order of `results.COLUMNS`, and save what is due.
+
+        The result file is written after every epoch; the checkpoint after the first one, when `checkpoint_seconds` have
+        passed since the last, and at the end.
+        """
+        earlier = self.results.columns if self.results else dict.fromkeys(COLUMNS, np.array([], dtype=int))
+        columns = {name: np.append(earlier[name], value) for name, value in zip(COLUMNS, numbers, strict=True)}
+        self.results = Results(describe_run(self.settings, time.monotonic() - self.start, self.results), columns)
+        if self.results.best_epoch == self.results.num_epochs:
+            weights = self.parts["network"].state_dict()
+            best_weights = {name: value.cpu().clone() for name, value in weights.items()}
+        else:
+            best_weights = self.state["best_weights"]
+        self.state = {
+            "format": FORMAT,
+            "settings": self.results.settings,
+            "columns": {name: column.tolist() for name, column in columns.items()},
+            "best_weights": best_weights,
+            **{name: copy.deepcopy(part.state_dict()) for name, part in self.parts.items()},
+            "random": random_states(),
+        }
+        if self.finished or time.monotonic() - self.last_save > self.settings.checkpoint_seconds:
+            save_run(self.files, self.state)
+            self.saved_state, self.last_save = self.state, time.monotonic()
+        else:
+            write_results(self.files.results, self.results)
 
 
-def run_files(path: Path, name: str) -> RunFiles:
-    """Where the files of the run `name` are below the folder `path`."""
-    networks = path / "networks"
-    return RunFiles(
-        results=path / "results" / f"{name}.csv",
-        best_weights=networks / f"{name}-best.pt",
-        checkpoint=networks / f"{name}-last.pt",
-        lock=networks / f"{name}.lock",
-    )
+def describe_run(settings: argparse.Namespace, seconds: float, earlier: Results | None) -> dict[str, Setting]:
+    """The settings of a run and what else its numbers depend on, for the result file.
+
+    Where a run was resumed in another place, the file names both.
+    """
+    circumstances = {
+        "device": str(settings.device),
+        "machine": machine_name(settings.device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+    for key, value in circumstances.items():
+        places = earlier.settings[key].split(", then ") if earlier else []
+        circumstances[key] = ", then ".join(places if places[-1:] == [value] else [*places, value])
+    return {"name": settings.name, **determining(settings), **circumstances, "seconds": round(seconds, 1)}
+
+
+def machine_name(device: torch.device) -> str:
+    """The name of a GPU; of a CPU, what its rounding depends on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} with {instructions}, {torch.get_num_threads()} threads"
 
 
 @contextmanager
@@ -62,41 +179,6 @@ def lock_run(files: RunFiles) -> Iterator[None]:
         raise BlockingIOError(
             f"another process is at work on the run of {files.results}: wait for it, or give another --name"
         ) from None
-
-
-def capture_state(
-    results: Results,
-    best_weights: dict[str, torch.Tensor],
-    network: nn.Module,
-    optimizer: optim.Optimizer,
-    scheduler: optim.lr_scheduler.LRScheduler,
-) -> dict[str, Any]:
-    """A copy of all that it takes to go on from here, the states of the random generators included."""
-    return {
-        "format": FORMAT,
-        "settings": results.settings,
-        "columns": {name: column.tolist() for name, column in results.columns.items()},
-        "best_weights": best_weights,
-        "network": copy.deepcopy(network.state_dict()),
-        "optimizer": copy.deepcopy(optimizer.state_dict()),
-        "scheduler": copy.deepcopy(scheduler.state_dict()),
-        "random": random_states(),
-    }
-
-
-def apply_state(
-    state: dict[str, Any],
-    network: nn.Module,
-    optimizer: optim.Optimizer,
-    scheduler: optim.lr_scheduler.LRScheduler,
-) -> None:
-    """Put all three and the random generators into the state that `capture_state` has copied."""
-    network.load_state_dict(state["network"])
-    optimizer.load_state_dict(state["optimizer"])
-    for group in optimizer.param_groups:  # what goes with the device, which may be another one now
-        group["fused"] = optimizer.defaults["fused"]
-    scheduler.load_state_dict(state["scheduler"])
-    set_random_states(state["random"])
 
 
 def save_run(files: RunFiles, state: dict[str, Any]) -> None:
@@ -147,103 +229,68 @@ def load_checkpoint(file: str | os.PathLike) -> dict[str, Any]:
     return state
 
 
-def recover_run(files: RunFiles, settings: dict[str, Setting]) -> tuple[Results | None, dict[str, Any] | None]:
-    """What a run with these files and settings has left behind.
+def recover_run(files: RunFiles, settings: argparse.Namespace) -> tuple[Results | None, dict[str, Any] | None]:
+    """What an earlier process has left of a run: its results so far, and the state to resume from.
 
-    Best weights and result file are made to agree with the checkpoint, where the run was killed before they did.
-
-    Args:
-        files: the files of the run.
-        settings: what determines its numbers, `num_epochs` and `scheduler` among it.
-
-    Returns:
-        The results so far, None where there are none; and the state to go on from, None where there is none or where
-        the result file says that the run was finished without this checkpoint.
+    Where the process was killed before it had written all files, best weights and result file are made to agree with
+    the checkpoint. There may be neither results nor state; a finished run needs no state.
 
     Raises:
         ValueError: the settings were others, or a file is damaged; the message says what to do.
         FileExistsError: there is the result file of an unfinished run, but no checkpoint.
         OSError: a file cannot be read or written.
     """
-    if files.checkpoint.exists():
-        state = load_checkpoint(files.checkpoint)
-        results = results_so_far(state)
-        check_settings(files, results, settings)
-        if len(results.columns["epoch"]) < settings["num_epochs"]:
-            with suppress(ValueError):  # a damaged result file is written anew
-                finished = read_finished(files, settings)
-                if finished is not None:  # in another place, and the file was put here
-                    return finished, None
-        write_outcome(files, state)
-        return results, state
-    if not files.results.exists():
-        return None, None
-    try:
-        results = read_results(files.results)
-    except ValueError as error:
-        raise ValueError(f"{error}: {REMEDY}") from None
-    check_settings(files, results, settings)
-    epochs = len(results.columns["epoch"])
-    if epochs < settings["num_epochs"]:
-        raise FileExistsError(
-            f"{files.results} has {epochs} epochs, but there is no {files.checkpoint} to go on from: {REMEDY}"
-        )
-    return results, None
+    if not files.checkpoint.exists():
+        results = read_finished(files.results, settings)
+        if results is None and files.results.exists():
+            raise FileExistsError(
+                f"{files.results} is of an unfinished run, but there is no {files.checkpoint} to resume from: {REMEDY}"
+            )
+        return results, None
+    state = load_checkpoint(files.checkpoint)
+    results = results_so_far(state)
+    check_settings(files.results, results, settings)
+    if results.num_epochs < settings.num_epochs:
+        with suppress(ValueError):  # a damaged result file is written anew
+            finished = read_finished(files.results, settings)
+            if finished is not None:  # in another place, and the file was put here
+                return finished, None
+    write_outcome(files, state)
+    return results, state
 
 
-def read_finished(files: RunFiles, settings: dict[str, Setting]) -> Results | None:
+def read_finished(file: Path, settings: argparse.Namespace) -> Results | None:
     """What is in the result file of a run, None where there is no such file or it has not all epochs yet.
 
     Raises:
         ValueError: the file is damaged, or of a run with other settings.
         OSError: it cannot be read.
     """
-    if not files.results.exists():
+    if not file.exists():
         return None
-    results = read_results(files.results)
-    check_settings(files, results, settings)
-    return results if len(results.columns["epoch"]) >= settings["num_epochs"] else None
+    try:
+        results = read_results(file)
+    except ValueError as error:
+        raise ValueError(f"{error}: {REMEDY}") from None
+    check_settings(file, results, settings)
+    return results if results.num_epochs >= settings.num_epochs else None
 
 
-def check_settings(files: RunFiles, earlier: Results, settings: dict[str, Setting]) -> None:
-    """ValueError, with what differs, where a run with `settings` would not have come to the `earlier` results."""
-    unlike = {key: value for key, value in settings.items() if earlier.settings.get(key) != value}
-    epochs = len(earlier.columns["epoch"])
-    constant = earlier.settings.get("scheduler") == settings["scheduler"] == "none"
-    if constant and settings["num_epochs"] >= epochs:
+def check_settings(file: Path, earlier: Results, settings: argparse.Namespace) -> None:
+    """ValueError, with what differs, where a run with `settings` would not have had the `earlier` results."""
+    unlike = differences(earlier.settings, determining(settings))
+    constant = "scheduler" not in unlike and settings.scheduler == "none"
+    if constant and settings.num_epochs >= earlier.num_epochs:
         unlike.pop("num_epochs", None)  # without a schedule, the epochs so far do not depend on how many follow
     if not unlike:
         return
-    listed = "; ".join(f"{key} was {earlier.settings.get(key)}, now {value}" for key, value in unlike.items())
+    listed = "; ".join(f"{name} was {before}, now {now}" for name, (before, now) in unlike.items())
     hint = ""
     if list(unlike) == ["num_epochs"]:
         hint = " (the cosine schedule depends on it from the first epoch on)"
         if constant:
-            hint = f" (it has {epochs} epochs already)"
+            hint = f" (it has {earlier.num_epochs} epochs already)"
     raise ValueError(
-        f"{files.results} is of a run with other settings: {listed}{hint}."
+        f"{file} is of a run with other settings: {listed}{hint}."
         " Give another --name, the settings it had, or --restart to start over"
     )
-
-
-def random_states() -> dict[str, Any]:
-    """The states of all global random generators: Python's, NumPy's, torch's on the CPU and, once used, on CUDA."""
-    numpy_state = np.random.get_state(legacy=False)
-    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
-    return {
-        "python": random.getstate(),
-        "numpy": numpy_state,
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Set all global random generators to what `random_states` gave. CUDA devices that are not here are left out."""
-    random.setstate(states["python"])
-    numpy_state = dict(states["numpy"])
-    numpy_state["state"] = dict(numpy_state["state"], key=np.array(numpy_state["state"]["key"], dtype=np.uint32))
-    np.random.set_state(numpy_state)
-    torch.set_rng_state(states["torch"])
-    for device in range(min(len(states["cuda"]), torch.cuda.device_count())):
-        torch.cuda.set_rng_state(states["cuda"][device], device)

@@ -1,13 +1,14 @@
 """Image sets, the split into training and validation images, and the batches.
 
 The images of a set live once, as one uint8 tensor on the training device. A split is a vector of indices into it, and
-a batch is one gather, one flip and one conversion.
+a batch is one gather, one flip and one conversion of it.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,21 +16,14 @@ from filelock import FileLock
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_md5
 
 from seeds import make_complex
+from settings import DATASETS
 
-
-class Size(NamedTuple):
-    """How much of it there is, known before any file is read."""
-
-    num_train: int  # images that are trained on
-    pixels: int  # height and width of an image
-
-
-DATASETS = {"cifar10": Size(45_000, 32), "digits": Size(1_293, 8)}
+Batch = tuple[Tensor, Tensor]  # images and labels
 
 
 @dataclass
@@ -145,52 +139,15 @@ def stratified_split(labels: np.ndarray, test_size: float) -> list[np.ndarray]:
     return train_test_split(np.arange(len(labels)), test_size=test_size, stratify=labels, random_state=make_complex(0))
 
 
-class Split(Dataset):
-    """One split of an image set, as a data set whose items are fetched a whole batch at a time.
+class Batches:
+    """The batches of one split, anew at every iteration; the last one may be short.
 
-    A batch is (images, labels): float32 (n, 3, H, W), the pixels divided by 255 and, if `normalize`, normalized with
-    the statistics of the set; int64 (n,). With `flip`, a number is drawn from torch's global generator for each image
-    of a batch, in order, and the image is mirrored where it is below 0.5.
-    """
+    A batch is (images, labels), on the device of the set: float32 (n, 3, H, W), the pixels divided by 255 and, if
+    `normalize`, normalized with the statistics of the set; int64 (n,).
 
-    def __init__(self, image_set: ImageSet, name: str, flip: bool, normalize: bool) -> None:
-        self.image_set = image_set
-        self.indices = image_set.splits[name]
-        self.flip = flip
-        self.normalize = normalize
-        shape = {"dtype": torch.float32, "device": image_set.images.device}
-        self.mean = torch.tensor(image_set.mean, **shape).view(3, 1, 1)
-        self.std = torch.tensor(image_set.std, **shape).view(3, 1, 1)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor]:
-        device = self.indices.device
-        indices = self.indices[send(torch.tensor(positions), device)]
-        images = self.image_set.images.index_select(0, indices)  # ten times as fast as images[indices] on a CPU
-        if self.flip:
-            # torch.rand(n) draws what torch.rand(1) draws n times. The draws are on the CPU whatever the device.
-            flipped = send((torch.rand(len(positions)) < 0.5).nonzero().squeeze(1), device)
-            images[flipped] = images.index_select(0, flipped).flip(-1)
-        images = images.float().div_(255)
-        if self.normalize:
-            images = images.sub_(self.mean).div_(self.std)
-        return images, self.image_set.labels[indices]
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device, without waiting for what the device is at."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-def make_batches(image_set: ImageSet, split: str, batch_size: int, normalize: bool) -> DataLoader:
-    """The batches of a split, see `Split`; those of 'train' are shuffled and, where the set allows it, mirrored.
-
-    Draws what torch's DataLoader draws from the global generator, which makes the order that of the paper's code. The
-    last batch may be short.
+    Those of 'train' are shuffled and, where the set allows it, mirrored. The numbers drawn from torch's global
+    generator are those that the paper's code draws through torch's DataLoader, so order and flips are the same. Both go
+    to the device before the first batch of an epoch, and nothing does after that.
 
     Args:
         image_set: the images.
@@ -201,8 +158,43 @@ def make_batches(image_set: ImageSet, split: str, batch_size: int, normalize: bo
     Raises:
         ValueError: `split` is none of these.
     """
-    if split not in image_set.splits:
-        raise ValueError(f"the split must be one of {', '.join(image_set.splits)}, not {split!r}")
-    training = split == "train"
-    images = Split(image_set, split, flip=training and image_set.flip, normalize=normalize)
-    return DataLoader(images, batch_size, shuffle=training, collate_fn=lambda batch: batch)
+
+    def __init__(self, image_set: ImageSet, split: str, batch_size: int, normalize: bool) -> None:
+        if split not in image_set.splits:
+            raise ValueError(f"the split must be one of {', '.join(image_set.splits)}, not {split!r}")
+        self.image_set = image_set
+        self.indices = image_set.splits[split]
+        self.training = split == "train"
+        self.batch_size = batch_size
+        self.normalize = normalize
+        on_device = {"dtype": torch.float32, "device": self.indices.device}
+        self.mean = torch.tensor(image_set.mean, **on_device).view(3, 1, 1)
+        self.std = torch.tensor(image_set.std, **on_device).view(3, 1, 1)
+        # a DataLoader of positions whose one batch is the whole order
+        positions = range(len(self.indices))
+        self.orders = DataLoader(positions, len(positions), shuffle=self.training, collate_fn=torch.tensor)
+
+    @property
+    def num_images(self) -> int:
+        """The number of images in the split."""
+        return len(self.indices)
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_images / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        [order] = self.orders
+        order = self.indices[order.to(self.indices.device)]
+        flipped = None
+        if self.training and self.image_set.flip:
+            # the paper's code draws once an image; torch.rand(n) draws the same numbers as n times torch.rand(1)
+            flipped = (torch.rand(self.num_images) < 0.5).to(order.device).view(-1, 1, 1, 1)
+        for start in range(0, self.num_images, self.batch_size):
+            part = slice(start, start + self.batch_size)
+            images = self.image_set.images.index_select(0, order[part])  # ten times as fast as images[order] on a CPU
+            if flipped is not None:
+                images = torch.where(flipped[part], images.flip(-1), images)
+            images = images.float().div_(255)
+            if self.normalize:
+                images = images.sub_(self.mean).div_(self.std)
+            yield images, self.image_set.labels[order[part]]

@@ -3,17 +3,18 @@
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision import models
 
 from batch_norm import ScaleBatchNorm2d
+from settings import INPUT_NORMS, NETWORKS, PRECISIONS, STEMS
 
-NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-INPUT_NORMS = ("bn", "dataset")
-PRECISIONS = ("float32", "bfloat16")
 SMALL_IMAGE_DATASETS = ("cifar10", "digits")
 SIGMA_ACT = 0.58  # standard deviation of a rectified standard normal variable, sqrt((1 - 1/π) / 2)
 
@@ -60,35 +61,39 @@ def construct_network(
     dataset: str = "cifar10",
     bn_weight: float = 1.0,
     input_norm: str = "bn",
+    stem: str = "auto",
 ) -> nn.Module:
     """Build a network of the paper with its initial weights, drawn from torch's global generator.
 
     Args:
         network_name: one of `NETWORKS`.
         num_classes: number of outputs.
-        dataset: the images it is for. Where they are small (`SMALL_IMAGE_DATASETS`), the first convolution is 3×3 with
-            stride 1 and there is no max pooling; for any other name the stem is torchvision's own.
+        dataset: the images it is for.
         bn_weight: where γ starts in every batch norm.
         input_norm: 'bn' puts a batch norm in front that normalizes the images. Its γ starts at `bn_weight` · σ_act, as
             if the images were rectified activations of a layer before; its β stays 0. The result is then
             `nn.Sequential(input_norm, network)`, so that the names of all weights start with `0.` or `1.`.
             'dataset' leaves normalization with the statistics of the data set to whoever prepares the images.
+        stem: the first layers. 'small': a 3×3 convolution with stride 1, and no max pooling; 'own': torchvision's own;
+            'auto': 'small' where the images are small (`SMALL_IMAGE_DATASETS`), 'own' for any other data set.
 
     Returns:
         A module from images, float (N, 3, H, W) with values in [0, 1] ('bn') or normalized ('dataset'), to logits
         (N, num_classes).
 
     Raises:
-        ValueError: `network_name`, `input_norm` or `bn_weight` is not among the choices.
+        ValueError: `network_name`, `input_norm`, `stem` or `bn_weight` is not among the choices.
     """
     if network_name not in NETWORKS:
         raise ValueError(f"network_name must be one of {', '.join(NETWORKS)}, not {network_name!r}")
     if input_norm not in INPUT_NORMS:
         raise ValueError(f"input_norm must be one of {', '.join(INPUT_NORMS)}, not {input_norm!r}")
+    if stem not in STEMS:
+        raise ValueError(f"stem must be one of {', '.join(STEMS)}, not {stem!r}")
 
     norm_layer = partial(ScaleBatchNorm2d, bn_weight=bn_weight)
     network = models.get_model(network_name, num_classes=num_classes, norm_layer=norm_layer)
-    if dataset in SMALL_IMAGE_DATASETS:
+    if stem == "small" or (stem == "auto" and dataset in SMALL_IMAGE_DATASETS):
         network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         network.maxpool = nn.Identity()
     reinit_network(network)
@@ -101,41 +106,78 @@ def construct_network(
     return network
 
 
-def speed_up(network: nn.Module, device: torch.device, precision: str = "float32", compiled: bool = False) -> None:
-    """Let a network compute faster from now on, at the price of other roundings. In place.
-
-    Weights, their gradients and the statistics of batch norm stay float32, and the names in `state_dict` the same.
+def trains_on_one_image(network_name: str, pixels: int, **arguments: Any) -> bool:
+    """Whether every batch norm of a network gets more than one value a channel from a batch of a single image.
 
     Args:
-        network: any module; its output has the type `precision`.
-        device: where it is.
-        precision: 'bfloat16' for layers and activations in bfloat16 where torch's autocast finds that safe, with the
-            channels of an image next to each other in memory; 'float32' leaves both as they are.
-        compiled: whether to compile it, with CUDA graphs on a GPU. As that takes up to minutes, it is done for the size
-            of the first batch in training and of the first in evaluation; others, such as a short last one, are
-            computed as they are without it.
+        network_name: one of `NETWORKS`.
+        pixels: height and width of the image.
+        **arguments: further ones of `construct_network`.
+    """
+    with torch.device("meta"):  # shapes only: nothing is drawn or computed
+        network = construct_network(network_name, **arguments)
+        try:
+            network(torch.empty(1, 3, pixels, pixels))
+        except ValueError:
+            return False
+    return True
+
+
+def speed_up(network: nn.Module, precision: str = "float32", compiled: bool = False) -> None:
+    """Prepare a network for the modes that are faster, with different rounding. In place.
+
+    Weights, their gradients, the statistics of batch norm and the names in `state_dict` stay as they are. A copy of the
+    network (`copy.deepcopy`) is not compiled.
+
+    Args:
+        network: any module, on the device where it will compute.
+        precision: one of `PRECISIONS`. For 'bfloat16', the channels of a pixel are put next to each other in memory.
+        compiled: whether to compile it, with CUDA graphs on a GPU, for each size of the batches that it is called
+            with. `network.forward` stays as it is: for a short last batch, compiling would take longer than it saves.
 
     Raises:
-        ValueError: `precision` is none of `PRECISIONS`.
+        ValueError: `precision` is not one of `PRECISIONS`.
         FileNotFoundError: there is no compiler to compile with.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    check_precision(precision)
+    if precision == "bfloat16":
+        network.to(memory_format=torch.channels_last)
     if compiled:
         if not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
             raise FileNotFoundError("there is no C++ compiler here: install g++, let CXX name one, or do not compile")
-        # how many kinds of networks and GPUs a process may compile for; beyond it, torch silently does without
+        # for how many kinds of networks and batches a process compiles: torch computes without compiling after that
         torch.compiler.config.recompile_limit = 64
-        eager, sizes = network.forward, {}
-        mode = "reduce-overhead" if device.type == "cuda" else "default"
-        fast = torch.compile(eager, mode=mode, dynamic=False)
+        on_gpu = any(parameter.is_cuda for parameter in network.parameters())
+        network.compile(mode="reduce-overhead" if on_gpu else "default", dynamic=False)
 
-        def forward(images: Tensor) -> Tensor:
-            size = sizes.setdefault(network.training, len(images))
-            return (fast if len(images) == size else eager)(images)
 
-        network.forward = forward
-    if precision == "bfloat16":
-        network.to(memory_format=torch.channels_last)
-        # around what is compiled, so that further networks of a process are not compiled anew
-        network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
+@contextmanager
+def use_precision(precision: str) -> Iterator[None]:
+    """Let torch compute float32 products and convolutions in this precision, whatever was set before.
+
+    'float32' and 'bfloat16' are torch's own settings: a GPU rounds the inputs of convolutions, but not of products, to
+    the 10 bits of tf32. 'tf32' rounds both, 'strict' neither. A CPU computes in full float32 in any case.
+
+    Raises:
+        ValueError: `precision` is not one of `PRECISIONS`.
+    """
+    check_precision(precision)
+    convolutions = "ieee" if precision == "strict" else "tf32"
+    products = "tf32" if precision == "tf32" else "ieee"
+    backends = torch.backends
+    wanted = {backends.cuda.matmul: products, backends.cudnn.conv: convolutions, backends.cudnn.rnn: convolutions}
+    wanted |= {backends.mkldnn.matmul: "ieee", backends.mkldnn.conv: "ieee"}
+    earlier = {backend: backend.fp32_precision for backend in wanted}
+    try:
+        for backend, value in wanted.items():
+            backend.fp32_precision = value
+        yield
+    finally:
+        for backend, value in earlier.items():
+            backend.fp32_precision = value
+
+
+def check_precision(precision: str) -> None:
+    """ValueError where this is not one of `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")

@@ -26,24 +26,34 @@ class Results:
     columns: dict[str, np.ndarray]
 
     @property
-    def best(self) -> int:
-        """Index of the epoch with the best validation accuracy, the first one on a tie. ValueError without epochs."""
+    def num_epochs(self) -> int:
+        """The number of epochs that the run has made so far."""
+        return len(self.columns["epoch"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has made all the epochs it was to make."""
+        return self.num_epochs >= self.settings["num_epochs"]
+
+    @property
+    def best_row(self) -> int:
+        """Row of the epoch with the best validation accuracy, the first one on a tie. ValueError without epochs."""
         return int(np.argmax(self.columns["val_accuracy"]))
 
     @property
     def best_epoch(self) -> int:
         """The epoch with the best validation accuracy, counted from 1."""
-        return int(self.columns["epoch"][self.best])
+        return int(self.columns["epoch"][self.best_row])
 
     @property
     def val_accuracy(self) -> float:
         """The best validation accuracy, in percent."""
-        return float(self.columns["val_accuracy"][self.best])
+        return float(self.columns["val_accuracy"][self.best_row])
 
     @property
     def test_accuracy(self) -> float:
         """The headline number: test accuracy in percent at the epoch of the best validation accuracy."""
-        return float(self.columns["test_accuracy"][self.best])
+        return float(self.columns["test_accuracy"][self.best_row])
 
 
 def write_results(file: str | os.PathLike, results: Results) -> None:

@@ -1,21 +1,20 @@
-"""Seeds: small integers made into large ones, and every random generator set with them."""
+"""Seeds: small integers made into large ones, every random generator set with them, and the generators' states."""
 
 import hashlib
 import os
 import random
+from typing import Any
 
 import numpy as np
 import torch
-
-MAX_SEED = 88265  # from 0 to here, every seed makes draws of its own
 
 
 def make_complex(simple_seed: int | str, verbose: bool = False) -> int:
     """Turn a simple seed, such as 1, into a number that uses all 32 bits.
 
-    It is the last 32 bits of the MD5 of the seed's decimal text, so that 1 and '1' give the same. The seeds 0 to
-    `MAX_SEED` give distinct values; the next one is the first to collide. The paper trains with 1 to 15 and draws the
-    validation set with 0.
+    It is the last 32 bits of the MD5 of the seed's decimal text, so that 1 and '1' give the same. The seeds 0 to 88265
+    (`settings.MAX_SEED`) give distinct values; the next one is the first to collide. The paper trains with 1 to 15 and
+    draws the validation set with 0.
 
     Args:
         simple_seed: any integer or text.
@@ -44,3 +43,26 @@ def make_deterministic(seed: int | str) -> None:
     torch.manual_seed(complex_seed)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all global random generators: Python's, NumPy's, torch's on the CPU and, once used, on CUDA."""
+    numpy_state = np.random.get_state(legacy=False)
+    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
+    return {
+        "python": random.getstate(),
+        "numpy": numpy_state,
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Set all global random generators to what `random_states` gave. CUDA devices that are not here are left out."""
+    random.setstate(states["python"])
+    numpy_state = dict(states["numpy"])
+    numpy_state["state"] = dict(numpy_state["state"], key=np.array(numpy_state["state"]["key"], dtype=np.uint32))
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(states["torch"])
+    for device in range(min(len(states["cuda"]), torch.cuda.device_count())):
+        torch.cuda.set_rng_state(states["cuda"][device], device)

@@ -2,33 +2,42 @@
 
     python t_test.py --proposed results/*-weight0.1-c100-bn-*.csv --baseline results/*-weight1-c1-dataset-*.csv
 
-`evaluate` is the test itself; the rest pairs runs by their seeds and puts what comes out into a table.
+`evaluate` is the test itself; the rest pairs runs by their seeds and puts the outcome into a table.
 """
 
-import argparse
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
 from typing import Any
 
+import settings
+from command_line import Parser, answer_at_once, one_line_endings
+
+
+def make_parser() -> Parser:
+    """The flags of the command."""
+    parser = Parser(
+        prog="t_test.py",
+        description="One-sided paired t-test over the seeds of result files.",
+        allow_abbrev=False,
+    )
+    flag = parser.add_argument
+    flag("--proposed", nargs="+", type=Path, required=True, metavar="FILE", help="result files, one for each seed")
+    flag("--baseline", nargs="+", type=Path, required=True, metavar="FILE", help="those to be improved on")
+    return parser
+
+
+if __name__ == "__main__":
+    answer_at_once("t_test.py", make_parser().parse_args)  # before numpy and scipy are imported
+
 import numpy as np
 from scipy.stats import ttest_rel
 
 from results import Results, read_results
 
-LEVEL = 0.05  # a p-value of at most this much is called significant
-COMPARED = ("bn_weight", "c", "input_norm")  # the settings that the paper compares
+LEVEL = 0.05  # a p-value of at most this is called significant
 CIRCUMSTANCES = ("machine", "python", "torch", "torchvision")  # what else may change the numbers
-
-EXPERIMENT = {  # what the paper compares, by name
-    "baseline": (1.0, 1.0, "dataset"),
-    "proposed": (0.1, 100.0, "bn"),
-    "init": (0.1, 1.0, "bn"),
-    "rate": (1.0, 100.0, "bn"),
-    "input": (1.0, 1.0, "bn"),
-}
 
 
 def evaluate(d1: Any, d2: Any) -> float:
@@ -41,9 +50,9 @@ def evaluate(d1: Any, d2: Any) -> float:
         d2: n numbers that pair with them, such as the baseline's accuracies with the same seeds.
 
     Returns:
-        The p-value, between 0 and 1. Where `d1` and `d2` are identical there is nothing to test: it is NaN, which no
-        comparison with 0.05 takes for significant. Where all differences are equal but not 0, it is 0 or 1, and
-        scipy warns that the data have no spread.
+        The p-value, between 0 and 1. Where `d1` and `d2` are identical there is nothing to test, and it is NaN, which
+        is never at most 0.05. Where all differences are equal but not 0, it is 0 or 1, and scipy warns that the data
+        are nearly identical.
 
     Raises:
         ValueError: the lengths differ, there are fewer than two pairs, an input does not have exactly one dimension,
@@ -80,10 +89,11 @@ class Comparison:
     Attributes:
         setting: what it is called.
         accuracies: its test accuracies in percent, by seed.
-        differences: what they exceed the baseline's by, by seed, for the seeds that both have.
-        interval: the 95 % confidence interval of the mean difference, two-sided; NaN for fewer than two pairs.
-        p_value: of `evaluate`; NaN for fewer than two pairs, and where all differences are equal.
-        corrected_p_value: the same after Holm's correction over all comparisons that were made with it.
+        differences: its accuracy minus the baseline's, by seed, for the seeds that both have.
+        interval: the 95 % confidence interval of the mean difference, two-sided.
+        p_value: of `evaluate`. Like the interval, NaN for fewer than two pairs and where all differences are equal.
+        corrected_p_value: the p-value after Holm's correction for all comparisons made together; NaN until
+            `apply_holm_correction` sets it.
     """
 
     setting: str
@@ -115,7 +125,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """What the corrected p-value says at the level of 0.05, or why there is none."""
+        """What the corrected p-value says at the level of 0.05, or why there is no test."""
         if len(self.differences) < 2:
             return f"no test: it takes two pairs with the baseline, not {len(self.differences)}"
         if np.isnan(self.p_value):
@@ -126,7 +136,7 @@ class Comparison:
 def compare(setting: str, proposed: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison:
     """Pair the test accuracies (percent, by seed) of a setting with the baseline's, and test the difference.
 
-    `corrected_p_value` is left NaN: it depends on the other comparisons, see `correct`.
+    `corrected_p_value` is left NaN, because it depends on the other comparisons: see `apply_holm_correction`.
     """
     seeds = sorted(proposed.keys() & baseline.keys())
     ours, theirs = [proposed[seed] for seed in seeds], [baseline[seed] for seed in seeds]
@@ -138,41 +148,50 @@ def compare(setting: str, proposed: Mapping[int, float], baseline: Mapping[int, 
     return Comparison(setting, dict(proposed), differences, interval, p_value)
 
 
-def correct(comparisons: Iterable[Comparison]) -> None:
-    """Set the p-values after Holm's step-down correction for the number of comparisons.
+def apply_holm_correction(comparisons: Iterable[Comparison]) -> None:
+    """Set each `corrected_p_value`, by Holm's step-down correction for the number of comparisons.
 
-    With m comparisons, the k-th smallest p-value is multiplied by m + 1 - k, and is at least as large as the
-    corrected value before it. Those with fewer than two pairs do not count.
+    Of m comparisons, the one with the k-th smallest p-value has it multiplied by m + 1 - k; it becomes at most 1 and
+    at least the corrected value before it. Comparisons with fewer than two pairs do not count.
     """
-    made = [c for c in comparisons if len(c.differences) > 1]
+    tested = [c for c in comparisons if len(c.differences) > 1]
     largest = 0.0
-    for rank, comparison in enumerate(sorted(made, key=lambda c: np.nan_to_num(c.p_value, nan=1.0))):
-        largest = max(largest, min(1.0, (len(made) - rank) * comparison.p_value))
-        comparison.corrected_p_value = largest if comparison.p_value == comparison.p_value else nan
+    for rank, comparison in enumerate(sorted(tested, key=lambda c: np.nan_to_num(c.p_value, nan=1.0))):
+        largest = max(largest, min(1.0, (len(tested) - rank) * comparison.p_value))
+        comparison.corrected_p_value = nan if np.isnan(comparison.p_value) else largest
 
 
-def accuracies(runs: Mapping[int, Results]) -> dict[int, float]:
-    """The test accuracy (percent) of each seed, at the epoch of its best validation accuracy."""
+def accuracy_by_seed(runs: Mapping[int, Results]) -> dict[int, float]:
+    """The test accuracy of each run, in percent, at the epoch of its best validation accuracy."""
     return {seed: run.test_accuracy for seed, run in runs.items()}
 
 
 def compare_all(runs: Mapping[str, Mapping[int, Results]]) -> list[Comparison]:
-    """Every setting beside the one called 'baseline', with p-values corrected for the number of comparisons."""
-    baseline = accuracies(runs.get("baseline", {}))
-    comparisons = [compare(name, accuracies(of), {} if name == "baseline" else baseline) for name, of in runs.items()]
-    correct(comparisons)
+    """Compare every setting with the one called 'baseline', and correct the p-values for the number of comparisons.
+
+    Args:
+        runs: the finished runs by setting and seed.
+
+    Returns:
+        A comparison for each setting, in the same order. The baseline's own has no pairs.
+    """
+    baseline = accuracy_by_seed(runs.get("baseline", {}))
+    comparisons = [
+        compare(name, accuracy_by_seed(seeds), {} if name == "baseline" else baseline) for name, seeds in runs.items()
+    ]
+    apply_holm_correction(comparisons)
     return comparisons
 
 
-HEADER = (
+TABLE_COLUMNS = (
     *("setting", "seeds", "test accuracy (%)", "pairs", "difference", "95 % interval"),
     *("p", "p (Holm)", "improved", "verdict"),
 )
-SHORT = tuple(name for name in HEADER if name not in ("pairs", "95 % interval", "improved", "verdict"))
+NARROW_TABLE_COLUMNS = ("setting", "seeds", "test accuracy (%)", "difference", "p", "p (Holm)")
 
 
-def table(comparisons: Sequence[Comparison], columns: Sequence[str] = HEADER, baseline: str = "baseline") -> str:
-    """The comparisons as a table in Markdown, whose columns are aligned. The baseline has no comparison."""
+def table(comparisons: Sequence[Comparison], columns: Sequence[str] = TABLE_COLUMNS, baseline: str = "baseline") -> str:
+    """The comparisons as a Markdown table with aligned columns. The baseline is compared with nothing."""
     rows = [dict(zip(columns, columns, strict=True))]
     for c in comparisons:
         row = {"setting": c.setting, "seeds": f"{len(c.accuracies)}"}
@@ -189,60 +208,73 @@ def table(comparisons: Sequence[Comparison], columns: Sequence[str] = HEADER, ba
     return "\n".join(f"| {' | '.join(row.get(name, '').ljust(widths[name]) for name in columns)} |" for row in rows)
 
 
-def by_seed(files: Iterable[Path], of: str) -> dict[int, Results]:
-    """Read the result files of one setting. ValueError where they are not runs of one setting with distinct seeds."""
+def read_by_seed(files: Iterable[Path], group: str) -> dict[int, Results]:
+    """Read the finished runs of one setting, by seed.
+
+    Args:
+        files: their result files.
+        group: what error messages call these files together.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file is damaged or of an unfinished run, two have the same seed, or their settings differ.
+    """
     runs: dict[int, Results] = {}
     for file in files:
         run = read_results(file)
-        seed, epochs = run.settings.get("seed"), run.settings.get("num_epochs")
-        if seed is None or epochs is None:
+        seed, num_epochs = run.settings.get("seed"), run.settings.get("num_epochs")
+        if not isinstance(seed, int) or not isinstance(num_epochs, int):
             raise ValueError(f"{file} does not say with which seed and num_epochs it was made")
-        if len(run.columns["epoch"]) < epochs:
-            raise ValueError(f"{file} is of an unfinished run: {len(run.columns['epoch'])} of {epochs} epochs")
+        if not run.finished:
+            raise ValueError(f"{file} is of an unfinished run: {run.num_epochs} of {num_epochs} epochs")
         if seed in runs:
-            raise ValueError(f"{file} has seed {seed}, and so has another file of {of}: give one file a seed")
-        check_alike(run, next(iter(runs.values()), run), f"{file} and the first file of {of}", apart_from=())
+            raise ValueError(f"{file} has seed {seed}, and so has another file of {group}: give one file for each seed")
+        check_alike(run, next(iter(runs.values()), run), f"{file} and the first file of {group}", apart_from=())
         runs[seed] = run
     return runs
 
 
-def check_alike(one: Results, other: Results, of: str, apart_from: Sequence[str] = COMPARED) -> None:
-    """ValueError, with what differs, where two runs have other settings than their seed and `apart_from` unlike."""
-    names = (one.settings | other.settings).keys() - {"name", "seed", "seconds", "device", *CIRCUMSTANCES, *apart_from}
-    unlike = [name for name in sorted(names) if one.settings.get(name) != other.settings.get(name)]
+def check_alike(one: Results, other: Results, which: str, apart_from: Sequence[str] = settings.COMPARED) -> None:
+    """ValueError, with all that differs, where two runs differ in a setting other than the seed and `apart_from`.
+
+    `which` is what the message calls the two runs.
+    """
+    unlike = settings.differences(one.settings, other.settings, apart_from=("seed", *apart_from))
     if unlike:
-        listed = "; ".join(f"{name} {one.settings.get(name)} and {other.settings.get(name)}" for name in unlike)
+        listed = "; ".join(f"{name} {ours} and {theirs}" for name, (ours, theirs) in sorted(unlike.items()))
         more = f" in more than {', '.join(apart_from)}" if apart_from else ""
-        raise ValueError(f"{of} differ{more}: {listed}")
+        raise ValueError(f"{which} differ{more}: {listed}")
 
 
 def mixed_circumstances(runs: Iterable[Results]) -> list[str]:
-    """A line for each of `CIRCUMSTANCES` in which the runs are not all alike: the test is sound, but less sharp."""
+    """A line for each of `CIRCUMSTANCES` that is not the same for all runs: the test is sound, but less sharp."""
     runs = list(runs)
     found = {name: sorted({str(run.settings.get(name)) for run in runs}) for name in CIRCUMSTANCES}
     return [f"not all runs have the same {name}: {'; '.join(values)}" for name, values in found.items() if values[1:]]
 
 
+def report(proposed_files: Sequence[Path], baseline_files: Sequence[Path]) -> str:
+    """The table of two groups of result files, and below it what to know about their pairs.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the files cannot be compared.
+    """
+    proposed, baseline = read_by_seed(proposed_files, "--proposed"), read_by_seed(baseline_files, "--baseline")
+    first, second = next(iter(proposed.values())), next(iter(baseline.values()))
+    check_alike(first, second, "the files of --proposed and --baseline")
+    lines = [table(compare_all({"baseline": baseline, "proposed": proposed}))]
+    lines += mixed_circumstances([*proposed.values(), *baseline.values()])
+    if alone := sorted(proposed.keys() ^ baseline.keys()):
+        lines.append(f"seeds without a partner, which do not count: {', '.join(map(str, alone))}")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: compare two groups of result files. Exit code 1 where they cannot be compared."""
-    parser = argparse.ArgumentParser(description="One-sided paired t-test over the seeds of result files.")
-    add = parser.add_argument
-    add("--proposed", nargs="+", type=Path, required=True, metavar="FILE", help="result files, one a seed")
-    add("--baseline", nargs="+", type=Path, required=True, metavar="FILE", help="those they shall be better than")
-    args = parser.parse_args(argv)
-    try:
-        proposed, baseline = by_seed(args.proposed, "--proposed"), by_seed(args.baseline, "--baseline")
-        first, second = next(iter(proposed.values())), next(iter(baseline.values()))
-        check_alike(first, second, "the files of --proposed and --baseline")
-    except (OSError, ValueError) as error:
-        print(f"t_test.py: error: {error}", file=sys.stderr)
-        sys.exit(1)
-    print(table(compare_all({"baseline": baseline, "proposed": proposed})))
-    for line in mixed_circumstances([*proposed.values(), *baseline.values()]):
-        print(line)
-    alone = sorted(proposed.keys() ^ baseline.keys())
-    if alone:
-        print(f"seeds without a partner, which do not count: {', '.join(map(str, alone))}")
+    """The command line: compare two groups of result files; see `one_line_endings` for its exit codes."""
+    with one_line_endings("t_test.py"):
+        args = make_parser().parse_args(argv)
+        print(report(args.proposed, args.baseline))
 
 
 if __name__ == "__main__":

@@ -2,124 +2,87 @@
 
     python train.py --dataset cifar10 --bn_weight 0.1 --c 100 --input_norm bn --seed 1
 
-`train` is one whole run from top to bottom: data, network, parameter groups, optimizer, scheduler, epochs.
+`train` is one whole run from top to bottom: data, network, parameter groups, optimizer, schedule, epochs. The flags are
+in `settings.py`; what is saved, and how a run is resumed, in `checkpoint.py`.
 """
 
 import argparse
 import math
-import platform
-import re
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from operator import add
+from typing import Any
 
-import numpy as np
+import settings as flags
+from command_line import FlagError, answer_at_once, one_line_endings
+
+if __name__ == "__main__":
+    answer_at_once("train.py", flags.parse)  # before torch is imported, which takes seconds
+
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn, optim
 from tqdm import tqdm
 
-from checkpoint import apply_state, capture_state, lock_run, recover_run, run_files, save_run
-from data import DATASETS, load_image_set, make_batches
-from networks import INPUT_NORMS, NETWORKS, PRECISIONS, construct_network, speed_up
-from results import COLUMNS, Results, Setting, write_results
+from checkpoint import Run
+from data import Batch, Batches, load_image_set
+from networks import construct_network, speed_up, trains_on_one_image, use_precision
+from results import Results
 from seeds import make_deterministic
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
-Batch = tuple[Tensor, Tensor]  # images and labels
-
-SETTINGS = (  # what determines the numbers of a run
-    *("dataset", "network", "batch_size", "num_epochs", "learning_rate", "scheduler", "momentum", "weight_decay"),
-    *("bn_weight", "c", "input_norm", "seed"),
-    *("precision", "compile", "allow_tf32"),
-)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Every option of a run: what it may be, what it is for, its default."""
-    parser = Parser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    flag = parser.add_argument
-    # from 1e-30 to 1e30: what float32 can hold, with room for a product of two
-    positive = number("a number from 1e-30 to 1e30", lambda x: 1e-30 <= x <= 1e30)
-    not_negative = number("0 or a number from 1e-30 to 1e30", lambda x: x == 0 or 1e-30 <= x <= 1e30)
-    fraction = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
-    reduction = number("0 or 1 (no reduction) or a number from 1 to 1e30", lambda x: x == 0 or 1 <= x <= 1e30)
-
-    flag("--path", default="", type=folder, help="folder of images/, networks/, results/ (default: the current one)")
-    flag("--name", default="", type=file_name, help="name of the run's files (default: made from the settings)")
-    flag("--dataset", default="cifar10", choices=DATASETS, help="images to train on (default: %(default)s)")
-    flag("--network", default="resnet18", choices=NETWORKS, help="network to train (default: %(default)s)")
-    flag("--batch_size", default=128, type=whole(1), help="images in a batch (default: %(default)s)")
-    flag("--num_epochs", default=180, type=whole(1), help="passes over the training images (default: %(default)s)")
-    flag("--learning_rate", default=0.1, type=positive, help="initial learning rate (default: %(default)s)")
-    flag("--scheduler", default="cos", choices=("cos", "none"), help="cosine or constant rate (default: %(default)s)")
-    flag("--momentum", default=0.9, type=fraction, help="momentum of SGD (default: %(default)s)")
-    flag("--weight_decay", default=1e-4, type=not_negative, help="decay of the weights (default: %(default)s)")
-    flag("--device", type=device, help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
-    flag("--checkpoint_seconds", default=60.0, type=not_negative, help="between checkpoints (default: %(default)g)")
-    flag("--restart", action="store_true", help="start over, in place of what a run of this name left")
-    # faster, at other roundings
-    flag("--precision", default="float32", choices=PRECISIONS, help="of layers and activations (default: %(default)s)")
-    flag("--compile", action="store_true", help="compile the network with torch.compile")
-    flag("--allow_tf32", action="store_true", help="let a GPU round float32 inputs of products to 10 bits")
-    # what the paper is about
-    flag("--bn_weight", default=0.1, type=positive, help="initial scale of every batch norm (default: %(default)s)")
-    flag("--c", default=100.0, type=reduction, help="divides the learning rate of the scales (default: %(default)g)")
-    flag("--input_norm", default="bn", choices=INPUT_NORMS, help="what normalizes the images (default: %(default)s)")
-    flag("--seed", default=1, type=whole(0), help="seed of every draw but the split's (default: %(default)s)")
-    return parser
+SETTLED = 100  # steps after which the running statistics of batch norm have forgotten where they started
 
 
 def train(
-    settings: argparse.Namespace, report: Callable[[str], None] = lambda line: None, show_bar: bool = False
+    settings: argparse.Namespace,
+    report: Callable[[str], None] = lambda line: None,
+    show_bar: bool = False,
+    stops: list[int] | None = None,
 ) -> Results:
     """Run the training that the flags describe, or what is left of it, and return what is in its result file.
 
-    Where the files of the run are there already, it goes on after the last saved epoch, to the same numbers as if it
-    had never been stopped. Whatever ends it, the epochs that are done are saved.
+    A run that was stopped is resumed after the last saved epoch, to the same numbers as if it had never been stopped.
+    Whatever ends it, the epochs that are done are saved.
 
     Args:
         settings: what `parse` returns.
-        report: called with one line of text where an earlier run goes on, and after every epoch.
+        report: called with one line of text at the start, and after every epoch.
         show_bar: whether to draw a progress bar on standard error.
+        stops: numbers of signals; as soon as there is one, the run ends between two steps with KeyboardInterrupt.
 
     Raises:
         FloatingPointError: a loss is not finite.
-        ValueError: the files are of a run with other settings, or a file is damaged.
+        ValueError: a file is of a run with other settings, or damaged.
         FileNotFoundError: the data cannot be had, or there is no compiler for `compile`.
         BlockingIOError: another process works on the same run.
         OSError: a file cannot be read or written.
         torch.OutOfMemoryError: the device has too little memory.
     """
-    files = run_files(settings.path, settings.name)
-    with lock_run(files):
-        results, state = None, None
-        if not settings.restart:
-            results, state = recover_run(files, {name: getattr(settings, name) for name in SETTINGS})
-        done = 0 if results is None else len(results.columns["epoch"])
-        if done >= settings.num_epochs:
+    with Run(settings, stops) as run, use_precision(settings.precision):
+        if run.finished:
             report(f"{settings.name} is finished already")
-            return results
+            return run.results
 
         make_deterministic(settings.seed)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
         image_set = load_image_set(settings.dataset, settings.path / "images", settings.device)
         train_batches, val_batches, test_batches = (
-            make_batches(image_set, split, settings.batch_size, normalize=settings.input_norm == "dataset")
+            Batches(image_set, split, settings.batch_size, normalize=settings.input_norm == "dataset")
             for split in ("train", "val", "test")
         )
 
         network = construct_network(
-            settings.network, len(image_set.classes), settings.dataset, settings.bn_weight, settings.input_norm
-        ).to(settings.device)
-        speed_up(network, settings.device, settings.precision, settings.compile)
+            settings.network,
+            len(image_set.classes),
+            settings.dataset,
+            settings.bn_weight,
+            settings.input_norm,
+            settings.stem,
+        )
+        network.to(settings.device)
+        speed_up(network, settings.precision, settings.compile)
         parameters = adjust_weight_decay_and_learning_rate(
             network, settings.weight_decay, settings.learning_rate, settings.c
         )
@@ -129,59 +92,40 @@ def train(
         else:
             scheduler = optim.lr_scheduler.ConstantLR(optimizer, factor=1)
 
-        rows, best_weights, start, last_save = [], None, time.monotonic(), -math.inf
-        if state is not None:
-            apply_state(state, network, optimizer, scheduler)
-            rows = list(zip(*(results.columns[name].tolist() for name in COLUMNS), strict=True))
-            best_weights = state["best_weights"]
-            start, last_save = start - results.settings["seconds"], start
-            report(f"{settings.name} goes on with epoch {done + 1} of {settings.num_epochs}")
-
-        saved = state
-        num_images = len(train_batches.dataset)
-        total, initial = settings.num_epochs * num_images, done * num_images
-        bar = tqdm(total=total, initial=initial, unit="image", unit_scale=True, disable=not show_bar)
-        stops = []  # signals: from here on they end the run between two steps, never in the middle of saving it
-        with bar, on_signals(stops.append):
-            try:
-                for epoch in range(done + 1, settings.num_epochs + 1):
-                    train_loss = train_one_epoch(network, until(stops, train_batches), optimizer, epoch, bar)
-                    scheduler.step()
-                    val_loss, val_accuracy = evaluate(network, until(stops, val_batches))
-                    _, test_accuracy = evaluate(network, until(stops, test_batches))
-                    check_finite(val_loss, f"the validation loss after epoch {epoch}")
-
-                    rows.append((epoch, train_loss, val_loss, val_accuracy, test_accuracy))
-                    columns = dict(zip(COLUMNS, map(np.array, zip(*rows, strict=True)), strict=True))
-                    results = Results(describe(settings, time.monotonic() - start, results), columns)
-                    if results.best_epoch == epoch:
-                        best_weights = {name: value.cpu().clone() for name, value in network.state_dict().items()}
-                    state = capture_state(results, best_weights, network, optimizer, scheduler)
-                    if time.monotonic() - last_save > settings.checkpoint_seconds or epoch == settings.num_epochs:
-                        save_run(files, state)
-                        saved, last_save = state, time.monotonic()
-                    else:
-                        write_results(files.results, results)
-                    report(
-                        f"epoch {epoch}/{settings.num_epochs}: train loss {train_loss:.6f}, val loss {val_loss:.6f}, "
-                        f"val accuracy {val_accuracy:.3f} %, test accuracy {test_accuracy:.3f} %"
-                    )
-            finally:
-                if saved is not state:
-                    save_run(files, state)
-        return results
+        run.resume(network, optimizer, scheduler)
+        for line in describe(run, network, train_batches, val_batches, test_batches):
+            report(line)
+        num_images, num_epochs = train_batches.num_images, settings.num_epochs
+        images = {"total": num_epochs * num_images, "initial": (run.epochs[0] - 1) * num_images}
+        with tqdm(**images, unit="image", unit_scale=True, disable=not show_bar) as bar:
+            for epoch in run.epochs:
+                start = time.perf_counter()
+                train_loss = train_one_epoch(network, run.steps(train_batches), optimizer, settings, epoch, bar)
+                speed = num_images / (time.perf_counter() - start)
+                scheduler.step()
+                val_loss, val_accuracy = measure(network, run.steps(val_batches), settings)
+                _, test_accuracy = measure(network, run.steps(test_batches), settings)
+                check_finite(val_loss, f"the validation loss after epoch {epoch}")
+                run.record(epoch, train_loss, val_loss, val_accuracy, test_accuracy)
+                report(
+                    f"epoch {epoch}/{num_epochs}: train loss {train_loss:.6f}, val loss {val_loss:.6f}, val accuracy"
+                    f" {val_accuracy:.3f} %, test accuracy {test_accuracy:.3f} %, {speed:,.0f} images/s"
+                )
+        return run.results
 
 
-def until(stops: list[int], batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches, or KeyboardInterrupt with the number of a signal as soon as there is one in `stops`."""
-    for batch in batches:
-        if stops:
-            raise KeyboardInterrupt(stops[0])
-        yield batch
+def network_arguments(settings: argparse.Namespace) -> dict[str, Any]:
+    """What `construct_network` is told of the flags."""
+    return {name: getattr(settings, name) for name in ("dataset", "bn_weight", "input_norm", "stem")}
 
 
 def train_one_epoch(
-    network: nn.Module, batches: Iterable[Batch], optimizer: optim.Optimizer, epoch: int, bar: tqdm
+    network: nn.Module,
+    batches: Iterable[Batch],
+    optimizer: optim.Optimizer,
+    settings: argparse.Namespace,
+    epoch: int,
+    bar: tqdm,
 ) -> float:
     """Train on every batch once; returns the mean loss of the batches. FloatingPointError where one is not finite."""
     network.train()
@@ -189,7 +133,7 @@ def train_one_epoch(
     losses = []
     for images, labels in batches:
         optimizer.zero_grad()
-        loss = F.cross_entropy(network(images).float(), labels)
+        loss = F.cross_entropy(compute_logits(network, images, settings), labels)
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
@@ -200,29 +144,28 @@ def train_one_epoch(
     values = torch.stack(losses).tolist()
     for step, loss in enumerate(values, start=1):
         check_finite(loss, f"the loss at epoch {epoch}, step {step}")
-    return add_up(values) / len(values)
+    return reduce(add, values) / len(values)  # one by one: from Python 3.12 on, `sum` rounds differently
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
+def measure(network: nn.Module, batches: Iterable[Batch], settings: argparse.Namespace) -> tuple[float, float]:
     """Loss (mean over the images) and accuracy (in percent) of a network on every batch, in evaluation mode."""
     network.eval()
     losses, correct, num_images = [], [], 0
     for images, labels in batches:
         num_images += len(labels)
-        logits = network(images).float()
+        logits = compute_logits(network, images, settings)
         losses.append(F.cross_entropy(logits, labels, reduction="sum"))
         correct.append((logits.argmax(1) == labels).sum())
-    loss = add_up(torch.stack(losses).tolist()) / num_images
+    loss = reduce(add, torch.stack(losses).tolist()) / num_images
     return loss, torch.stack(correct).sum().item() / num_images * 100
 
 
-def add_up(losses: list[float]) -> float:
-    """The sum, added one by one: from Python 3.12 on, `sum` rounds otherwise."""
-    total = 0.0
-    for loss in losses:
-        total += loss
-    return total
+def compute_logits(network: nn.Module, images: Tensor, settings: argparse.Namespace) -> Tensor:
+    """The network's outputs (N, classes), in float32 whatever the precision is."""
+    compute = network if len(images) == settings.batch_size else network.forward  # which is not compiled
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        return compute(images).float()
 
 
 def check_finite(loss: float, what: str) -> None:
@@ -231,199 +174,70 @@ def check_finite(loss: float, what: str) -> None:
         raise FloatingPointError(f"{what} is {loss}: the training has diverged; try a smaller --learning_rate")
 
 
-def describe(settings: argparse.Namespace, seconds: float, earlier: Results | None) -> dict[str, Setting]:
-    """The settings of a run and what else produced its numbers, for the result file.
-
-    Where a run went on in another place, the file names both.
-    """
-    produced = {
-        "device": str(settings.device),
-        "machine": machine_name(settings.device),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-    }
-    for key, value in produced.items():
-        places = earlier.settings[key].split(", then ") if earlier else []
-        produced[key] = ", then ".join(places if places[-1:] == [value] else [*places, value])
-    seed_and_flags = {name: getattr(settings, name) for name in SETTINGS}
-    return {"name": settings.name, **seed_and_flags, **produced, "seconds": round(seconds, 1)}
-
-
-def machine_name(device: torch.device) -> str:
-    """The name of a GPU, or of a CPU what its rounding depends on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    instructions = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} with {instructions}, {torch.get_num_threads()} threads"
+def describe(run: Run, network: nn.Module, *splits: Batches) -> list[str]:
+    """What a run does, in a line, with a second one where it is resumed and one where its first accuracies mislead."""
+    settings, steps = run.settings, len(splits[0])
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    images = "{:,} training, {:,} validation and {:,} test images".format(*(split.num_images for split in splits))
+    what = f"{settings.network}, {millions:.1f} million parameters; {settings.dataset}, {images}"
+    lines = [f"{what}; {settings.device}, {settings.precision}"]
+    if run.results:
+        lines.append(f"{settings.name} resumes at epoch {run.epochs[0]} of {settings.num_epochs}")
+    if run.epochs[0] * steps < SETTLED:
+        lines.append(
+            f"an epoch has {steps} steps: for about {SETTLED} steps, batch norm's running statistics still depend on"
+            " where they started, and accuracies say little"
+        )
+    return lines
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The settings of a run from its flags, complete and checked. ValueError names the flag that is wrong."""
-    parser = make_parser()
-    settings = parser.parse_args(argv)
-    if settings.device is None:
-        settings.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not settings.name:
-        values = (f"weight{short(settings.bn_weight)}", f"c{short(settings.c)}", settings.input_norm)
-        modes = {"bfloat16": settings.precision != "float32", "compiled": settings.compile, "tf32": settings.allow_tf32}
-        values += tuple(mode for mode, chosen in modes.items() if chosen)
-        settings.name = "-".join((settings.dataset, settings.network, *values, f"seed{settings.seed}"))
-    size = DATASETS[settings.dataset]
-    if settings.batch_size > size.num_train:
-        parser.error(
-            f"argument --batch_size: {settings.dataset} has {size.num_train} training images,"
-            f" fewer than a batch of {settings.batch_size}"
-        )
-    if (size.num_train - 1) % settings.batch_size == 0 and not trains_on_one_image(settings, size.pixels):
-        parser.error(
+    """The settings of a run from its flags, complete and checked. FlagError names what is wrong."""
+    return prepare(flags.parse(argv))
+
+
+def prepare(settings: argparse.Namespace) -> argparse.Namespace:
+    """The same settings, with a device. FlagError where they are wrong in a way that only torch can tell."""
+    settings.device = find_device(settings.device)
+    size = flags.DATASETS[settings.dataset]
+    one_left = (size.num_train - 1) % settings.batch_size == 0
+    if one_left and not trains_on_one_image(settings.network, size.pixels, **network_arguments(settings)):
+        raise FlagError(
             f"argument --batch_size: {settings.batch_size} leaves a last batch of one of the {size.num_train} training"
             f" images of {settings.dataset}, where batch norm cannot train on one; take another size"
         )
     return settings
 
 
-def trains_on_one_image(settings: argparse.Namespace, pixels: int) -> bool:
-    """Whether every batch norm of the network gets more than one value a channel from a single image."""
-    with torch.device("meta"):  # shapes only: nothing is drawn or computed
-        network = construct_network(settings.network, dataset=settings.dataset, input_norm=settings.input_norm)
-        try:
-            network(torch.empty(1, 3, pixels, pixels))
-        except ValueError:
-            return False
-    return True
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises ValueError where it would print the list of all flags and end the program."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def folder(text: str) -> Path:
-    """The folder that `--path` names; it need not be there yet."""
-    if text and not text.isprintable():
-        raise argparse.ArgumentTypeError(f"must be one line of printable text, not {text!r}")
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, by default the accelerator that torch finds, else the CPU. FlagError if missing."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     try:
-        path = Path(text).expanduser()
-        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    except (OSError, RuntimeError) as error:  # a name that is too long; a home that nobody has
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {error}") from None
-    if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {there} is a file")
-    return path
-
-
-def file_name(text: str) -> str:
-    """A name that files can have on any system."""
-    if (text and not re.fullmatch(r"\w[\w.+=-]*", text)) or len(text.encode()) > 200:
-        raise argparse.ArgumentTypeError(
-            f"must be at most 200 letters, digits and . _ + = - and start with a letter or digit, not {text!r}"
-        )
-    return text
-
-
-def device(text: str) -> torch.device:
-    """A device that is there."""
-    try:
-        torch.empty(1, device=text).item()
+        device = torch.device(name if name is not None else accelerator or "cpu")
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises differs by device
-        here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        found = ["cpu", *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()) if accelerator)]
         reason = str(error).partition("\n")[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used; here are: {', '.join(here)} ({reason})") from error
-    return torch.device(text)
-
-
-def whole(minimum: int) -> Callable[[str], int]:
-    """The type of a flag that takes a whole number of at least `minimum`."""
-
-    def convert(text: str) -> int:
-        if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, not {text!r}")
-        return int(text)
-
-    return convert
-
-
-def number(what: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
-    """The type of a flag that takes a number that is `allowed` (NaN must not be), which `what` puts into words."""
-
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not allowed(value):
-            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
-        return value or 0.0  # not -0.0
-
-    return convert
-
-
-def short(value: float) -> str:
-    """A number as one would type it: 100 for 100.0."""
-    return str(value).removesuffix(".0")
-
-
-@contextmanager
-def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
-    """Call `handle` with the number of the first SIGINT (Ctrl-C) or SIGTERM that comes.
-
-    A second SIGINT ends the process at once. SIGTERM is then ignored: clusters repeat it while a run is being saved.
-    """
-
-    def first(number: int, _: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        handle(number)
-
-    if threading.current_thread() is not threading.main_thread():  # where Python cannot handle signals
-        yield
-        return
-    earlier = {number: signal.signal(number, first) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
-def interrupt(number: int) -> NoReturn:
-    """Raise KeyboardInterrupt with the number of a signal."""
-    raise KeyboardInterrupt(number)
+        raise FlagError(f"argument --device: {name!r} is not one of {', '.join(found)} ({reason})") from error
+    return device
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
-    """The command line. Returns the results of the run.
-
-    Exit codes: 2 for a wrong flag, 1 where the run fails, 130 and 143 where Ctrl-C and SIGTERM stop it.
-    """
+    """The command line; see `one_line_endings` for its exit codes. Returns the results of the run."""
+    settings = None
 
     def report(line: str) -> None:
         tqdm.write(line)
         sys.stdout.flush()
 
-    settings = None
-    try:
-        with on_signals(interrupt):
-            settings = parse(argv)
-            results = train(settings, report, show_bar=sys.stdout.isatty())
-    except KeyboardInterrupt as stop:
+    def stopped() -> str:
         again = "without --restart" if settings and settings.restart else "again"
-        end(
-            128 + (stop.args[0] if stop.args else signal.SIGINT),
-            f"stopped; the epochs that are done are saved: give the same command {again} to go on",
-        )
-    except (FloatingPointError, ValueError, OSError) as error:
-        end(2 if settings is None else 1, f"error: {error}")
-    except (RuntimeError, MemoryError) as error:
-        words = r"out of memory|allocate memory|alloc_failed|memory object"
-        full = isinstance(error, MemoryError) or re.search(words, str(error), re.IGNORECASE)
-        if settings is None or not full:
-            raise
-        end(1, f"error: {settings.device} has too little memory: give a smaller --batch_size or another --device")
-    files = run_files(settings.path, settings.name)
+        return f"stopped; the epochs that are done are saved: run the same command {again} to resume"
+
+    with one_line_endings("train.py", stopped):
+        settings = parse(argv)
+        results = train(settings, report, show_bar=sys.stderr.isatty())
+    files = flags.run_files(settings.path, settings.name)
     weights = f", weights in {files.best_weights}" if files.best_weights.exists() else ""
     print(
         f"best epoch {results.best_epoch}: val accuracy {results.val_accuracy:.3f} %,"
@@ -431,12 +245,6 @@ def main(argv: Sequence[str] | None = None) -> Results:
         f" numbers in {files.results}{weights}"
     )
     return results
-
-
-def end(code: int, message: str, program: str = "train.py") -> NoReturn:
-    """End the program with one line on standard error."""
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

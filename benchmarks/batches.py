@@ -11,10 +11,10 @@ import statistics
 import torch
 from torch.utils.data import DataLoader
 
-from throughput import SyntheticCIFAR10, our_batches, plain_batches, seconds_of
+from throughput import Batches, SyntheticCIFAR10, our_batches, plain_batches, seconds_of
 
 
-def make_all(batches: DataLoader, device: torch.device) -> None:
+def make_all(batches: DataLoader | Batches, device: torch.device) -> None:
     """Make every batch of an epoch and have it on the device."""
     for images, labels in batches:
         images.to(device), labels.to(device)
@@ -31,7 +31,7 @@ def main() -> None:
 
     images = SyntheticCIFAR10(args.num_images, pixels=32)
     ways = {
-        "data.make_batches": our_batches(images, args.batch_size, args.device),
+        "data.Batches": our_batches(images, args.batch_size, args.device),
         "PIL and DataLoader": plain_batches(images, args.batch_size),
     }
     times = {name: [] for name in ways}

@@ -5,7 +5,7 @@
     python benchmarks/throughput.py --pixels 8 --steps 5 --profile
 
 The plain loop is what one would write today: torchvision's CIFAR10 with PIL transforms, a DataLoader with its defaults,
-eager float32 with torch's defaults (tf32 for convolutions on a GPU), `loss.item()` at every step. All modes take turns,
+eager float32 with torch's own settings, `loss.item()` at every step. All modes take turns,
 for several rounds. The images are CIFAR-10's where `--path` has them, and random ones otherwise. The columns after the
 ratio to the plain loop:
 
@@ -41,13 +41,14 @@ from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import ImageSet, make_batches
-from networks import construct_network, speed_up
-from train import Batch, machine_name, train_one_epoch
+from checkpoint import machine_name
+from data import Batch, Batches, ImageSet
+from networks import construct_network, speed_up, use_precision
+from train import parse, train_one_epoch
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 PLAIN = "plain loop"
-MODES = ("float32", "tf32", "bfloat16", "float32 compiled", "tf32 compiled", "bfloat16 compiled")
+MODES = ("float32", "strict", "tf32", "bfloat16", "float32 compiled", "tf32 compiled", "bfloat16 compiled")
 
 Training = Callable[[Iterable[Batch]], None]
 
@@ -81,7 +82,7 @@ def plain_batches(images: CIFAR10, batch_size: int) -> DataLoader:
     return DataLoader(images, batch_size, shuffle=True)
 
 
-def our_batches(images: CIFAR10, batch_size: int, device: torch.device) -> DataLoader:
+def our_batches(images: CIFAR10, batch_size: int, device: torch.device) -> Batches:
     """The batches of `train.py`."""
     image_set = ImageSet(
         images=torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous().to(device),
@@ -92,17 +93,17 @@ def our_batches(images: CIFAR10, batch_size: int, device: torch.device) -> DataL
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
     )
-    return make_batches(image_set, "train", batch_size, normalize=False)
+    return Batches(image_set, "train", batch_size, normalize=False)
 
 
-def make_loader(args: argparse.Namespace, images: CIFAR10, mode: str) -> DataLoader:
+def make_loader(args: argparse.Namespace, images: CIFAR10, mode: str) -> DataLoader | Batches:
     """One or the other."""
     if mode == PLAIN:
         return plain_batches(images, args.batch_size)
     return our_batches(images, args.batch_size, args.device)
 
 
-def take(loader: DataLoader, num_batches: int) -> Iterator[Batch]:
+def take(loader: DataLoader | Batches, num_batches: int) -> Iterator[Batch]:
     """So many batches, of several epochs where one has fewer."""
     return islice(chain.from_iterable(repeat(loader)), num_batches)
 
@@ -126,18 +127,16 @@ def make_training(args: argparse.Namespace, mode: str) -> Training:
     network = make_network(args)
     if mode == PLAIN:
         optimizer = optim.SGD(network.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
-    else:
-        speed_up(network, args.device, "bfloat16" if "bfloat16" in mode else "float32", "compiled" in mode)
-        parameters = adjust_weight_decay_and_learning_rate(network, learning_rate=0.001, c=100)
-        optimizer = optim.SGD(parameters, momentum=0.9, fused=args.device.type == "cuda")
+        return partial(train_plainly, network, optimizer=optimizer)
+    precision, compiled = mode.split()[0], "compiled" in mode
+    settings = parse(["--device", str(args.device), "--precision", precision, "--batch_size", str(args.batch_size)])
+    speed_up(network, precision, compiled)
+    parameters = adjust_weight_decay_and_learning_rate(network, learning_rate=0.001, c=100)
+    optimizer = optim.SGD(parameters, momentum=0.9, fused=args.device.type == "cuda")
 
     def train(batches: Iterable[Batch]) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = "tf32" in mode
-        torch.backends.cudnn.allow_tf32 = "tf32" in mode or mode == PLAIN  # torch allows it unless told otherwise
-        if mode == PLAIN:
-            train_plainly(network, batches, optimizer)
-        else:
-            train_one_epoch(network, batches, optimizer, 1, tqdm(disable=True))
+        with use_precision(precision):
+            train_one_epoch(network, batches, optimizer, settings, 1, tqdm(disable=True))
 
     return train
 
@@ -167,7 +166,9 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def batch_seconds(args: argparse.Namespace, train: Training, loader: DataLoader, step_seconds: float) -> float:
+def batch_seconds(
+    args: argparse.Namespace, train: Training, loader: DataLoader | Batches, step_seconds: float
+) -> float:
     """What a step spends on having its batch.
 
     A CPU makes batches between the steps, so that making them can be measured alone. A GPU goes on with its work
@@ -183,10 +184,11 @@ def batch_seconds(args: argparse.Namespace, train: Training, loader: DataLoader,
 
 def peak_flops(device: torch.device, precision: str) -> float:
     """The best rate of a large matrix product, in operations (a multiplication, an addition) a second."""
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
-    return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(5))
+    # what convolutions compute in: in 'float32', a GPU rounds their inputs, but not those of products
+    with use_precision("strict" if precision == "strict" else "tf32"):
+        return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(5))
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -277,7 +279,7 @@ def main() -> None:
             batch_times[mode].append(batch_seconds(args, train, loader, seconds))
 
     precisions = {mode: mode.split()[0] for mode in modes}
-    precisions[PLAIN] = "tf32" if on_gpu else "float32"
+    precisions[PLAIN] = "float32"
     peaks = {name: peak_flops(args.device, name) for name in sorted(set(precisions.values()))}
     [batch] = take(ours, 1)
     counts = {name: count_step(args, name, batch) for name in peaks}

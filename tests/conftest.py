@@ -10,7 +10,7 @@ import pytest
 import torchvision.datasets
 
 import data
-import figures
+import observations
 import small
 import train
 
@@ -28,7 +28,7 @@ def few_digits(monkeypatch):
 def small_network(few_digits, monkeypatch):
     """Train a small network on them."""
     monkeypatch.setattr(train, "construct_network", small.construct_small_network)
-    monkeypatch.setattr(figures, "construct_network", small.construct_small_network)
+    monkeypatch.setattr(observations, "construct_network", small.construct_small_network)
 
 
 @pytest.fixture

@@ -1,23 +1,73 @@
-"""A stand-in for runs, in a module that other processes import at once."""
+"""Stand-ins for runs, in a module that other processes import at once; as a program, an experiment of them."""
 
 import os
 import signal
+import sys
 import time
+from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
+
+import workers
+from command_line import on_signals
 
 
-class Cell(SimpleNamespace):
-    """What the engine of `reproduce` needs of a run: its name, and its path as that of `run`."""
-
-    def __init__(self, name: str = "", path: Path = Path()) -> None:
-        super().__init__(name=name, run=SimpleNamespace(path=path))
+def light_run(name: str, path: Path = Path()) -> Namespace:
+    """What the engine needs of a run."""
+    return Namespace(name=name, path=path)
 
 
-def run_cell(cell: Cell, device: str | None) -> tuple[Cell, str]:
-    """A run that is done at once; where its name begins with 'deadly' kills its process, with 'slow' takes a minute."""
-    if cell.name.startswith("deadly"):
+def make_run(run: Namespace, device: str | None, stops: list[int]) -> str | int:
+    """In place of `workers.make_run`: what happens depends on the first word of the run's name.
+
+    'deadly' kills its process, 'unlucky' only the first time; 'slow' is never done, 'patient' when 'unlucky' is. Where
+    a run has begun there is a file of its name, in which is the process.
+    """
+    kind, files = run.name.split()[0], run.path / "begun"
+    files.mkdir(exist_ok=True)
+    first_time = not (files / run.name).exists()
+    (files / f"{run.name}.tmp").write_text(str(os.getpid()))
+    (files / f"{run.name}.tmp").rename(files / run.name)
+    if kind == "deadly" or (kind == "unlucky" and first_time):
         os.kill(os.getpid(), signal.SIGKILL)
-    if cell.name.startswith("slow"):
-        time.sleep(60)
-    return cell, "done"
+    if kind == "unlucky":
+        (files / "done").touch()
+    while kind == "slow" or (kind == "patient" and not (files / "done").exists()):
+        if stops:
+            time.sleep(0.5)  # saves what it has
+            (files / f"{run.name} saved").touch()
+            return stops[0]
+        time.sleep(0.01)
+    return f"done on {device}"
+
+
+def make_run_with_three_gpus(*arguments: Any) -> str | int:
+    """`workers.make_run_in_worker` in a process that believes to have them."""
+    import torch  # it takes seconds
+
+    torch.cuda.device_count = lambda: 3
+    return workers.make_run_in_worker(*arguments)
+
+
+def process_of(run: Namespace) -> int:
+    """The process that has begun a run, once it has."""
+    deadline = time.monotonic() + 60
+    while not (file := run.path / "begun" / run.name).exists():
+        assert time.monotonic() < deadline, f"{run.name} has not begun"
+        time.sleep(0.01)
+    return int(file.read_text())
+
+
+def main(path: str, *names: str) -> None:
+    """Make stand-ins in two processes, stopped by signals; prints what comes of each."""
+    workers.make_run = make_run
+    stops: list[int] = []
+    with on_signals(stops.append):
+        for run, outcome in workers.make_runs([light_run(name, Path(path)) for name in names], stops, jobs=2):
+            print(run.name, outcome, flush=True)
+
+
+if __name__ == "__main__":
+    import light  # so that other processes find everything of this file by its import
+
+    light.main(*sys.argv[1:])

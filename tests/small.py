@@ -1,5 +1,7 @@
 """Few images and a small network, for tests of what does not depend on their size, in this process and in others."""
 
+from typing import Any
+
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 from torch import nn
@@ -17,7 +19,7 @@ def load_few_digits() -> Bunch:
 
 
 def construct_small_network(
-    network_name: str, num_classes: int, dataset: str, bn_weight: float = 1.0, input_norm: str = "bn"
+    network_name: str, num_classes: int, dataset: str, bn_weight: float = 1.0, *_: Any, **__: Any
 ) -> nn.Module:
     """One layer of each kind that matters, for digits, in place of `networks.construct_network`."""
     layers = [nn.Conv2d(3, 8, 3), ScaleBatchNorm2d(8, bn_weight=bn_weight), nn.ReLU(), nn.Flatten()]

@@ -1,29 +1,26 @@
 """`python reproduce.py` with runs that train a small network on few images, wherever they are made."""
 
-import figures
+import argparse
+
+import observations
 import reproduce
+import workers
 from small import construct_small_network, train_small
 
-run_cell, run_in_worker = reproduce.run_cell, reproduce.run_in_worker
+make_run = workers.make_run
 
 
-def run_small_cell(cell: reproduce.Cell, device: str | None) -> tuple[reproduce.Cell, reproduce.Outcome]:
-    """`reproduce.run_cell` on them."""
+def make_small_run(settings: argparse.Namespace, device: str | None, stops: list[int]) -> workers.Outcome:
+    """`workers.make_run` on them, in a module that other processes import."""
     train_small()
-    return run_cell(cell, device)
-
-
-def run_small_in_worker(cell: reproduce.Cell, device: str | None) -> tuple[reproduce.Cell, reproduce.Outcome]:
-    """`reproduce.run_in_worker` on them."""
-    train_small()
-    return run_in_worker(cell, device)
+    return make_run(settings, device, stops)
 
 
 def main() -> None:
     """The command line."""
     train_small()
-    figures.construct_network = construct_small_network
-    reproduce.run_cell, reproduce.run_in_worker = run_small_cell, run_small_in_worker
+    observations.construct_network = construct_small_network
+    workers.make_run = make_small_run
     reproduce.main()
 
 

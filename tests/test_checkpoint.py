@@ -9,25 +9,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import checkpoint
 import train
-from checkpoint import (
-    apply_state,
-    capture_state,
-    load_checkpoint,
-    lock_run,
-    random_states,
-    run_files,
-    save_run,
-    set_random_states,
-)
+from checkpoint import Run, load_checkpoint, lock_run, save_run
+from command_line import interrupt, on_signals
 from kill_and_restart import FLAGS, finish, outcome, processes, same, start
-from results import COLUMNS, Results, read_results
-from seeds import make_deterministic
+from results import COLUMNS, read_results
+from seeds import make_deterministic, random_states
+from settings import run_files
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +60,8 @@ def stop_in_epoch(epoch_to_stop: int, monkeypatch, error: BaseException = Keyboa
     """Let the run stop within an epoch, when its weights have moved on already."""
     whole_epoch = train.train_one_epoch
 
-    def part_of_epoch(network, batches, optimizer, epoch, bar):
-        loss = whole_epoch(network, batches, optimizer, epoch, bar)
+    def part_of_epoch(network, batches, optimizer, settings, epoch, bar):
+        loss = whole_epoch(network, batches, optimizer, settings, epoch, bar)
         if epoch == epoch_to_stop:
             raise error
         return loss
@@ -94,7 +86,7 @@ def test_stopped_and_continued_run_is_the_same_to_the_last_bit(
         make_deterministic(99)  # the next process does not know where the generators were
     capsys.readouterr()
     run(tmp_path)
-    assert capsys.readouterr().out.startswith("x goes on with epoch 4 of 4\n")
+    assert capsys.readouterr().out.splitlines()[1] == "x resumes at epoch 4 of 4"
     assert same(outcome(tmp_path), outcome(alone))
 
 
@@ -156,33 +148,34 @@ def test_killed_at_any_moment(many_alone, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_and_say_how_to_go_on(many_alone, tmp_path, number, code):
     assert signal_in_epoch(tmp_path, 3, number, "--checkpoint_seconds", "1e9") == code
-    *epochs, last = (tmp_path / "output").read_text().splitlines()
+    *lines, last = (tmp_path / "output").read_text().splitlines()
+    epochs = [line for line in lines if line.startswith("epoch ")]
     assert last.startswith("train.py: stopped; ") and "same command again" in last
     saved = len(outcome(tmp_path)["columns"]["epoch"])
     assert saved == len(epochs)
 
     assert finish(tmp_path, *MANY, small=True) == 0
-    assert f"x goes on with epoch {saved + 1} of 100" in (tmp_path / "output").read_text()
+    assert f"x resumes at epoch {saved + 1} of 100" in (tmp_path / "output").read_text()
     assert same(outcome(tmp_path), outcome(many_alone))
 
 
 def test_stop_during_the_last_save(many_alone, small_network, tmp_path, monkeypatch):
     """The signal comes while the end of the run is being saved, which then goes on to its end."""
-    save_run = train.save_run
+    save_run = checkpoint.save_run
 
     def interrupted_save(files, state):
         if len(state["columns"]["epoch"]) == 100:
             os.kill(os.getpid(), signal.SIGTERM)
         save_run(files, state)
 
-    monkeypatch.setattr(train, "save_run", interrupted_save)
+    monkeypatch.setattr(checkpoint, "save_run", interrupted_save)
     run(tmp_path, *MANY, "--checkpoint_seconds", "1e9")
     assert same(outcome(tmp_path), outcome(many_alone))
 
 
 def test_sigterm_again_while_saving_changes_nothing(tmp_path, monkeypatch):
     stops = []
-    with train.on_signals(stops.append):
+    with on_signals(stops.append):
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
@@ -192,7 +185,7 @@ def test_sigterm_again_while_saving_changes_nothing(tmp_path, monkeypatch):
 def test_stopped_run_with_restart_says_how_to_go_on(tmp_path, capsys):
     """Giving the same command once more would start over."""
     assert signal_in_epoch(tmp_path, 3, signal.SIGTERM, "--restart") == 143
-    assert "the same command without --restart to go on" in (tmp_path / "output").read_text()
+    assert "the same command without --restart to resume" in (tmp_path / "output").read_text()
 
 
 def test_result_file_is_there_between_checkpoints(tmp_path):
@@ -211,20 +204,20 @@ def now(monkeypatch) -> list[float]:
         now[0] += 1
         return whole_epoch(*arguments)
 
-    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(train, "train_one_epoch", epoch_of_a_second)
     return now
 
 
 def test_seconds_between_checkpoints(tmp_path, monkeypatch, now):
     saved = []
-    save_run = train.save_run
+    save_run = checkpoint.save_run
 
     def noted_save(files, state):
         saved.append(state["columns"]["epoch"][-1])
         save_run(files, state)
 
-    monkeypatch.setattr(train, "save_run", noted_save)
+    monkeypatch.setattr(checkpoint, "save_run", noted_save)
     results = run(tmp_path, "--num_epochs", "9", "--checkpoint_seconds", "2.5")
     assert saved == [1, 4, 7, 9]
     assert results.settings["seconds"] == 9
@@ -233,13 +226,13 @@ def test_seconds_between_checkpoints(tmp_path, monkeypatch, now):
 def test_result_file_is_finished_only_after_the_weights(tmp_path, monkeypatch):
     """Whoever finds a finished result file finds the weights that belong to it."""
     before = []
-    save_run = train.save_run
+    save_run = checkpoint.save_run
 
     def noted_save(files, state):
         before.append(len(read_results(files.results).columns["epoch"]) if files.results.exists() else 0)
         save_run(files, state)
 
-    monkeypatch.setattr(train, "save_run", noted_save)
+    monkeypatch.setattr(checkpoint, "save_run", noted_save)
     run(tmp_path, "--num_epochs", "3", "--checkpoint_seconds", "1e9")
     assert before == [0, 2]
 
@@ -271,7 +264,7 @@ def test_killed_after_the_last_checkpoint(alone, tmp_path, monkeypatch, file):
 
 def interrupt_twice() -> None:
     """What a child process does: press Ctrl-C, and once more while the first is being dealt with."""
-    with train.on_signals(train.interrupt):
+    with on_signals(interrupt):
         try:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(10)
@@ -321,7 +314,7 @@ def test_more_epochs(tmp_path, capsys, fails):
     run(tmp_path / "constant", "--num_epochs", "2", *constant)
     capsys.readouterr()
     run(tmp_path / "constant", "--num_epochs", "4", *constant)
-    assert capsys.readouterr().out.startswith("x goes on with epoch 3 of 4")
+    assert capsys.readouterr().out.splitlines()[1] == "x resumes at epoch 3 of 4"
     assert "it has 4 epochs already" in fails(tmp_path / "constant", "--num_epochs", "3", *constant)
     run(tmp_path / "at once", "--num_epochs", "4", *constant)
     assert same(outcome(tmp_path / "constant"), outcome(tmp_path / "at once"))
@@ -370,7 +363,7 @@ def test_result_file_without_its_checkpoint(tmp_path, monkeypatch, fails):
             run(tmp_path)
     (tmp_path / "networks" / "x-last.pt").unlink()
     line = fails(tmp_path)
-    assert "x.csv has 2 epochs, but there is no" in line and "--restart" in line
+    assert "x.csv is of an unfinished run, but there is no" in line and "--restart" in line
 
 
 def test_finished_result_file_from_another_place(alone, tmp_path, monkeypatch, capsys):
@@ -387,8 +380,8 @@ def test_finished_result_file_from_another_place(alone, tmp_path, monkeypatch, c
     assert file.read_bytes() == (alone / "results" / "x.csv").read_bytes()
 
 
-def test_state_of_a_gpu_goes_on_as_that_of_a_cpu():
-    """The fused optimizer of a GPU has other roundings on a CPU."""
+def test_state_of_a_gpu_is_resumed_as_that_of_a_cpu(tmp_path):
+    """The fused optimizer of a GPU rounds differently on a CPU."""
     networks = [torch.nn.Linear(2, 2) for _ in range(2)]
     optimizers = [
         torch.optim.SGD(network.parameters(), 0.1, 0.9, fused=fused)
@@ -397,8 +390,12 @@ def test_state_of_a_gpu_goes_on_as_that_of_a_cpu():
     schedulers = [torch.optim.lr_scheduler.ConstantLR(optimizer) for optimizer in optimizers]
     networks[0](torch.ones(2)).sum().backward()
     optimizers[0].step()
-    state = capture_state(Results({}, {}), {}, networks[0], optimizers[0], schedulers[0])
-    apply_state(state, networks[1], optimizers[1], schedulers[1])
+    settings = train.parse([*FLAGS, "--path", str(tmp_path)])
+    for epoch, parts in enumerate(zip(networks, optimizers, schedulers, strict=True), start=1):
+        with Run(settings) as run:
+            run.resume(*parts)
+            if epoch == 1:
+                run.record(epoch, 1.0, 1.0, 50.0, 50.0)
     assert [group["fused"] for group in optimizers[1].param_groups] == [False]
     momenta = [list(optimizer.state_dict()["state"].values()) for optimizer in optimizers]
     assert momenta[0] and same(*momenta)
@@ -417,7 +414,7 @@ def test_run_that_goes_on_elsewhere_names_both_places(tmp_path, monkeypatch):
         stop_in_epoch(2, patch)
         with pytest.raises(SystemExit):
             run(tmp_path)
-    monkeypatch.setattr(train.platform, "machine", lambda: "another machine")
+    monkeypatch.setattr(checkpoint.platform, "machine", lambda: "another machine")
     here, there = (results.settings["machine"] for results in (read_results(tmp_path / "results/x.csv"), run(tmp_path)))
     assert there.startswith(f"{here}, then another machine with ")
 
@@ -461,7 +458,7 @@ import sys
 import small, train
 
 def train_one_epoch(*arguments, whole=train.train_one_epoch):
-    if arguments[3] == 2 and sys.argv.pop() == "fill":
+    if arguments[4] == 2 and sys.argv.pop() == "fill":
         try:
             open("disk/filler", "wb").write(bytes(10**8))
         except OSError as error:
@@ -519,7 +516,7 @@ def test_folder_that_cannot_be_written(tmp_path, fails):
 def test_out_of_memory(tmp_path, monkeypatch, fails, error):
     stop_in_epoch(2, monkeypatch, error)
     line = fails(tmp_path)
-    assert "cpu has too little memory" in line and "--batch_size" in line
+    assert "there is too little memory" in line and "--batch_size" in line
     assert read_results(tmp_path / "results" / "x.csv").columns["epoch"].tolist() == [1]
 
 
@@ -578,18 +575,3 @@ def test_checkpoint_of_another_version(small_checkpoint, monkeypatch):
 
 def test_torch_reads_a_checkpoint_as_it_is(small_checkpoint):
     assert torch.load(small_checkpoint, weights_only=True)["format"] == checkpoint.FORMAT
-
-
-def test_random_states():
-    make_deterministic(3)
-    random.gauss(0, 1), np.random.randn(), torch.randn(1)  # generators that have half of a pair of normals left
-
-    def draw() -> tuple:
-        return random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), *torch.randn(3).tolist()
-
-    states = random_states()
-    expected = draw()
-    make_deterministic(4)
-    assert draw() != expected
-    set_random_states(states)
-    assert draw() == expected

@@ -12,8 +12,8 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import transforms
 
-import data
-from data import DATASETS, load_image_set, make_batches
+from data import Batches, load_image_set
+from settings import DATASETS
 
 SEED_0 = int(hashlib.md5(b"0").hexdigest()[-8:], 16)
 
@@ -132,7 +132,7 @@ def test_unknown_data_set():
 
 def test_unknown_split():
     with pytest.raises(ValueError, match="one of train, val, test, not 'validation'"):
-        make_batches(load_image_set("digits"), "validation", 8, normalize=False)
+        Batches(load_image_set("digits"), "validation", 8, normalize=False)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -164,7 +164,7 @@ def test_batches_are_those_of_a_plain_loop(small_cifar10, normalize):
         return batches, torch.get_rng_state()
 
     expected, expected_state = two_epochs(loaders)
-    ours, our_state = two_epochs({name: make_batches(image_set, name, 16, normalize) for name in loaders})
+    ours, our_state = two_epochs({name: Batches(image_set, name, 16, normalize) for name in loaders})
     assert [len(labels) for _, labels in ours] == [16, 16, 13, 5, 15] * 2
     for (images, labels), (expected_images, expected_labels) in zip(ours, expected, strict=True):
         assert torch.equal(images, expected_images)
@@ -180,7 +180,7 @@ def test_digits_are_not_flipped_but_shuffled():
     torch.manual_seed(4)
     expected = list(plain)
     torch.manual_seed(4)
-    ours = list(make_batches(image_set, "train", 128, normalize=False))
+    ours = list(Batches(image_set, "train", 128, normalize=False))
     for (images, labels), (expected_images, expected_labels) in zip(ours, expected, strict=True):
         assert torch.equal(images, expected_images) and torch.equal(labels, expected_labels)
 
@@ -188,20 +188,20 @@ def test_digits_are_not_flipped_but_shuffled():
 def test_images_live_once():
     image_set = load_image_set("digits")
     for name in image_set.splits:
-        assert make_batches(image_set, name, 10, normalize=True).dataset.image_set.images is image_set.images
+        assert Batches(image_set, name, 10, normalize=True).image_set.images is image_set.images
 
 
 def test_batches_do_not_change_the_images():
     image_set = load_image_set("digits")
     before = image_set.images.clone()
-    for images, _ in make_batches(image_set, "val", 100, normalize=True):
+    for images, _ in Batches(image_set, "val", 100, normalize=True):
         images.zero_()
     assert torch.equal(image_set.images, before)
 
 
 def test_normalized_digits_have_mean_0_and_spread_1(monkeypatch):
-    batches = [make_batches(load_image_set("digits"), name, 10_000, normalize=True) for name in ("train", "val")]
+    batches = [Batches(load_image_set("digits"), name, 10_000, normalize=True) for name in ("train", "val")]
     images = torch.cat([images for loader in batches for images, _ in loader])
     assert images.mean().item() == pytest.approx(0, abs=1e-5)
     assert images.std().item() == pytest.approx(1, abs=1e-4)
-    assert data.DATASETS["digits"].pixels == images.shape[-1]
+    assert DATASETS["digits"].pixels == images.shape[-1]

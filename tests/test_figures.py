@@ -1,18 +1,22 @@
+import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 from PIL import Image
-from torch import nn
 
 import figures
-import train
-from batch_norm import ScaleBatchNorm2d
+import results
+import small
 from networks import construct_network
+from observations import NormalizedValues
 from results import Results, write_results
 
 CURVES = {  # test accuracies of three epochs, by setting and seed
@@ -55,6 +59,8 @@ def test_learning_curves():
         loss.lines[0].get_ydata(), 3 - np.array([[50, 80, 90], [55, 85, 92], [60, 75, 91]]).mean(0) / 40
     )
     assert (accuracy.get_xlabel(), accuracy.get_ylabel()) == ("epoch", "test accuracy (%)")
+    with pytest.raises(ValueError, match="there are no runs"):
+        figures.learning_curves({"baseline": {}})
     styles = {(str(line.get_linestyle()), line.get_marker()) for line in accuracy.lines}
     assert len(styles) == 3  # what can be told apart in grey
 
@@ -102,36 +108,10 @@ def test_learned_scales_and_shifts():
     assert panels[1].get_xlim()[0] == -0.5 and panels[0].get_xlim()[0] == 0.5
 
 
-def test_measure_normalized_values():
-    torch.manual_seed(0)
-    network = nn.Sequential(ScaleBatchNorm2d(3, bn_weight=5), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
-    for _ in range(5):
-        network(torch.randn(16, 3, 8, 8) ** 3)
-    images = 3 * torch.randn(8, 3, 8, 8) ** 3
-    measured = figures.measure_normalized_values(network, images)
-    network.eval()
-    with torch.no_grad():
-        inputs = {"0": images, "2": network[1](network[0](images))}
-    assert [layer.name for layer in measured] == ["0", "2"]
-    for layer in measured:
-        norm = network[int(layer.name)]
-        large, largest, count = 0, 0.0, 0
-        for channel in range(norm.num_features):
-            for value in inputs[layer.name][:, channel].flatten().tolist():
-                normalized = (value - norm.running_mean[channel].item()) / (
-                    norm.running_var[channel].item() + 1e-5
-                ) ** 0.5
-                large, count = large + (abs(normalized) > 3), count + 1
-                largest = max(largest, abs(normalized))
-        assert layer.share_beyond_3 == pytest.approx(large / count) and large
-        assert layer.maximum == pytest.approx(largest, rel=1e-5)
-    assert not any(module._forward_pre_hooks for module in network.modules())
-
-
 def test_normalized_values():
     measured = {
-        "baseline": [figures.NormalizedValues("bn1", 0.02, 9.0), figures.NormalizedValues("bn2", 0.01, 8.0)],
-        "proposed": [figures.NormalizedValues("0", 0.001, 2.0), figures.NormalizedValues("1.bn1", 0.002, 4.0)],
+        "baseline": [NormalizedValues("bn1", 0.02, 9.0), NormalizedValues("bn2", 0.01, 8.0)],
+        "proposed": [NormalizedValues("0", 0.001, 2.0), NormalizedValues("1.bn1", 0.002, 4.0)],
     }
     share, largest = figures.normalized_values(measured).axes
     np.testing.assert_allclose(share.lines[0].get_xydata(), [[1, 2], [2, 1]])
@@ -140,21 +120,14 @@ def test_normalized_values():
 
 
 def test_files(small_network, tmp_path):
-    flags = [
-        "--dataset",
-        "digits",
-        "--batch_size",
-        "48",
-        "--num_epochs",
-        "2",
-        "--path",
-        str(tmp_path),
-        "--device",
-        "cpu",
-    ]
-    for seed in ("1", "2"):
-        train.main([*flags, "--seed", seed])
-        train.main([*flags, "--seed", seed, "--bn_weight", "1", "--c", "1", "--input_norm", "dataset"])
+    (tmp_path / "networks").mkdir()
+    for setting in ("baseline", "proposed"):
+        for run in (make_run(setting, 1), make_run(setting, 2)):
+            run.settings["dataset"] = "digits"
+            write_results(tmp_path / "results" / f"{run.settings['name']}.csv", run)
+        weights = small.construct_small_network("", 10, "digits", VALUES[setting][0]).state_dict()
+        weights["0.bias"] += 0.1
+        torch.save(weights, tmp_path / "networks" / f"{setting} 1-best.pt")
     files = list(map(str, (tmp_path / "results").glob("*.csv")))
     figures.main([*files, "--output", str(tmp_path / "figures")])
     made = {file.stem for file in (tmp_path / "figures").glob("*.png")}
@@ -175,19 +148,109 @@ def test_files(small_network, tmp_path):
     assert (tmp_path / "figures" / "figure-scales-and-shifts.png").read_bytes() == before
 
 
+def test_what_is_missing_does_not_keep_the_others_from_being_drawn(tmp_path, capsys):
+    folder = tmp_path / "results"
+    for run in RUNS["baseline"].values():
+        write_results(folder / f"{run.settings['seed']}.csv", run)
+    (tmp_path / "networks").mkdir()
+    (tmp_path / "networks" / "baseline 1-best.pt").write_bytes(b"damaged")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "figure-scales-and-shifts.npz").write_bytes(b"damaged")
+    figures.main([*map(str, folder.iterdir()), "--output", str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    made = [tmp_path / "out" / f"figure-learning-curves.{kind}" for kind in ("png", "pdf")]
+    assert out.splitlines() == list(map(str, made)) and all(file.exists() for file in made)
+    values, scales = err.splitlines()
+    assert values.startswith("figures.py: no normalized values: ") and "baseline 1-best.pt is damaged" in values
+    assert scales.startswith("figures.py: no scales and shifts: ") and "scales-and-shifts.npz is damaged" in scales
+
+
+@pytest.mark.parametrize("function", ["replace", "fsync"])
+def test_a_full_disk_leaves_older_figures_whole(function, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    figure = Figure(figsize=(1, 1))
+    files = figures.save(figure, tmp_path / "x")
+    assert files == [tmp_path / "x.png", tmp_path / "x.pdf"]
+    before = [file.read_bytes() for file in files]
+    figure.text(0.5, 0.5, "new")
+    monkeypatch.setattr(results.os, function, full)
+    with pytest.raises(OSError, match="No space left on device"):
+        figures.save(figure, tmp_path / "x")
+    assert [file.read_bytes() for file in files] == before
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+
+
+def test_read_runs(tmp_path):
+    for setting, seeds in RUNS.items():
+        for seed, run in seeds.items():
+            write_results(tmp_path / f"{setting}-{seed}.csv", run)
+    runs = figures.read_runs(sorted(tmp_path.iterdir(), reverse=True))
+    assert {name: set(seeds) for name, seeds in runs.items()} == {
+        "baseline": {1, 2, 3},
+        "proposed": {1, 2, 3},
+        "γ 0.5, c 100.0, bn": {1, 2, 3},
+    }
+    assert next(iter(runs)) == "baseline"
+    other = make_run("proposed", 1)
+    other.settings["momentum"] = 0.5
+    write_results(tmp_path / "other.csv", other)
+    with pytest.raises(
+        ValueError, match=r"the runs differ in more than bn_weight, c, input_norm: momentum 0\.9 and 0\.5"
+    ):
+        figures.read_runs([tmp_path / "baseline-1.csv", tmp_path / "other.csv"])
+
+
 def test_files_that_are_not_results(tmp_path, capsys):
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     with pytest.raises(SystemExit) as stop:
         figures.main([str(tmp_path / "x.csv"), "--output", str(tmp_path)])
     assert stop.value.code == 1
-    assert capsys.readouterr().err.startswith(f"figures.py: error: {tmp_path / 'x.csv'} is not a result file")
+    message = capsys.readouterr().err
+    assert message.startswith(f"figures.py: error: {tmp_path / 'x.csv'} is not a result file")
+    assert message.count("\n") == 1
 
 
-def test_needs_no_display(tmp_path):
+@pytest.mark.parametrize("flags", [[], ["a.csv"], ["a.csv", "--out", "x"], ["a.csv", "--output", __file__]])
+def test_wrong_flags(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        figures.main(flags)
+    captured = capsys.readouterr()
+    assert (stop.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
+    assert captured.err.startswith("figures.py: error: ") and "--output" in captured.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_in_one_line(number, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "read_runs", lambda _: signal.raise_signal(number))
+    with pytest.raises(SystemExit) as stop:
+        figures.main(["a.csv", "--output", "x"])
+    assert (stop.value.code, capsys.readouterr().err) == (128 + number, "figures.py: stopped\n")
+
+
+@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--wrong", 2)])
+def test_answers_at_once(flag, code):
+    """What takes long to import is not there to be imported."""
+    run = (
+        "import runpy, sys; sys.modules |= dict.fromkeys(('torch', 'numpy', 'scipy', 'matplotlib'));"
+        "runpy.run_path('figures.py', run_name='__main__')"
+    )
+    folder = Path(figures.__file__).parent
+    done = subprocess.run([sys.executable, "-c", run, flag], cwd=folder, capture_output=True, text=True)
+    answer = done.stderr if code else done.stdout
+    assert (done.returncode, "--output" in answer, "Traceback" in answer) == (code, True, False)
+    assert not code or done.stderr.count("\n") == 1
+
+
+def test_needs_no_display(tmp_path, monkeypatch, capsys):
+    """It works where windows are asked for and cannot be had."""
+    monkeypatch.setitem(matplotlib.rcParams, "backend", "TkAgg")
+    for module in ("tkinter", "matplotlib.backends.backend_tkagg"):
+        monkeypatch.setitem(sys.modules, module, None)
     for run in RUNS["baseline"].values():
         write_results(tmp_path / f"{run.settings['seed']}.csv", run)
-    command = [sys.executable, Path(figures.__file__), *tmp_path.glob("*.csv"), "--output", tmp_path / "out"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env={"MPLBACKEND": "TkAgg"})
-    assert done.stdout.splitlines() == [
+    figures.main([*map(str, tmp_path.glob("*.csv")), "--output", str(tmp_path / "out")])
+    assert capsys.readouterr().out.splitlines() == [
         str(tmp_path / "out" / f"figure-learning-curves.{kind}") for kind in ("png", "pdf")
     ]

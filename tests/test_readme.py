@@ -1,3 +1,4 @@
+import ast
 import re
 from pathlib import Path
 
@@ -7,11 +8,14 @@ import pytest
 from scipy import stats
 
 import reproduce
+import settings
 import train
-from t_test import EXPERIMENT
+from settings import PAPER
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parent.parent
+README, MODULES = ((ROOT / name).read_text() for name in ("README.md", "MODULES.md"))
+EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+EXAMPLES = [*EXAMPLE.findall(README), *EXAMPLE.findall(MODULES)]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
@@ -21,11 +25,24 @@ def test_example_runs(example, few_digits, tmp_path, monkeypatch):
 
 
 def test_every_module_has_an_example():
-    modules = {file.stem for file in Path(train.__file__).parent.glob("*.py")}
-    assert {re.findall(r"^(?:from|import) (\w+)", example, re.MULTILINE)[-1] for example in EXAMPLES} == modules
+    sections = re.findall(r"^## `(\w+)\.py`\n(.*?)(?=^## |\Z)", MODULES, re.DOTALL | re.MULTILINE)
+    assert {name for name, _ in sections} == {file.stem for file in ROOT.glob("*.py")}
+    for name, text in sections:
+        [example] = EXAMPLE.findall(text)
+        assert re.search(rf"^(from|import) {name}\b", example, re.MULTILINE)
 
 
-@pytest.mark.parametrize("parser", [train.make_parser(), reproduce.make_parser()], ids=["train", "reproduce"])
+def test_modules_import_only_what_stands_below_them():
+    order = re.findall(r"^\| \[(\w+)\.py\]", MODULES, re.MULTILINE)
+    assert sorted(order) == sorted(file.stem for file in ROOT.glob("*.py"))
+    for place, name in enumerate(order):
+        nodes = list(ast.walk(ast.parse((ROOT / f"{name}.py").read_text())))
+        imports = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        imports |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        assert not imports & set(order[: place + 1]), name
+
+
+@pytest.mark.parametrize("parser", [settings.make_parser(), reproduce.make_parser()], ids=["train", "reproduce"])
 def test_every_flag_is_explained(parser):
     section = "The paper's training" if parser.prog == "train.py" else "The paper's experiment"
     text = re.search(rf"^## {section}\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
@@ -40,7 +57,10 @@ def test_every_flag_is_explained(parser):
 
 def test_settings_of_the_experiment_are_explained():
     rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| `(\w+)` \|", README, re.MULTILINE)
-    assert {name: (float(bn_weight), float(c), input_norm) for name, bn_weight, c, input_norm in rows} == EXPERIMENT
+    assert {
+        name: {"bn_weight": float(bn_weight), "c": float(c), "input_norm": input_norm}
+        for name, bn_weight, c, input_norm in rows
+    } == PAPER
 
 
 def test_command_of_the_paper_has_every_flag():
@@ -48,7 +68,7 @@ def test_command_of_the_paper_has_every_flag():
     assert command[:2] == ["python", "train.py"]
     arguments = [argument.strip("'").replace("cuda:0", "cpu") for argument in command[2:]]
     given, default = vars(train.parse(arguments)), vars(train.parse(["--device", "cpu"]))
-    of_the_paper = set(default) - {"checkpoint_seconds", "restart", "precision", "compile", "allow_tf32"}
+    of_the_paper = set(default) - {"checkpoint_seconds", "restart", "stem", "precision", "compile"}
     assert set(arguments[::2]) == {f"--{name}" for name in of_the_paper}
     assert {name for name in default if given[name] != default[name]} == {"name"}
 
@@ -65,8 +85,8 @@ def test_table_of_modes_is_that_of_the_committed_files():
     rows = re.findall(r"^\| (neither|`[^|]*`) \| ([\d.]+ ± [\d.]+) \|(.*)\|(.*)\|$", README, re.MULTILINE)
     files = {
         "neither": "digits/*-weight0.1-c100-bn-seed*.csv",
-        "`--precision bfloat16`": "digits-modes/*-weight0.1-c100-bn-bfloat16-seed*.csv",
-        "`--compile`": "digits-modes/*-weight0.1-c100-bn-compiled-seed*.csv",
+        "`--precision bfloat16`": "digits-modes/*-precision=bfloat16-weight0.1-c100-bn-seed*.csv",
+        "`--compile`": "digits-modes/*-compile-weight0.1-c100-bn-seed*.csv",
     }
     assert [row[0] for row in rows] == list(files)
     accuracies = {mode: committed_accuracies(of) for mode, of in files.items()}
@@ -80,12 +100,12 @@ def test_table_of_modes_is_that_of_the_committed_files():
 
 def test_table_of_digits_is_that_of_the_committed_files():
     rows = re.findall(r"^\| (\w+) +\| (\d+) +\| (.*) \|$", README, re.MULTILINE)
-    assert [row[0] for row in rows] == list(EXPERIMENT)
+    assert [row[0] for row in rows] == list(PAPER)
     accuracies = {
         name: committed_accuracies(f"digits/*-weight{bn_weight:g}-c{c:g}-{input_norm}-seed*.csv")
-        for name, (bn_weight, c, input_norm) in EXPERIMENT.items()
+        for name, (bn_weight, c, input_norm) in ((name, values.values()) for name, values in PAPER.items())
     }
-    differences = {name: np.subtract(accuracies[name], accuracies["baseline"]) for name in list(EXPERIMENT)[1:]}
+    differences = {name: np.subtract(accuracies[name], accuracies["baseline"]) for name in list(PAPER)[1:]}
     p_values = {name: stats.ttest_1samp(d, 0, alternative="greater").pvalue for name, d in differences.items()}
     ordered = sorted(p_values.values())
     for name, seeds, row in rows:
@@ -101,3 +121,18 @@ def test_table_of_digits_is_that_of_the_committed_files():
             *("15", f"{differences[name].mean():+.2f}", f"{low:+.2f} to {high:+.2f}", f"{p_values[name]:.2g}"),
             *(f"{holm:.2g}", f"{(differences[name] > 0).sum()} of 15", verdict),
         ]
+
+
+def test_first_screen_is_that_of_the_committed_files():
+    first_screen = " ".join(README.split("## The method")[0].split())
+    sentence = (
+        r"accuracy of ([\d.]+) % .* and ([\d.]+) % without: a gain of ([\d.]+) percentage points"
+        r" \(95 % interval ([\d.]+) to ([\d.]+), 15 seeds, p = ([\d.]+)\)"
+    )
+    proposed = committed_accuracies("digits/*-weight0.1-c100-bn-seed*.csv")
+    baseline = committed_accuracies("digits/*-weight1-c1-dataset-seed*.csv")
+    gains = np.subtract(proposed, baseline)
+    low, high = stats.t.interval(0.95, 14, gains.mean(), stats.sem(gains))
+    p_value = stats.ttest_1samp(gains, 0, alternative="greater").pvalue
+    expected = [f"{x:.2f}" for x in (np.mean(proposed), np.mean(baseline), gains.mean(), low, high)]
+    assert list(re.search(sentence, first_screen).groups()) == [*expected, f"{p_value:.2g}"]

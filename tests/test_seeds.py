@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from seeds import make_complex, make_deterministic
+from seeds import make_complex, make_deterministic, random_states, set_random_states
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +69,18 @@ def test_settings_for_reproducibility():
     assert os.environ["PYTHONHASHSEED"] == "4186399962"
     assert torch.backends.cudnn.deterministic is True
     assert torch.backends.cudnn.benchmark is False
+
+
+def test_random_states():
+    make_deterministic(3)
+    random.gauss(0, 1), np.random.randn(), torch.randn(1)  # generators that have half of a pair of normals left
+
+    def draw() -> tuple:
+        return random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), *torch.randn(3).tolist()
+
+    states = random_states()
+    expected = draw()
+    make_deterministic(4)
+    assert draw() != expected
+    set_random_states(states)
+    assert draw() == expected

@@ -1,4 +1,8 @@
 import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,8 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
+import t_test
 from results import Results, write_results
-from t_test import Comparison, compare, correct, evaluate, main, table
+from t_test import Comparison, apply_holm_correction, compare, compare_all, evaluate, main, table
 
 PROPOSED = [95.1, 94.8, 95.3, 95.0, 95.2]
 BASELINE = [94.6, 94.7, 94.9, 95.1, 95.1]
@@ -119,7 +124,7 @@ def test_compare_pairs_by_seed():
 )
 def test_verdict(proposed, baseline, verdict):
     comparison = compare("new", proposed, baseline)
-    correct([comparison])
+    apply_holm_correction([comparison])
     assert comparison.verdict == verdict
     assert table([comparison]).endswith(f"| {verdict} |")
 
@@ -138,20 +143,20 @@ def holm(p_values: list[float]) -> list[float]:
 def test_holm_correction(p_values):
     comparisons = [Comparison(str(p), {}, {1: 1.0, 2: 1.0}, (0.0, 0.0), p) for p in p_values]
     too_few = compare("too few", {}, {})
-    correct([too_few, *comparisons])
+    apply_holm_correction([too_few, *comparisons])
     assert [c.corrected_p_value for c in comparisons] == pytest.approx(holm(p_values))
     equal = compare("equal", {1: 1.0, 2: 2.0}, {1: 0.0, 2: 1.0})
-    correct([equal, *comparisons])  # it was compared, and found nothing
+    apply_holm_correction([equal, *comparisons])  # it was compared, and found nothing
     assert [c.corrected_p_value for c in comparisons] == pytest.approx(holm([*p_values, 1.0])[:-1])
     assert math.isnan(too_few.corrected_p_value) and math.isnan(equal.corrected_p_value)
 
 
 def test_correction_is_in_the_verdict():
     comparisons = [Comparison(str(p), {}, {1: 1.0, 2: 1.0}, (0.0, 0.0), p) for p in (0.02, 0.03)]
-    correct(comparisons)
+    apply_holm_correction(comparisons)
     assert [c.corrected_p_value for c in comparisons] == [0.04, 0.04]
     comparisons = [Comparison(str(p), {}, {1: 1.0, 2: 1.0}, (0.0, 0.0), p) for p in (0.026, 0.03)]
-    correct(comparisons)
+    apply_holm_correction(comparisons)
     assert [c.verdict for c in comparisons] == ["not significant"] * 2
 
 
@@ -202,7 +207,7 @@ def test_runs_that_differ_in_more_are_refused(tmp_path, fails):
     other = write_runs(tmp_path, BASELINE, bn_weight=1.0, batch_size=32, dataset="cifar10", momentum=0.5)
     message = fails(one, other)
     assert "differ in more than bn_weight, c, input_norm: batch_size 64 and 32; dataset digits and cifar10;" in message
-    assert "momentum None and 0.5" in message
+    assert "momentum 0.9 and 0.5" in message
     third = write_runs(tmp_path, [95.0], bn_weight=0.2, seed=9)
     assert f"{third[0]} and the first file of --proposed differ: bn_weight 0.2 and 0.1" in fails(one + third, one)
 
@@ -212,5 +217,65 @@ def test_other_files_are_refused(tmp_path, fails):
     assert "has seed 1, and so has another file of --baseline" in fails(runs, [*runs, runs[0]])
     unfinished = write_runs(tmp_path, [95.0], num_epochs=3)
     assert "is of an unfinished run: 2 of 3 epochs" in fails(unfinished, runs)
-    assert "does not say with which seed" in fails(runs, write_runs(tmp_path, [95.0], seed=None))
+    for missing in ("seed", "num_epochs"):
+        message = fails(runs, write_runs(tmp_path, [95.0], **{missing: None}))
+        assert "does not say with which seed and num_epochs it was made" in message
     assert "No such file" in fails(runs, [str(tmp_path / "none.csv")])
+
+
+def test_what_files_lack_is_at_its_default(tmp_path, capsys):
+    """Older files lack flags that came later, and have some that are no flags any more."""
+    old = write_runs(tmp_path, PROPOSED, allow_tf32=True)
+    new = write_runs(tmp_path, BASELINE, momentum=0.9, stem="auto", precision="float32")
+    main(["--proposed", *old, "--baseline", *new])
+    assert f"{by_hand(PROPOSED, BASELINE):.2g}" in capsys.readouterr().out
+
+
+def test_all_settings_are_compared_with_the_baseline():
+    def run(accuracy: float) -> Results:
+        return Results({}, {"val_accuracy": np.array([90.0]), "test_accuracy": np.array([accuracy])})
+
+    def runs(accuracies: list[float]) -> dict[int, Results]:
+        return {seed: run(accuracy) for seed, accuracy in enumerate(accuracies, start=1)}
+
+    comparisons = compare_all({"proposed": runs(PROPOSED), "baseline": runs(BASELINE), "init": runs(BASELINE[::-1])})
+    assert [c.setting for c in comparisons] == ["proposed", "baseline", "init"]
+    assert [len(c.differences) for c in comparisons] == [5, 0, 5]
+    p_values = [by_hand(PROPOSED, BASELINE), by_hand(BASELINE[::-1], BASELINE)]
+    assert [c.corrected_p_value for c in comparisons[::2]] == pytest.approx(holm(p_values))
+
+
+@pytest.mark.parametrize("flags", [[], ["--proposed", "a"], ["--prop", "a", "--base", "b"]])
+def test_wrong_flags(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(flags)
+    captured = capsys.readouterr()
+    assert (stop.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
+    assert captured.err.startswith("t_test.py: error: the following arguments are required")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_in_one_line(number, monkeypatch, capsys):
+    monkeypatch.setattr(t_test, "report", lambda *_: signal.raise_signal(number))
+    with pytest.raises(SystemExit) as stop:
+        main(["--proposed", "a", "--baseline", "b"])
+    assert (stop.value.code, capsys.readouterr().err) == (128 + number, "t_test.py: stopped\n")
+
+
+@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--wrong", 2)])
+def test_answers_at_once(flag, code):
+    """What takes long to import is not there to be imported."""
+    run = (
+        "import runpy, sys; sys.modules |= dict.fromkeys(('torch', 'numpy', 'scipy', 'matplotlib'));"
+        "runpy.run_path('t_test.py', run_name='__main__')"
+    )
+    folder = Path(t_test.__file__).parent
+    done = subprocess.run([sys.executable, "-c", run, flag], cwd=folder, capture_output=True, text=True)
+    answer = done.stderr if code else done.stdout
+    assert (done.returncode, "--proposed" in answer, "Traceback" in answer) == (code, True, False)
+    assert not code or done.stderr.count("\n") == 1
+
+
+def test_imports_neither_torch_nor_matplotlib():
+    check = "import sys, t_test; sys.exit(bool({'torch', 'matplotlib'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", check], cwd=Path(t_test.__file__).parent, check=True)

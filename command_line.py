@@ -1,0 +1,160 @@
+"""What all commands share: the types of their flags, the parser, endings of one line, and signals.
+
+Nothing here takes long to import, so that `--help` and a wrong flag are answered at once.
+"""
+
+import argparse
+import math
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+
+class FlagError(ValueError):
+    """A flag is wrong; the message names it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises FlagError where it would print the list of all flags and end the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise FlagError(message)
+
+
+def folder(text: str) -> Path:
+    """The type of a flag that names a folder, which need not exist yet."""
+    if text and not text.isprintable():
+        raise argparse.ArgumentTypeError(f"must be one line of printable text, not {text!r}")
+    try:
+        path = Path(text).expanduser()
+        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    except (OSError, RuntimeError) as error:  # a name that is too long; a home that nobody has
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {error}") from None
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {there} is a file")
+    return path
+
+
+def file_name(text: str) -> str:
+    """The type of a flag that takes a name which files can have on any system."""
+    if (text and not re.fullmatch(r"\w[\w.+=-]*", text)) or len(text.encode()) > 200:
+        raise argparse.ArgumentTypeError(
+            f"must be at most 200 letters, digits and . _ + = - and start with a letter or digit, not {text!r}"
+        )
+    return text
+
+
+def whole(minimum: int) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number of at least `minimum`."""
+
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, not {text!r}")
+        return int(text)
+
+    return convert
+
+
+def number(what: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
+    """The type of a flag that takes a number that is `allowed` (NaN must not be), which `what` puts into words."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+        return value or 0.0  # not -0.0
+
+    return convert
+
+
+def as_typed(value: str | float | bool) -> str:
+    """A value as one would type it after its flag: 100 for 100.0."""
+    return str(value).removesuffix(".0")
+
+
+def answer_at_once(program: str, parse: Callable[[], object]) -> None:
+    """Answer `--help` and a wrong flag before what takes seconds is imported.
+
+    A command calls it between its quick imports and the slow ones. Until its `main` handles signals, Ctrl-C ends the
+    program in one line: nothing is to be saved yet, and an import may not pass an exception on.
+    """
+
+    def end_now(number: int, _: FrameType | None) -> None:
+        os.write(2, f"{program}: stopped before it began\n".encode())
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, end_now)
+    try:
+        parse()
+    except FlagError as error:
+        end(2, f"error: {error}", program)
+
+
+def end(code: int, message: str, program: str) -> NoReturn:
+    """End the program with one line on standard error."""
+    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextmanager
+def one_line_endings(program: str, stopped: Callable[[], str] = lambda: "stopped") -> Iterator[None]:
+    """Let errors and signals end a command with one line on standard error.
+
+    The exit code is 2 for a wrong flag, 1 for any other error that the user can do something about, 130 for Ctrl-C and
+    143 for SIGTERM. An error that only a programmer can mend keeps its traceback.
+
+    Args:
+        program: the command's name.
+        stopped: returns what to say where a signal stops it.
+    """
+    try:
+        with on_signals(interrupt):
+            yield
+    except KeyboardInterrupt as stop:
+        end(128 + (stop.args[0] if stop.args else signal.SIGINT), stopped(), program)
+    except (FloatingPointError, ValueError, OSError) as error:
+        end(2 if isinstance(error, FlagError) else 1, f"error: {error}", program)
+    except (RuntimeError, MemoryError) as error:
+        words = r"out of memory|allocate memory|alloc_failed|memory object"  # torch has several ways to say it
+        if not isinstance(error, MemoryError) and not re.search(words, str(error), re.IGNORECASE):
+            raise
+        end(1, "error: there is too little memory: give a smaller --batch_size or another --device", program)
+
+
+@contextmanager
+def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Call `handle` with the number of the first SIGINT (Ctrl-C) or SIGTERM that arrives.
+
+    A second SIGINT ends the process at once. Further SIGTERMs are ignored: clusters repeat them while a run is being
+    saved. Outside the main thread, where Python cannot handle signals, this does nothing.
+    """
+
+    def first(number: int, _: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        handle(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = {number: signal.signal(number, first) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def interrupt(number: int) -> NoReturn:
+    """Raise KeyboardInterrupt with the number of a signal."""
+    raise KeyboardInterrupt(number)

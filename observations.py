@@ -1,0 +1,296 @@
+"""What the paper observes, measured on a trained network: γ and β by depth, and how large normalized values get.
+
+`load_network` gives the trained network of a finished run, ready to predict.
+"""
+
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.datasets import CIFAR10
+from torchvision.transforms import Normalize
+
+from data import ImageSet, load_image_set
+from networks import SIGMA_ACT, construct_network
+from results import Results, read_results, write_atomically
+from settings import DEFAULTS
+
+Weights = Mapping[str, Any]  # a state_dict, or arrays under the same names
+
+LARGE = 3.0  # a normalized value beyond ±3 is called large
+
+
+# --- trained networks -----------------------------------------------------------------------------------------------
+
+
+def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLike | None = None) -> nn.Module:
+    """The trained network of a finished run, ready to predict: in evaluation mode, on the CPU, in float32.
+
+    Args:
+        results_file: the run's result file, FOLDER/results/NAME.csv.
+        weights_file: its trained weights; by default FOLDER/networks/NAME-best.pt.
+
+    Returns:
+        A module from images, float (N, 3, H, W) with values in [0, 1], to logits (N, classes). Where the run's
+        `input_norm` is 'dataset', it normalizes the images first, with the statistics of the run's data set, which is
+        loaded for that: CIFAR-10 from FOLDER/images, downloaded where it is missing.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: a file is damaged, the run is not finished, or the weights are of another network.
+    """
+    file = Path(results_file)
+    folder = file.parent.parent
+    run = read_results(file)
+    settings = DEFAULTS | run.settings
+    if not isinstance(settings["num_epochs"], int) or run.num_epochs < settings["num_epochs"]:
+        raise ValueError(f"{file} is not of a finished run")
+    network = rebuild_network(run, weights_file or folder / "networks" / f"{settings['name'] or file.stem}-best.pt")
+    if settings["input_norm"] == "dataset":
+        network = nn.Sequential(Normalize(*channel_statistics(settings["dataset"], folder / "images")), network).eval()
+    return network
+
+
+def channel_statistics(dataset: str, folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the three channels of a data set's images; see `data.load_image_set`."""
+    image_set = load_image_set(dataset, folder, "cpu")
+    return image_set.mean, image_set.std
+
+
+def rebuild_network(run: Results, weights_file: str | os.PathLike) -> nn.Module:
+    """The network of a run with trained weights, in evaluation mode, on the CPU; draws no random numbers.
+
+    It takes what it took in training: where `input_norm` is 'dataset', images that are normalized already.
+
+    Raises:
+        FileNotFoundError: there is no `weights_file`.
+        ValueError: the weights are damaged, or of another network.
+    """
+    settings = DEFAULTS | run.settings
+    weights = load_weights(weights_file)
+    num_classes = next((value.numel() for name, value in reversed(weights.items()) if name.endswith("bias")), 1)
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # initial weights are drawn, but nobody sees them
+        network = construct_network(
+            settings["network"],
+            num_classes,
+            settings["dataset"],
+            input_norm=settings["input_norm"],
+            stem=settings["stem"],
+        )
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError:  # its message has a line for each weight
+        raise ValueError(
+            f"{weights_file} does not hold the weights of a {settings['network']} for {settings['dataset']}"
+            f" with input_norm {settings['input_norm']}"
+        ) from None
+    return network.eval()
+
+
+def load_weights(file: str | os.PathLike) -> dict[str, Tensor]:
+    """A `state_dict` from its file, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds something else.
+    """
+    content = Path(file).read_bytes()
+    try:
+        weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # which one depends on where the damage is
+        raise ValueError(f"{file} is damaged, or does not hold the weights of a network") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{file} does not hold the weights of a network")
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise ValueError(f"{file} is damaged: it holds a value that is not a finite number")
+    return weights
+
+
+# --- γ and β --------------------------------------------------------------------------------------------------------
+
+
+def batch_norms(weights: Weights) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Depth, γ (C,) and β (C,) of every batch norm in a `state_dict`, in its order; see `first_depth`."""
+    layers = [name.removesuffix(".running_mean") for name in weights if name.endswith(".running_mean")]
+    for depth, layer in enumerate(layers, start=first_depth(layers)):
+        yield depth, np.asarray(weights[f"{layer}.weight"]), np.asarray(weights[f"{layer}.bias"])
+
+
+def first_depth(layers: Sequence[str]) -> int:
+    """The depth of the first of a network's batch norms, from their names: 0 in front of the network, 1 within it."""
+    return 0 if "0" in layers[:1] else 1
+
+
+def initial_scale(depth: int, bn_weight: float) -> float:
+    """Where γ started in the batch norm of this depth: at `bn_weight`; in front of the network, at 0.58 of it."""
+    return bn_weight if depth else bn_weight * SIGMA_ACT
+
+
+def batch_norm_arrays(weights: Weights) -> dict[str, np.ndarray]:
+    """All that belongs to batch norms in a `state_dict`, under the same names, but for their counts of batches."""
+    layers = {name.rpartition(".")[0] for name in weights if name.endswith(".running_mean")}
+    of_batch_norms = (name for name in weights if name.rpartition(".")[0] in layers)
+    return {name: np.asarray(weights[name]) for name in of_batch_norms if not name.endswith(".num_batches_tracked")}
+
+
+def save_batch_norms(file: Path, title: str, weights: Mapping[str, Weights]) -> None:
+    """Write the `batch_norm_arrays` of each setting to a compressed NumPy archive.
+
+    It takes some hundred kB, where the weights take some hundred MB. OSError where it cannot be written.
+
+    Args:
+        file: the archive, with the suffix .npz.
+        title: the names of the runs; `load_batch_norms` asks for it.
+        weights: the `batch_norm_arrays` of each setting.
+    """
+    arrays = {f"{setting}/{name}": values for setting, of in weights.items() for name, values in of.items()}
+    content = io.BytesIO()
+    np.savez_compressed(content, title=title, **arrays)
+    write_atomically(file, content.getvalue())
+
+
+def load_batch_norms(file: Path, title: str) -> dict[str, dict[str, np.ndarray]]:
+    """What `save_batch_norms` wrote: the arrays of each setting, by their names in the `state_dict`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or has another title.
+    """
+    content = file.read_bytes()
+    try:
+        with np.load(io.BytesIO(content)) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        found = str(arrays.pop("title"))
+    except Exception as error:  # which one depends on where the damage is
+        raise ValueError(f"{file} is damaged, or does not hold the γ and β of trained networks") from error
+    if found != title:
+        raise ValueError(f"{file} is of other runs: {found}")
+    weights: dict[str, dict[str, np.ndarray]] = {}
+    for key, values in arrays.items():
+        setting, _, name = key.partition("/")
+        weights.setdefault(setting, {})[name] = values
+    return weights
+
+
+# --- normalized values ----------------------------------------------------------------------------------------------
+
+
+class NormalizedValues(NamedTuple):
+    """How large the outputs of one batch norm's normalization are, before γ and β."""
+
+    name: str  # of the batch norm in its network
+    share_beyond_3: float  # how many are beyond ±3, from 0 to 1
+    maximum: float  # of their absolute values
+
+
+@torch.inference_mode()
+def measure_normalized_values(network: nn.Module, images: Tensor) -> list[NormalizedValues]:
+    """How large normalized values get in each batch norm of a network, in the order of computation (Section 3).
+
+    Args:
+        network: any module; it computes in evaluation mode, that is with the running statistics, and is left as it was.
+        images: one batch of what it takes.
+    """
+    measured, hooks = [], []
+
+    def measure(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        normalized = F.batch_norm(inputs[0].float(), layer.running_mean, layer.running_var, eps=layer.eps).abs()
+        share = (normalized > LARGE).float().mean().item()
+        measured.append(NormalizedValues(name, share, normalized.max().item()))
+
+    for name, layer in network.named_modules():
+        if isinstance(layer, _BatchNorm):
+            hooks.append(layer.register_forward_pre_hook(partial(measure, name)))
+    training = network.training
+    network.eval()
+    try:
+        network(images)
+    finally:
+        network.train(training)
+        for hook in hooks:
+            hook.remove()
+    return measured
+
+
+def measure_run(run: Results, network: nn.Module, image_set: ImageSet, num_images: int = 128) -> list[NormalizedValues]:
+    """`measure_normalized_values` of a run's network on the first test images, prepared as in training.
+
+    Args:
+        run: the run.
+        network: its trained network, from `rebuild_network`.
+        image_set: its data set, on the CPU.
+        num_images: how many test images to take.
+    """
+    images = image_set.images[image_set.splits["test"][:num_images]].float() / 255
+    if (DEFAULTS | run.settings)["input_norm"] == "dataset":
+        images = Normalize(image_set.mean, image_set.std)(images)
+    return measure_normalized_values(network, images)
+
+
+def load_present_image_set(name: str, folder: Path) -> ImageSet:
+    """`data.load_image_set` on the CPU, but without a download: FileNotFoundError where CIFAR-10 is missing."""
+    if name == "cifar10":
+        try:
+            CIFAR10(folder, train=False)  # checks all files, also those of the training images
+        except RuntimeError:
+            raise FileNotFoundError(f"CIFAR-10 is missing in {folder}, or damaged") from None
+    return load_image_set(name, folder, "cpu")
+
+
+# --- both, for figures ----------------------------------------------------------------------------------------------
+
+
+class Observations(NamedTuple):
+    """What `observe_runs` found out, by setting. A dictionary is empty where the files did not allow it."""
+
+    weights: dict[str, dict[str, np.ndarray]]  # see `batch_norm_arrays`
+    normalized_values: dict[str, list[NormalizedValues]]
+    missing: list[str]  # a line for each empty dictionary, with the reason
+
+
+def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archive: Path) -> Observations:
+    """The learned γ and β and the normalized values of trained networks, as far as their files allow.
+
+    Args:
+        runs: for each setting a finished run, all of one data set; there may be none.
+        title: the names of the runs.
+        networks: the folder with their weights, NAME-best.pt; `images` beside it has the data. Nothing is downloaded.
+        archive: where γ and β are written to, and read from where the weights are missing; see `save_batch_norms`.
+
+    Raises:
+        OSError: the archive cannot be written.
+    """
+    found = Observations({}, {}, [])
+    if not runs:
+        return found
+    try:
+        trained = {
+            setting: rebuild_network(run, networks / f"{run.settings.get('name')}-best.pt")
+            for setting, run in runs.items()
+        }
+    except (OSError, ValueError) as error:
+        found.missing.append(f"no normalized values: {error}")
+        try:
+            found.weights.update(load_batch_norms(archive, title))
+        except (OSError, ValueError) as error:
+            found.missing.append(f"no scales and shifts: {error}")
+        return found
+
+    found.weights.update({setting: batch_norm_arrays(network.state_dict()) for setting, network in trained.items()})
+    save_batch_norms(archive, title, found.weights)
+    try:
+        [dataset] = {(DEFAULTS | run.settings)["dataset"] for run in runs.values()}
+        image_set = load_present_image_set(dataset, networks.parent / "images")
+        measured = {setting: measure_run(run, trained[setting], image_set) for setting, run in runs.items()}
+        found.normalized_values.update(measured)
+    except (OSError, ValueError) as error:
+        found.missing.append(f"no normalized values: {error}")
+    return found

@@ -1,0 +1,198 @@
+"""Every flag of a run in one block, the paper's settings by name, what makes runs comparable, and names of files.
+
+Nothing here takes long to import, so that `--help` and a wrong flag are answered at once.
+"""
+
+import argparse
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from command_line import FlagError, Parser, as_typed, file_name, folder, number, whole
+
+Value = str | int | float | bool | None
+
+
+class Size(NamedTuple):
+    """What is known of a data set before it is loaded."""
+
+    num_train: int  # images that are trained on
+    pixels: int  # height and width of an image
+
+
+DATASETS = {"cifar10": Size(45_000, 32), "digits": Size(1_293, 8)}
+NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+SCHEDULES = ("cos", "none")
+STEMS = ("auto", "small", "own")
+INPUT_NORMS = ("bn", "dataset")
+PRECISIONS = ("float32", "strict", "tf32", "bfloat16")
+MAX_SEED = 88265  # from 0 to here, every seed makes draws of its own
+
+COMPARED = ("bn_weight", "c", "input_norm")  # the settings that the paper compares
+PAPER = {  # what it compares, by name
+    "baseline": {"bn_weight": 1.0, "c": 1.0, "input_norm": "dataset"},
+    "proposed": {"bn_weight": 0.1, "c": 100.0, "input_norm": "bn"},
+    "init": {"bn_weight": 0.1, "c": 1.0, "input_norm": "bn"},
+    "rate": {"bn_weight": 1.0, "c": 100.0, "input_norm": "bn"},
+    "input": {"bn_weight": 1.0, "c": 1.0, "input_norm": "bn"},
+}
+WITHOUT_EFFECT = ("path", "name", "device", "checkpoint_seconds", "restart")  # flags that leave a run's numbers alone
+
+
+def make_parser() -> Parser:
+    """Every flag of a run: what it may be, what it is for, its default."""
+    parser = Parser(
+        prog="train.py",
+        description="Train a network by the method of 'Revisiting Batch Norm Initialization'.",
+        allow_abbrev=False,
+    )
+    flag = parser.add_argument
+    # from 1e-30 to 1e30: what float32 can hold, with room for a product of two
+    positive = number("a number from 1e-30 to 1e30", lambda x: 1e-30 <= x <= 1e30)
+    not_negative = number("0 or a number from 1e-30 to 1e30", lambda x: x == 0 or 1e-30 <= x <= 1e30)
+    fraction = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
+    reduction = number("0 or 1 (no reduction) or a number from 1 to 1e30", lambda x: x == 0 or 1 <= x <= 1e30)
+
+    flag("--path", default="", type=folder, help="folder of images/, networks/, results/ (default: the current one)")
+    flag("--name", default="", type=file_name, help="name of the run's files (default: made from the settings)")
+    flag("--dataset", default="cifar10", choices=DATASETS, help="images to train on (default: %(default)s)")
+    flag("--network", default="resnet18", choices=NETWORKS, help="network to train (default: %(default)s)")
+    flag("--batch_size", default=128, type=whole(1), help="images in a batch (default: %(default)s)")
+    flag("--num_epochs", default=180, type=whole(1), help="passes over the training images (default: %(default)s)")
+    flag("--learning_rate", default=0.1, type=positive, help="initial learning rate (default: %(default)s)")
+    flag("--scheduler", default="cos", choices=SCHEDULES, help="cosine or constant rate (default: %(default)s)")
+    flag("--momentum", default=0.9, type=fraction, help="momentum of SGD (default: %(default)s)")
+    flag("--weight_decay", default=1e-4, type=not_negative, help="decay of the weights (default: %(default)s)")
+    flag("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator that torch finds, else cpu)")
+    flag("--checkpoint_seconds", default=60.0, type=not_negative, help="between checkpoints (default: %(default)g)")
+    flag("--restart", action="store_true", help="start over, replacing what an earlier run of this name left")
+    # not in the paper's script
+    flag("--stem", default="auto", choices=STEMS, help="first layers: for small images or torchvision's own")
+    flag("--precision", default="float32", choices=PRECISIONS, help="of products and layers (default: %(default)s)")
+    flag("--compile", action="store_true", help="compile the network with torch.compile")
+    # what the paper is about
+    flag("--bn_weight", default=0.1, type=positive, help="initial scale of every batch norm (default: %(default)s)")
+    flag("--c", default=100.0, type=reduction, help="divides the learning rate of the scales (default: %(default)g)")
+    flag("--input_norm", default="bn", choices=INPUT_NORMS, help="what normalizes the images (default: %(default)s)")
+    flag("--seed", default=1, type=whole(0), help="seed of every draw but the split's (default: %(default)s)")
+    return parser
+
+
+DEFAULTS = vars(make_parser().parse_args([]))
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The settings of a run from its flags, with a name. FlagError names the flag that is wrong.
+
+    Whether the device exists is not checked here: only torch can tell.
+    """
+    settings = make_parser().parse_args(argv)
+    num_train = DATASETS[settings.dataset].num_train
+    if settings.batch_size > num_train:
+        raise FlagError(
+            f"argument --batch_size: {settings.dataset} has {num_train} training images,"
+            f" fewer than a batch of {settings.batch_size}"
+        )
+    settings.name = settings.name or default_name(settings)
+    return settings
+
+
+def named_setting(text: str) -> dict[str, dict[str, Value]]:
+    """The type of a flag that takes a setting: its name, with its bn_weight, c and input_norm."""
+    name, colon, rest = text.partition(":")
+    if not colon:
+        if name not in PAPER:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(PAPER)}, and has no :bn_weight=...")
+        return {name: PAPER[name]}
+    values = dict(PAPER["proposed"])
+    for part in rest.split(","):
+        key, _, value = part.partition("=")
+        try:
+            values[key] = type(values[key])(value)
+        except (KeyError, ValueError):
+            raise argparse.ArgumentTypeError(f"{text!r}: {part!r} is no {', '.join(COMPARED)}=VALUE") from None
+    if name in PAPER or file_name(name) == "":
+        raise argparse.ArgumentTypeError(f"{text!r} needs a name of its own before the colon")
+    if values["input_norm"] not in INPUT_NORMS:
+        raise argparse.ArgumentTypeError(f"{text!r}: input_norm is one of {', '.join(INPUT_NORMS)}")
+    return {name: values}
+
+
+def seed_range(text: str) -> list[int]:
+    """The type of a flag that takes seeds: 7, 1-15 or 1,3,5-7."""
+    numbers = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise argparse.ArgumentTypeError(f"seeds are whole numbers and ranges such as 1-15, not {text!r}")
+        if int(match[2] or match[1]) > MAX_SEED:
+            raise argparse.ArgumentTypeError(f"seeds above {MAX_SEED} repeat the draws of smaller ones, not {text!r}")
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return numbers
+
+
+def determining(settings: argparse.Namespace) -> dict[str, Value]:
+    """The flags that determine a run's numbers, by name: all but those of `WITHOUT_EFFECT`."""
+    return {name: value for name, value in vars(settings).items() if name not in WITHOUT_EFFECT}
+
+
+def setting_name(settings: argparse.Namespace) -> str:
+    """The part of a default name that stands for what the paper compares."""
+    return f"weight{as_typed(settings.bn_weight)}-c{as_typed(settings.c)}-{settings.input_norm}"
+
+
+def experiment_name(settings: argparse.Namespace) -> str:
+    """The part of a default name that an experiment's runs share: data set, network, what is not at its default."""
+    others = {
+        name: value
+        for name, value in determining(settings).items()
+        if name not in ("dataset", "network", "seed", *COMPARED) and value != DEFAULTS[name]
+    }
+    parts = [name if value is True else f"{name}={as_typed(value)}" for name, value in others.items()]
+    return "-".join((settings.dataset, settings.network, *parts))
+
+
+def default_name(settings: argparse.Namespace) -> str:
+    """The name of a run whose user gives none: different for runs with different numbers. FlagError if too long."""
+    name = f"{experiment_name(settings)}-{setting_name(settings)}-seed{settings.seed}"
+    try:
+        return file_name(name)
+    except argparse.ArgumentTypeError:
+        raise FlagError("argument --name: these settings are too long for a default name: give one") from None
+
+
+def differences(
+    one: Mapping[str, Value], other: Mapping[str, Value], apart_from: Collection[str] = ()
+) -> dict[str, tuple[Value, Value]]:
+    """The flags that determine a run's numbers and differ between two runs, with both values.
+
+    Args:
+        one: the settings of a run, as in its result file; a flag that is missing, because the file is older than the
+            flag, was at its default.
+        other: those of the other run.
+        apart_from: flags that may differ.
+    """
+    names = [name for name in DEFAULTS if name not in (*WITHOUT_EFFECT, *apart_from)]
+    values = {name: (one.get(name, DEFAULTS[name]), other.get(name, DEFAULTS[name])) for name in names}
+    return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+
+
+class RunFiles(NamedTuple):
+    """The files of a run."""
+
+    results: Path
+    best_weights: Path
+    checkpoint: Path
+    lock: Path
+
+
+def run_files(path: Path, name: str) -> RunFiles:
+    """Where the files of the run `name` are below the folder `path`."""
+    networks = path / "networks"
+    return RunFiles(
+        results=path / "results" / f"{name}.csv",
+        best_weights=networks / f"{name}-best.pt",
+        checkpoint=networks / f"{name}-last.pt",
+        lock=networks / f"{name}.lock",
+    )
