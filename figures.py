@@ -241,12 +241,12 @@ def save_figures(stem: Path, runs: Runs, networks: Path) -> tuple[list[Path], li
         with suppress(ValueError):  # there are too few settings or seeds for it
             figures[draw.__name__.replace("_", "-")] = draw(runs)
     first_runs = {name: seeds[min(seeds)] for name in ("baseline", "proposed") if (seeds := runs.get(name))}
-    title = ", ".join(str(run.settings.get("name")) for run in first_runs.values())
+    title = "\n".join(str(run.settings.get("name")) for run in first_runs.values())
     archive = stem.with_name(f"{stem.name}-scales-and-shifts.npz")
     weights, measured, missing = observe_runs(first_runs, title, networks, archive)
     if measured:
         figures["normalized-values"] = figure = normalized_values(measured)
-        figure.suptitle(f"{title}; 128 test images", fontsize=9)
+        figure.suptitle(f"{title}\n128 test images", fontsize=9)
     if weights:
         bn_weights = {name: PAPER[name]["bn_weight"] for name in weights}
         figures["scales-and-shifts"] = figure = learned_scales_and_shifts(weights, bn_weights)

@@ -6,6 +6,7 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import workers
@@ -41,11 +42,10 @@ def make_run(run: Namespace, device: str | None, stops: list[int]) -> str | int:
     return f"done on {device}"
 
 
-def make_run_with_three_gpus(*arguments: Any) -> str | int:
-    """`workers.make_run_in_worker` in a process that believes to have them."""
-    import torch  # it takes seconds
-
-    torch.cuda.device_count = lambda: 3
+def make_run_in_worker(*arguments: Any) -> str | int:
+    """`workers.make_run_in_worker` on three GPUs, and without torch, whose import takes seconds."""
+    cuda = SimpleNamespace(device_count=lambda: 3)
+    sys.modules["torch"] = SimpleNamespace(cuda=cuda, set_num_threads=lambda number: None)
     return workers.make_run_in_worker(*arguments)
 
 
@@ -60,7 +60,7 @@ def process_of(run: Namespace) -> int:
 
 def main(path: str, *names: str) -> None:
     """Make stand-ins in two processes, stopped by signals; prints what comes of each."""
-    workers.make_run = make_run
+    workers.make_run, workers.make_run_in_worker = make_run, make_run_in_worker
     stops: list[int] = []
     with on_signals(stops.append):
         for run, outcome in workers.make_runs([light_run(name, Path(path)) for name in names], stops, jobs=2):
