@@ -11,10 +11,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
+
+# what ends a command: Ctrl-C, a polite request, and, where there are terminals, one that was closed
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class FlagError(ValueError):
@@ -94,15 +97,39 @@ def answer_at_once(program: str, parse: Callable[[], object]) -> None:
         os._exit(128 + number)
 
     signal.signal(signal.SIGINT, end_now)
+    open_streams()
     try:
         parse()
     except FlagError as error:
         end(2, f"error: {error}", program)
 
 
+def open_streams() -> None:
+    """Let what is printed go nowhere where a command was started without standard output or standard error."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lives
+
+
+def say(*lines: object) -> None:
+    """Print lines to standard output, above a progress bar; where nobody reads them any more, say nothing from now on.
+
+    A reader that has gone (`| head`) or a device that is full (`> /dev/full`) is no reason to end a run.
+    """
+    from tqdm import tqdm
+
+    try:
+        for line in lines:
+            tqdm.write(str(line))
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def end(code: int, message: str, program: str) -> NoReturn:
     """End the program with one line on standard error."""
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):  # a closed terminal
+        print(f"{program}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -110,13 +137,14 @@ def end(code: int, message: str, program: str) -> NoReturn:
 def one_line_endings(program: str, stopped: Callable[[], str] = lambda: "stopped") -> Iterator[None]:
     """Let errors and signals end a command with one line on standard error.
 
-    The exit code is 2 for a wrong flag, 1 for any other error that the user can do something about, 130 for Ctrl-C and
-    143 for SIGTERM. An error that only a programmer can mend keeps its traceback.
+    The exit code is 2 for a wrong flag, 1 for any other error that the user can do something about, 130 for Ctrl-C, 143
+    for SIGTERM and 129 for a closed terminal. An error that only a programmer can mend keeps its traceback.
 
     Args:
         program: the command's name.
         stopped: returns what to say where a signal stops it.
     """
+    open_streams()
     try:
         with on_signals(interrupt):
             yield
@@ -133,21 +161,23 @@ def one_line_endings(program: str, stopped: Callable[[], str] = lambda: "stopped
 
 @contextmanager
 def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
-    """Call `handle` with the number of the first SIGINT (Ctrl-C) or SIGTERM that arrives.
+    """Call `handle` with the number of the first of `STOP_SIGNALS` that arrives.
 
-    A second SIGINT ends the process at once. Further SIGTERMs are ignored: clusters repeat them while a run is being
-    saved. Outside the main thread, where Python cannot handle signals, this does nothing.
+    A second Ctrl-C ends the process at once; the others are ignored then, as clusters repeat them while a run is being
+    saved. A signal that is ignored already, as by nohup, stays so. Outside the main thread, where Python cannot handle
+    signals, this does nothing.
     """
 
     def first(number: int, _: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for other in earlier:
+            signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
         handle(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    earlier = {number: signal.signal(number, first) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    earlier = {number: signal.signal(number, first) for number in heard}
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from command_line import Parser, answer_at_once, folder, one_line_endings
+from command_line import Parser, answer_at_once, folder, one_line_endings, say
 from settings import COMPARED, DEFAULTS, PAPER
 
 
@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = make_parser().parse_args(argv)
         networks = args.networks or args.files[0].parent.parent / "networks"
         made, missing = save_figures(args.output / "figure", read_runs(args.files), networks)
-        print(*made, sep="\n")
+        say(*made)
         for line in missing:
             print(f"figures.py: {line}", file=sys.stderr)
 

@@ -28,6 +28,7 @@ from command_line import (
     file_name,
     on_signals,
     one_line_endings,
+    say,
     whole,
 )
 from settings import COMPARED, PAPER, SCHEDULES, named_setting, seed_range
@@ -166,8 +167,7 @@ class Display:
         """Another run has ended, of which there is `text` to say; a terminal shows it where the run has failed."""
         place = f"{next(self.place)}/{self.bar.total}"
         if failed or not self.on_terminal:
-            tqdm.write(f"{place} {text}")
-            sys.stdout.flush()
+            say(f"{place} {text}")
         self.bar.update()
         for line, row in zip(self.lines, table(comparisons, NARROW_TABLE_COLUMNS).splitlines(), strict=True):
             line.set_description_str(row)
@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.list:
             device = ["--device", args.device] if args.device else []
             for run in args.runs:
-                print(shlex.join(["python", "train.py", *run.flags, *device]))
+                say(shlex.join(["python", "train.py", *run.flags, *device]))
             return
         folder = Path(args.report or args.path / "results")
         runs, failed, stops = {name: {} for name in args.settings}, {}, []
@@ -275,9 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif not any(runs.values()) and not failed:
             raise ValueError(f"{folder} has no finished run of this experiment")
         comparisons = compare_all(runs)
-        print(table(comparisons))
-        for line in mixed_circumstances(run for seeds in runs.values() for run in seeds.values()):
-            print(line)
+        say(table(comparisons), *mixed_circumstances(run for seeds in runs.values() for run in seeds.values()))
         for name, reason in failed.items():
             print(f"reproduce.py: {name} failed: {reason}", file=sys.stderr)
         write_comparisons(folder / args.name, args, comparisons)
@@ -285,8 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             from figures import save_figures  # matplotlib is not needed where runs are made
 
             _, missing = save_figures(folder / args.name, runs, folder.parent / "networks")
-            for line in missing:
-                print(line)
+            say(*missing)
     if stops:
         again = "without --restart" if restart else "again"
         message = f"stopped; the epochs that are done are saved: run the same command {again} to resume"

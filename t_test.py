@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import settings
-from command_line import Parser, answer_at_once, one_line_endings
+from command_line import Parser, answer_at_once, one_line_endings, say
 
 
 def make_parser() -> Parser:
@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line: compare two groups of result files; see `one_line_endings` for its exit codes."""
     with one_line_endings("t_test.py"):
         args = make_parser().parse_args(argv)
-        print(report(args.proposed, args.baseline))
+        say(report(args.proposed, args.baseline))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from operator import add
 from typing import Any
 
 import settings as flags
-from command_line import FlagError, answer_at_once, one_line_endings
+from command_line import FlagError, answer_at_once, one_line_endings, say
 
 if __name__ == "__main__":
     answer_at_once("train.py", flags.parse)  # before torch is imported, which takes seconds
@@ -226,20 +226,16 @@ def main(argv: Sequence[str] | None = None) -> Results:
     """The command line; see `one_line_endings` for its exit codes. Returns the results of the run."""
     settings = None
 
-    def report(line: str) -> None:
-        tqdm.write(line)
-        sys.stdout.flush()
-
     def stopped() -> str:
         again = "without --restart" if settings and settings.restart else "again"
         return f"stopped; the epochs that are done are saved: run the same command {again} to resume"
 
     with one_line_endings("train.py", stopped):
         settings = parse(argv)
-        results = train(settings, report, show_bar=sys.stderr.isatty())
+        results = train(settings, say, show_bar=sys.stderr.isatty())
     files = flags.run_files(settings.path, settings.name)
     weights = f", weights in {files.best_weights}" if files.best_weights.exists() else ""
-    print(
+    say(
         f"best epoch {results.best_epoch}: val accuracy {results.val_accuracy:.3f} %,"
         f" test accuracy {results.test_accuracy:.3f} %, {results.settings['seconds']:.1f} seconds;"
         f" numbers in {files.results}{weights}"

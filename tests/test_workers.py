@@ -33,7 +33,7 @@ KILLED = "its process was killed 3 times, perhaps for lack of memory"
 
 @pytest.fixture
 def light_runs(monkeypatch):
-    """Make stand-ins in place of runs. Processes of this machine believe to have three GPUs, those of a cluster none."""
+    """Make stand-ins in place of runs, in other processes too."""
     monkeypatch.setattr(workers, "make_run", light.make_run)
     monkeypatch.setattr(workers, "make_run_in_worker", light.make_run_in_worker)
 

@@ -1,0 +1,135 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from command_line import STOP_SIGNALS, on_signals, one_line_endings
+
+ROOT = Path(__file__).parent.parent
+WITHOUT_SLOW_IMPORTS = """
+import runpy, sys
+sys.path.insert(0, {folder!r})
+for name in ("torch", "torchvision", "sklearn", "scipy", "matplotlib", "distributed", "numpy"):
+    sys.modules[name] = None  # importing it is an error
+sys.argv = {argv!r}
+runpy.run_path({file!r}, run_name="__main__")
+"""
+
+
+def run_command(*argv: str, **options) -> subprocess.CompletedProcess:
+    """A command that ends in an ImportError where it imports what takes long."""
+    file = str(ROOT / argv[0])
+    code = WITHOUT_SLOW_IMPORTS.format(folder=str(ROOT), argv=[file, *argv[1:]], file=file)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize("command", ["train.py", "reproduce.py", "t_test.py", "figures.py"])
+def test_help_and_wrong_flags_are_answered_before_the_slow_imports(command):
+    shown = run_command(command, "--help")
+    assert shown.returncode == 0 and shown.stdout.startswith(f"usage: {command}")
+    wrong = run_command(command, "--nonsense", "1")
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert wrong.stderr.startswith(f"{command}: error: ") and wrong.stderr.count("\n") == 1
+    assert (
+        "ModuleNotFoundError"
+        in run_command(
+            command,
+            *{"train.py": [], "reproduce.py": []}.get(
+                command, ["--proposed", "a", "--baseline", "b"] if command == "t_test.py" else ["a", "--output", "b"]
+            ),
+        ).stderr
+    )  # the test would notice
+
+
+def test_wrong_values_are_answered_before_the_slow_imports():
+    wrong = run_command("train.py", "--dataset", "digits", "--batch_size", "2000")
+    assert wrong.returncode == 2 and "has 1293 training images" in wrong.stderr
+    assert run_command("reproduce.py", "--seeds", "3-1").returncode == 2
+    assert run_command("reproduce.py", "--momentum", "2").returncode == 2
+
+
+SAY = """
+import os, sys
+sys.path.insert(0, {folder!r})
+from command_line import one_line_endings, say
+with one_line_endings("x.py"):
+    say("a line")
+    {between}
+    say("another", "line" * 20000)
+open({file!r}, "w").write("done")
+"""
+
+
+@pytest.mark.parametrize("how", ["{} >&-", "{} 2>&-", "{} >&- 2>&-", "{} > /dev/full", "{} | head -n 1"])
+def test_nobody_reads_what_is_said(tmp_path, how):
+    file = tmp_path / "file"
+    (tmp_path / "x.py").write_text(SAY.format(folder=str(ROOT), file=str(file), between="import time; time.sleep(0.2)"))
+    command = how.format(f"{sys.executable} {tmp_path / 'x.py'}")
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert file.read_text() == "done"
+    assert done.stdout in ("", "a line\n") or "2>&-" in how
+
+
+def test_ctrl_c_while_modules_are_imported(tmp_path):
+    slow = "import sys, time; print('importing', flush=True); time.sleep(60)"
+    (tmp_path / "torch.py").write_text(slow)
+    command = [
+        sys.executable,
+        "-c",
+        f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r});"
+        f"sys.path.insert(1, {str(ROOT)!r}); sys.argv = ['train.py'];"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (130, "train.py: stopped before it began\n")
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_signal_ends_a_command_in_one_line(capsys, number):
+    with pytest.raises(SystemExit) as stop, one_line_endings("x.py", lambda: "stopped; come again"):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+    assert stop.value.code == 128 + number
+    assert capsys.readouterr().err == "x.py: stopped; come again\n"
+
+
+def test_signal_that_is_ignored_stays_so():
+    """As under nohup."""
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stops = []
+        with on_signals(stops.append):
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+        assert stops == []
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("two\n lines"), "error: two lines"),
+        (FileNotFoundError(2, "No such file", "a.csv"), "error: [Errno 2] No such file: 'a.csv'"),
+        (RuntimeError("CUDA out of memory"), "error: there is too little memory: give a smaller --batch_size or"),
+    ],
+)
+def test_error_ends_a_command_in_one_line(capsys, error, line):
+    with pytest.raises(SystemExit) as stop, one_line_endings("x.py"):
+        raise error
+    assert stop.value.code == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"x.py: {line}") and shown.count("\n") == 1
+
+
+def test_mistake_of_the_program_keeps_its_traceback():
+    with pytest.raises(KeyError), one_line_endings("x.py"):
+        raise KeyError("a mistake")
