@@ -10,7 +10,6 @@ import hashlib
 import io
 import math
 import os
-import platform
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,11 +20,11 @@ from typing import Any
 import filelock
 import numpy as np
 import torch
-import torchvision
 from torch import nn, optim
 
+from circumstances import describe_run
 from command_line import on_signals
-from results import COLUMNS, Results, Setting, read_results, write_atomically, write_results
+from results import COLUMNS, DamagedFileError, Results, read_results, write_atomically, write_results
 from seeds import random_states, set_random_states
 from settings import RunFiles, determining, differences, run_files
 
@@ -138,32 +137,6 @@ class Run:
             write_results(self.files.results, self.results)
 
 
-def describe_run(settings: argparse.Namespace, seconds: float, earlier: Results | None) -> dict[str, Setting]:
-    """The settings of a run and what else its numbers depend on, for the result file.
-
-    Where a run was resumed in another place, the file names both.
-    """
-    circumstances = {
-        "device": str(settings.device),
-        "machine": machine_name(settings.device),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-    }
-    for key, value in circumstances.items():
-        places = earlier.settings[key].split(", then ") if earlier else []
-        circumstances[key] = ", then ".join(places if places[-1:] == [value] else [*places, value])
-    return {"name": settings.name, **determining(settings), **circumstances, "seconds": round(seconds, 1)}
-
-
-def machine_name(device: torch.device) -> str:
-    """The name of a GPU; of a CPU, what its rounding depends on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    instructions = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} with {instructions}, {torch.get_num_threads()} threads"
-
-
 @contextmanager
 def lock_run(files: RunFiles) -> Iterator[None]:
     """Keep every other process from working on the same run. The lock is free again when the process ends.
@@ -251,7 +224,7 @@ def recover_run(files: RunFiles, settings: argparse.Namespace) -> tuple[Results 
     results = results_so_far(state)
     check_settings(files.results, results, settings)
     if results.num_epochs < settings.num_epochs:
-        with suppress(ValueError):  # a damaged result file is written anew
+        with suppress(DamagedFileError):  # it is written anew
             finished = read_finished(files.results, settings)
             if finished is not None:  # in another place, and the file was put here
                 return finished, None
@@ -270,8 +243,8 @@ def read_finished(file: Path, settings: argparse.Namespace) -> Results | None:
         return None
     try:
         results = read_results(file)
-    except ValueError as error:
-        raise ValueError(f"{error}: {REMEDY}") from None
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}: {REMEDY}") from None
     check_settings(file, results, settings)
     return results if results.num_epochs >= settings.num_epochs else None
 

@@ -7,8 +7,6 @@ command: finished runs are not made again, the others continue from their checkp
 """
 
 import argparse
-import csv
-import io
 import itertools
 import re
 import shlex
@@ -31,7 +29,7 @@ from command_line import (
     say,
     whole,
 )
-from settings import COMPARED, PAPER, SCHEDULES, named_setting, seed_range
+from settings import COMPARED, PAPER, SCHEDULES, Value, named_setting, seed_range
 
 
 @dataclass
@@ -109,6 +107,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     unique_seeds = dict.fromkeys(itertools.chain.from_iterable(args.seeds))
     # seed by seed, so that what is there after an interruption is a paired sample
     args.runs = [plan_run(args, name, seed, others) for seed in unique_seeds for name in args.settings]
+    args.num_seeds = len(unique_seeds)
     first = args.runs[0].settings
     args.path = flags.parse(args.runs[0].flags).path
     args.name = args.name or flags.experiment_name(first)
@@ -133,7 +132,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from checkpoint import lock_run, read_finished
-from results import Results, to_text, write_atomically
+from results import Results, read_table_size, write_table
 from t_test import NARROW_TABLE_COLUMNS, Comparison, compare_all, mixed_circumstances, table
 from workers import ClusterError, describe, make_runs
 
@@ -180,7 +179,7 @@ class Display:
 
 def check_here(args: argparse.Namespace) -> None:
     """FlagError where this machine cannot make the runs of one of the settings."""
-    from train import prepare  # torch is not needed where another machine makes the runs
+    from train import prepare  # networks are not needed where another machine makes the runs
 
     for run in {run.setting: run for run in args.runs}.values():
         prepare(argparse.Namespace(**{**vars(run.settings), "device": args.device}))
@@ -196,7 +195,7 @@ def complete(args: argparse.Namespace, runs: Runs, failed: dict[str, str]) -> li
         remove([flags.run_files(run.settings.path, name) for name, run in left.items()])
     stops: list[int] = []
     outcomes = make_runs([run.settings for run in left.values()], stops, args.jobs, args.scheduler, args.device)
-    display = Display(len(args.runs), len(args.runs) - len(left), compare_all(runs))
+    display = Display(len(args.runs), len(args.runs) - len(left), compare_all(runs, args.num_seeds))
     with on_signals(stops.append), closing(display), closing(outcomes):
         try:
             for settings, outcome in outcomes:
@@ -210,7 +209,7 @@ def complete(args: argparse.Namespace, runs: Runs, failed: dict[str, str]) -> li
                 else:
                     runs[run.setting][settings.seed] = outcome
                     text = f"{settings.name} test accuracy {outcome.test_accuracy:.3f} %"
-                display.show(text, compare_all(runs), failed=settings.name in failed)
+                display.show(text, compare_all(runs, args.num_seeds), failed=settings.name in failed)
         except ClusterError as error:
             failed["the experiment"] = str(error)
     return stops
@@ -226,32 +225,28 @@ def remove(all_files: Sequence[flags.RunFiles]) -> None:
                 file.unlink(missing_ok=True)
 
 
-def write_comparisons(stem: Path, args: argparse.Namespace, comparisons: list[Comparison]) -> None:
-    """Write the table as STEM.csv, below the settings that all runs share, and as STEM.md."""
-    text = io.StringIO()
-    for name, value in flags.determining(args.runs[0].settings).items():
-        if name not in (*COMPARED, "seed"):
-            text.write(f"# {name}: {to_text(value)}\n")
-    writer = csv.writer(text, lineterminator="\n")
-    columns = ["setting", *COMPARED, "seeds", "mean", "standard_deviation", "pairs", "difference", "lower", "upper"]
-    writer.writerow([*columns, "p_value", "corrected_p_value", "improved", "verdict"])
+def table_rows(args: argparse.Namespace, comparisons: list[Comparison]) -> list[dict[str, Value]]:
+    """The rows of the table with all digits; what a setting does not have, such as a p-value, is left out."""
+    rows = []
     for c in comparisons:
-        row = [c.setting, *args.settings[c.setting].values(), len(c.accuracies), c.mean, c.deviation]
-        if c.setting == "baseline":
-            row += [""] * 8
-        else:
-            row += [
-                len(c.differences),
-                c.difference,
-                *c.interval,
-                c.p_value,
-                c.corrected_p_value,
-                c.improved,
-                c.verdict,
-            ]
-        writer.writerow("" if value != value else value for value in row)  # NaN: an empty field
-    write_atomically(stem.with_name(f"{stem.name}.csv"), text.getvalue().encode())
-    write_atomically(stem.with_name(f"{stem.name}.md"), f"{table(comparisons)}\n".encode())
+        row = {"setting": c.setting, **args.settings[c.setting], "seeds": len(c.accuracies), "mean": c.mean}
+        row |= {"standard_deviation": c.deviation}
+        if c.setting != "baseline":
+            row |= {"pairs": len(c.differences), "difference": c.difference, "lower": c.interval[0]}
+            row |= {"upper": c.interval[1], "p_value": c.p_value, "corrected_p_value": c.corrected_p_value}
+            row |= {"improved": c.improved, "verdict": c.verdict}
+        rows.append({name: value for name, value in row.items() if value == value})  # NaN is not
+    return rows
+
+
+def explain(args: argparse.Namespace, runs: Runs, failed: dict[str, str]) -> list[str]:
+    """A line for each run that has failed, with how many of its setting are finished."""
+    lines = []
+    for run in args.runs:
+        if reason := failed.get(run.settings.name):
+            seeds = f"{len(runs[run.setting])} of {args.num_seeds} seeds"
+            lines.append(f"{run.setting}: {seeds}; seed {run.settings.seed} failed: {reason}")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -260,30 +255,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = parse(argv)
         if args.list:
             device = ["--device", args.device] if args.device else []
-            for run in args.runs:
-                say(shlex.join(["python", "train.py", *run.flags, *device]))
+            say(*(shlex.join(["python", "train.py", *run.flags, *device]) for run in args.runs))
             return
         folder = Path(args.report or args.path / "results")
+        stem, restart = folder / args.name, args.runs[0].settings.restart
         runs, failed, stops = {name: {} for name in args.settings}, {}, []
-        restart = args.runs[0].settings.restart
+        shared = flags.determining(args.runs[0].settings)
+        shared = {name: value for name, value in shared.items() if name not in (*COMPARED, "seed")}
+        in_table = read_table_size(stem, shared)
         if args.report is not None or not restart:
             read_runs(args.runs, folder, runs, failed)
         if args.report is None:
             if not args.scheduler:
                 check_here(args)
             stops = complete(args, runs, failed)
-        elif not any(runs.values()) and not failed:
+        finished = sum(map(len, runs.values()))
+        if not finished and not failed and not stops:
             raise ValueError(f"{folder} has no finished run of this experiment")
-        comparisons = compare_all(runs)
-        say(table(comparisons), *mixed_circumstances(run for seeds in runs.values() for run in seeds.values()))
+        comparisons = compare_all(runs, args.num_seeds)
+        lines = [table(comparisons), *explain(args, runs, failed)]
+        say(*lines, *mixed_circumstances(run for seeds in runs.values() for run in seeds.values()))
+        if 0 < finished < in_table and not restart:
+            say(f"{stem}.csv keeps its table of {in_table} finished runs: remove it to have this one written")
+        elif finished:
+            write_table(stem, shared, table_rows(args, comparisons), "\n\n".join(lines))
+            if not stops:
+                from figures import save_figures  # matplotlib is not needed where runs are made
+
+                _, missing = save_figures(stem, runs, folder.parent / "networks")
+                say(*missing)
         for name, reason in failed.items():
             print(f"reproduce.py: {name} failed: {reason}", file=sys.stderr)
-        write_comparisons(folder / args.name, args, comparisons)
-        if not stops:
-            from figures import save_figures  # matplotlib is not needed where runs are made
-
-            _, missing = save_figures(folder / args.name, runs, folder.parent / "networks")
-            say(*missing)
     if stops:
         again = "without --restart" if restart else "again"
         message = f"stopped; the epochs that are done are saved: run the same command {again} to resume"

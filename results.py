@@ -1,11 +1,21 @@
-"""The result file: the settings of a run as `# key: value` lines, then its numbers, one line an epoch, as CSV."""
+"""Files of numbers: a run's, an experiment's table, and the one way in which all files are written.
 
+The result file of a run is CSV: its settings as `# key: value` lines, then its numbers, one line an epoch.
+"""
+
+import csv
+import io
 import json
+import math
 import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from settings import DEFAULTS, WITHOUT_EFFECT
 
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "test_accuracy")
 
@@ -56,19 +66,28 @@ class Results:
         return float(self.columns["test_accuracy"][self.best_row])
 
 
+class DamagedFileError(ValueError):
+    """A file is not what it should be: changed, cut short, or something else."""
+
+
 def write_results(file: str | os.PathLike, results: Results) -> None:
-    """Write `file` whole or not at all, creating its folder where it is missing. `read_results` gives the same back.
+    """Write `file` whole or not at all, creating its folder if it is missing. `read_results` gives the same back.
 
     Raises:
-        ValueError: a setting's name is not an identifier, its value is not a plain one (text, number, bool, None), or
-            the columns are not those of `COLUMNS`, of equal length.
+        ValueError: the results cannot have come from a run: the name of a setting is not an identifier or its value not
+            of its kind (see `check_setting`), the columns are not those of `COLUMNS`, of equal length, or a row is
+            impossible (see `check_row`).
         OSError: the file cannot be written; an older one is then still there.
     """
     if set(results.columns) != set(COLUMNS):
         raise ValueError(f"columns must be {', '.join(COLUMNS)}, not {', '.join(results.columns)}")
-    lines = [f"# {check_key(key)}: {to_text(value)}" for key, value in results.settings.items()]
+    for key, value in results.settings.items():
+        check_setting(key, value)
+    lines = [f"# {key}: {to_text(value)}" for key, value in results.settings.items()]
     lines.append(",".join(COLUMNS))
-    for row in zip(*(results.columns[name].tolist() for name in COLUMNS), strict=True):
+    rows = zip(*(results.columns[name].tolist() for name in COLUMNS), strict=True)
+    for number, row in enumerate(rows, start=1):
+        check_row(row, number, results.settings)
         lines.append(",".join(map(repr, row)))  # repr: the shortest digits that give the same float back
     write_atomically(file, ("\n".join(lines) + "\n").encode())
 
@@ -78,49 +97,112 @@ def read_results(file: str | os.PathLike) -> Results:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a result file, or damaged; the message names the line.
+        DamagedFileError: what is in it cannot have come from a run; the message names the line.
     """
     settings: dict[str, Setting] = {}
     header = None
     rows = []
     *lines, rest = Path(file).read_bytes().replace(b"\r\n", b"\n").split(b"\n")
     if rest:
-        raise ValueError(f"{file} is not a result file, or cut short: its last line has no end")
+        raise DamagedFileError(f"{file} is not a result file, or cut short: its last line has no end")
     for number, line in enumerate(lines, start=1):
         try:
             line = line.decode()
             if header is None and line.startswith("# "):
                 key, value = line[2:].split(": ", 1)
-                settings[check_key(key)] = from_text(value)
+                settings[key] = from_text(value)
+                check_setting(key, settings[key])
             elif header is None:
                 header = tuple(line.split(","))
                 if header != COLUMNS:
                     raise ValueError
             else:
+                if not re.fullmatch(r"\d{1,18}(,-?\d[\d.e+-]*)+", line, re.ASCII):
+                    raise ValueError
                 epoch, *numbers = line.split(",")
                 rows.append((int(epoch), *map(float, numbers)))
-                if len(rows[-1]) != len(COLUMNS):
-                    raise ValueError
+                check_row(rows[-1], len(rows), settings)
         except ValueError:
-            raise ValueError(f"{file} is not a result file, or damaged, at line {number}") from None
+            raise DamagedFileError(f"{file} is not a result file, or damaged, at line {number}") from None
     if header is None:
-        raise ValueError(f"{file} is not a result file: it has no line '{','.join(COLUMNS)}'")
+        raise DamagedFileError(f"{file} is not a result file: it has no line '{','.join(COLUMNS)}'")
     columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
     types = [np.int64] + [np.float64] * (len(COLUMNS) - 1)
     return Results(settings, {name: np.array(c, dtype=t) for name, c, t in zip(COLUMNS, columns, types, strict=True)})
 
 
-def check_key(key: str) -> str:
-    """`key`, or ValueError where it could not be told from its value in the file."""
+def write_table(stem: Path, settings: Mapping[str, Setting], rows: Sequence[Mapping[str, Setting]], text: str) -> None:
+    """Write the table of an experiment as STEM.csv, below the settings that its runs share, and `text` as STEM.md.
+
+    Args:
+        stem: the path of both files without their ending.
+        settings: what all runs of the table share.
+        rows: for each setting its numbers by name; `seeds` is how many runs have been finished.
+        text: the table as it is shown.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    content = io.StringIO()
+    content.writelines(f"# {name}: {to_text(value)}\n" for name, value in settings.items())
+    writer = csv.DictWriter(content, max(rows, key=len), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(stem.with_name(f"{stem.name}.csv"), content.getvalue().encode())
+    write_atomically(stem.with_name(f"{stem.name}.md"), f"{text}\n".encode())
+
+
+def read_table_size(stem: Path, settings: Mapping[str, Setting]) -> int:
+    """How many finished runs are in the table STEM.csv, which is of these settings; 0 where there is none.
+
+    Raises:
+        ValueError: the file is of other settings, or not a table.
+    """
+    file = stem.with_name(f"{stem.name}.csv")
+    if not file.exists():
+        return 0
+    lines = file.read_text(errors="replace").splitlines()
+    earlier = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
+    try:
+        finished = sum(int(row["seeds"]) for row in csv.DictReader(line for line in lines if not line.startswith("#")))
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise ValueError(f"{file} is not the table of an experiment, and is kept: give another --name") from None
+    found = {name: from_text(earlier[name]) if name in earlier else DEFAULTS.get(name) for name in settings}
+    unlike = [f"{name} {found[name]}, here {value}" for name, value in settings.items() if found[name] != value]
+    if unlike:
+        raise ValueError(f"{file} is of other settings, and is kept: {'; '.join(unlike)}. Give another --name")
+    return finished
+
+
+def check_setting(key: str, value: Setting) -> None:
+    """ValueError where `key` is not an identifier, or `value` not what the flag of this name can have."""
     if not key.isidentifier():
         raise ValueError(f"the name of a setting must be an identifier, not {key!r}")
-    return key
+    if not isinstance(value, Setting):
+        raise ValueError(f"a setting must be text, a number, a bool or None, not {value!r}")
+    default = DEFAULTS.get(key)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return
+    if default is not None and type(value) is not type(default) and key not in WITHOUT_EFFECT:
+        raise ValueError(f"the setting {key} must be like {default!r}, not {value!r}")
+
+
+def check_row(row: Sequence[float], number: int, settings: Mapping[str, Setting]) -> None:
+    """ValueError where a run with these settings cannot have had these numbers (of `COLUMNS`) in epoch `number`."""
+    epoch, *losses, val_accuracy, test_accuracy = row
+    possible = (
+        len(row) == len(COLUMNS)
+        and epoch == number <= settings.get("num_epochs", number)
+        and all(0 <= loss < math.inf for loss in losses)
+        and 0 <= val_accuracy <= 100
+        and 0 <= test_accuracy <= 100
+    )
+    if not possible:
+        raise ValueError(f"these cannot be the numbers of epoch {number}: {', '.join(map(repr, row))}")
 
 
 def to_text(value: Setting) -> str:
     """A setting's value in the file: JSON, but text stands without quotes where it reads back as the same text."""
-    if not isinstance(value, Setting):
-        raise ValueError(f"a setting must be text, a number, a bool or None, not {value!r}")
     if isinstance(value, str) and value and value.isprintable() and value == value.strip() == from_text(value):
         return value
     return json.dumps(value)

@@ -94,6 +94,7 @@ class Comparison:
         p_value: of `evaluate`. Like the interval, NaN for fewer than two pairs and where all differences are equal.
         corrected_p_value: the p-value after Holm's correction for all comparisons made together; NaN until
             `apply_holm_correction` sets it.
+        planned: how many pairs are planned; 0 where it is not known.
     """
 
     setting: str
@@ -102,6 +103,7 @@ class Comparison:
     interval: tuple[float, float]
     p_value: float
     corrected_p_value: float = nan
+    planned: int = 0
 
     @property
     def mean(self) -> float:
@@ -125,7 +127,9 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """What the corrected p-value says at the level of 0.05, or why there is no test."""
+        """What the corrected p-value says at the level of 0.05, or why it cannot say anything yet."""
+        if len(self.differences) < self.planned:
+            return f"interim: {len(self.differences)} of {self.planned} pairs"
         if len(self.differences) < 2:
             return f"no test: it takes two pairs with the baseline, not {len(self.differences)}"
         if np.isnan(self.p_value):
@@ -166,11 +170,12 @@ def accuracy_by_seed(runs: Mapping[int, Results]) -> dict[int, float]:
     return {seed: run.test_accuracy for seed, run in runs.items()}
 
 
-def compare_all(runs: Mapping[str, Mapping[int, Results]]) -> list[Comparison]:
+def compare_all(runs: Mapping[str, Mapping[int, Results]], planned: int = 0) -> list[Comparison]:
     """Compare every setting with the one called 'baseline', and correct the p-values for the number of comparisons.
 
     Args:
         runs: the finished runs by setting and seed.
+        planned: how many seeds are planned; until all are there, the verdict is "interim".
 
     Returns:
         A comparison for each setting, in the same order. The baseline's own has no pairs.
@@ -180,6 +185,8 @@ def compare_all(runs: Mapping[str, Mapping[int, Results]]) -> list[Comparison]:
         compare(name, accuracy_by_seed(seeds), {} if name == "baseline" else baseline) for name, seeds in runs.items()
     ]
     apply_holm_correction(comparisons)
+    for comparison in comparisons:
+        comparison.planned = planned
     return comparisons
 
 

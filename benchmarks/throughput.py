@@ -41,7 +41,7 @@ from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from checkpoint import machine_name
+from circumstances import machine_name
 from data import Batch, Batches, ImageSet
 from networks import construct_network, speed_up, use_precision
 from train import parse, train_one_epoch

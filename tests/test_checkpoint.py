@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import checkpoint
+import circumstances
 import train
 from checkpoint import Run, load_checkpoint, lock_run, save_run
 from command_line import interrupt, on_signals
@@ -380,6 +382,42 @@ def test_finished_result_file_from_another_place(alone, tmp_path, monkeypatch, c
     assert file.read_bytes() == (alone / "results" / "x.csv").read_bytes()
 
 
+def test_finished_result_file_of_other_settings_beside_a_checkpoint(alone, tmp_path, monkeypatch, fails):
+    with monkeypatch.context() as patch:
+        stop_in_epoch(3, patch)
+        with pytest.raises(SystemExit):
+            run(tmp_path)
+    file = tmp_path / "results" / "x.csv"
+    shutil.copy(alone / "results" / "x.csv", file)
+    file.write_text(file.read_text().replace("# momentum: 0.9\n", "# momentum: 0.5\n"))
+    before = file.read_bytes()
+    assert "momentum was 0.5, now 0.9" in fails(tmp_path)
+    assert file.read_bytes() == before
+
+
+def test_result_file_names_the_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(circumstances, "code_version", lambda: "v1-dirty")
+    assert run(tmp_path, "--num_epochs", "1").settings["code"] == "v1-dirty"
+    assert load_checkpoint(tmp_path / "networks" / "x-last.pt")["settings"]["code"] == "v1-dirty"
+
+
+def test_code_version_without_a_repository(tmp_path, monkeypatch):
+    modules = [tmp_path / name for name in ("circumstances.py", "train.py")]
+    for module in modules:
+        module.write_text(f"# {module.name}")
+    monkeypatch.setattr(circumstances, "__file__", str(modules[0]))
+    expected = hashlib.sha256(b"# circumstances.py# train.py").hexdigest()[:12]
+    assert circumstances.code_version.__wrapped__() == f"modules {expected}"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    version = circumstances.code_version.__wrapped__()
+    assert commit.startswith(version) and len(version) >= 7
+    modules[1].write_text("changed")
+    assert circumstances.code_version.__wrapped__() == f"{version}-dirty"
+
+
 def test_state_of_a_gpu_is_resumed_as_that_of_a_cpu(tmp_path):
     """The fused optimizer of a GPU rounds differently on a CPU."""
     networks = [torch.nn.Linear(2, 2) for _ in range(2)]
@@ -414,7 +452,7 @@ def test_run_that_goes_on_elsewhere_names_both_places(tmp_path, monkeypatch):
         stop_in_epoch(2, patch)
         with pytest.raises(SystemExit):
             run(tmp_path)
-    monkeypatch.setattr(checkpoint.platform, "machine", lambda: "another machine")
+    monkeypatch.setattr(circumstances.platform, "machine", lambda: "another machine")
     here, there = (results.settings["machine"] for results in (read_results(tmp_path / "results/x.csv"), run(tmp_path)))
     assert there.startswith(f"{here}, then another machine with ")
 

@@ -21,6 +21,7 @@ def write_run(folder, weights=None, **settings):
     """The result file of a finished run in `folder`/results, and beside it its weights; returns the result file."""
     file = folder / "results" / "run.csv"
     settings = {"name": "a run", "dataset": "digits", "num_epochs": 2} | settings
+    settings = {name: value for name, value in settings.items() if value is not None}
     write_results(file, Results(settings, {"epoch": np.array([1, 2]), **COLUMNS}))
     (folder / "networks").mkdir(exist_ok=True)
     if weights is not None:

@@ -23,6 +23,8 @@ from scipy import stats
 import figures
 import reproduce
 import train
+from checkpoint import lock_run
+from settings import run_files
 
 FOLDER = Path(__file__).parent
 FLAGS = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "2"]
@@ -202,14 +204,53 @@ def test_one_failure_does_not_stop_the_others(small_network, no_figures, tmp_pat
     assert captured.err == f"reproduce.py: {BASELINE}-seed2 failed: FloatingPointError: a loss is not finite\n"
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 5
     rows = {line.split("|")[1].strip(): line for line in captured.out.splitlines() if line.startswith("|")}
-    assert " of 2 " in rows["proposed"]
+    assert " of 2 " in rows["proposed"] and "interim: 2 of 3 pairs" in rows["proposed"]
+    line = "baseline: 2 of 3 seeds; seed 2 failed: FloatingPointError: a loss is not finite\n"
+    assert (tmp_path / "results" / f"{EXPERIMENT}.md").read_text().endswith(f"|\n\n{line}")
 
 
 def test_files_of_another_experiment_are_left_alone(small_network, no_figures, tmp_path, capsys):
     assert run(tmp_path, "--seeds", "1", "--name", "mine") == 0
     assert run(tmp_path, "--seeds", "1", "--name", "mine", "--momentum", "0.5") == 1
+    assert "mine.csv is of other settings, and is kept: momentum 0.9, here 0.5" in capsys.readouterr().err
+    (tmp_path / "results" / "mine.csv").unlink()
+    assert run(tmp_path, "--seeds", "1", "--name", "mine", "--momentum", "0.5") == 1
     assert "momentum was 0.9, now 0.5" in capsys.readouterr().err
     assert run(tmp_path, "--seeds", "1", "--momentum", "0.5") == 0
+
+
+def test_table_is_kept_where_less_would_replace_it(small_network, no_figures, tmp_path, capsys):
+    assert run(tmp_path, "--seeds", "1-2") == 0
+    tables = [tmp_path / "results" / f"{EXPERIMENT}.{kind}" for kind in ("csv", "md")]
+    before = [file.read_bytes() for file in tables]
+    capsys.readouterr()
+    assert run(tmp_path, "--seeds", "1", "--report") == 0
+    assert "keeps its table of 4 finished runs: remove it" in capsys.readouterr().out
+    assert run(tmp_path, "--seeds", "8-9", "--report") == 1
+    assert "has no finished run of this experiment" in capsys.readouterr().err
+    assert [file.read_bytes() for file in tables] == before
+    assert run(tmp_path, "--seeds", "1", "--restart") == 0
+    assert [file.read_bytes() for file in tables] != before
+
+
+def test_table_does_not_replace_a_run(small_network, no_figures, tmp_path, capsys):
+    train.main([*FLAGS, "--path", str(tmp_path), "--device", "cpu", "--name", "exp"])
+    before = (tmp_path / "results" / "exp.csv").read_bytes()
+    capsys.readouterr()
+    assert run(tmp_path, "--seeds", "1", "--name", "exp") == 1
+    error = capsys.readouterr().err
+    assert "exp.csv is not the table of an experiment, and is kept: give another --name" in error
+    assert (tmp_path / "results" / "exp.csv").read_bytes() == before
+    assert not list((tmp_path / "results").glob("*seed*"))
+
+
+def test_restart_removes_nothing_where_a_run_is_at_work(small_network, no_figures, tmp_path, capsys):
+    assert run(tmp_path, "--seeds", "1-2") == 0
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*seed*") if file.suffix != ".lock"}
+    with lock_run(run_files(tmp_path, f"{PROPOSED}-seed2")):
+        assert run(tmp_path, "--seeds", "1-2", "--restart") == 1
+    assert "another process is at work" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in files} == files
 
 
 def test_report(small_network, tmp_path, monkeypatch, capsys):
@@ -245,7 +286,7 @@ def test_interrupted_experiment_goes_on(small_network, no_figures, tmp_path, mon
         assert run(tmp_path, "--seeds", "1-3") == 143
     captured = capsys.readouterr()
     assert captured.err.startswith("reproduce.py: stopped;")
-    assert "it takes two pairs with the baseline, not 1" in captured.out
+    assert "| interim: 1 of 3 pairs |" in captured.out
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 2
     assert run(tmp_path, "--seeds", "1-3") == 0
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 6

@@ -46,7 +46,11 @@ settings_of_any_kind = st.dictionaries(
 )
 
 
-@given(settings_of_any_kind, st.lists(st.tuples(*[st.floats()] * 4)))
+losses = st.floats(0, allow_infinity=False)
+accuracies = st.floats(0, 100)
+
+
+@given(settings_of_any_kind, st.lists(st.tuples(losses, losses, accuracies, accuracies)))
 def test_whatever_is_written_is_read(tmp_path_factory, settings, rows):
     numbers = np.array(rows, dtype=np.float64).reshape(-1, 4)
     columns = {"epoch": np.arange(1, len(rows) + 1), **dict(zip(COLUMNS[1:], numbers.T, strict=True))}
@@ -88,6 +92,12 @@ def test_no_epochs_yet(tmp_path):
     assert_same(read_results(tmp_path / "results.csv"), results)
 
 
+HEADER = "epoch,train_loss,val_loss,val_accuracy,test_accuracy\n"
+IMPOSSIBLE_ROWS = ["nan,3,4,5", "2,inf,4,5", "-2,3,4,5", "2,3,500,5", "2,3,4,-7", "2,3,4,5,6", "2,3,4", "2,3,4,100.1"]
+IMPOSSIBLE_ROWS += ["2,3,4,nan", "1_0,3,4,5", " 2,3,4,5", "2,3,4,", "2,1e999,4,5"]
+IMPOSSIBLE_SETTINGS = ["seed: [1]", "seed: 1.5", "seed: true", "num_epochs: two", "c: many", "compile: 1", "dataset: 5"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -101,6 +111,11 @@ def test_no_epochs_yet(tmp_path):
         ("epoch,train_loss,val_loss,val_accuracy,test_accuracy\n1.5,2,3,4,5\n", "at line 2"),
         ("epoch,train_loss,val_loss,val_accuracy,test_accuracy\n1,2,3,4,97.2", "cut short"),
         (b"\xff\xfe\n", "at line 1"),
+        *((f"{HEADER}1,{row}\n", "at line 2") for row in IMPOSSIBLE_ROWS),
+        *((f"{HEADER}{epoch},2,3,4,5\n", "at line 2") for epoch in ("0", "-1", "2", "1_0", "+1", "9" * 23, "")),
+        (f"{HEADER}1,2,3,4,5\n1,2,3,4,5\n", "at line 3"),
+        (f"# num_epochs: 1\n{HEADER}1,2,3,4,5\n2,2,3,4,5\n", "at line 4"),
+        *((f"# name: x\n# {line}\n{HEADER}1,2,3,4,5\n", "at line 2") for line in IMPOSSIBLE_SETTINGS),
     ],
 )
 def test_damaged_file(tmp_path, content, message):
@@ -127,6 +142,23 @@ def test_missing_file(tmp_path):
 def test_settings_that_cannot_be_written(tmp_path, settings):
     with pytest.raises(ValueError, match="setting"):
         write_results(tmp_path / "results.csv", make_results(**settings))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("epoch", 3), ("train_loss", math.nan), ("val_loss", math.inf), ("val_accuracy", -7), ("test_accuracy", 500)],
+)
+def test_numbers_that_cannot_be_written(tmp_path, column, value):
+    """What `read_results` would refuse."""
+    results = make_results()
+    results.columns[column][1] = value
+    with pytest.raises(ValueError, match="these cannot be the numbers of epoch 2"):
+        write_results(tmp_path / "results.csv", results)
+    with pytest.raises(ValueError, match="the numbers of epoch 3"):
+        write_results(tmp_path / "results.csv", make_results(num_epochs=2))
+    with pytest.raises(ValueError, match="the setting num_epochs must be like 180, not 'two'"):
+        write_results(tmp_path / "results.csv", make_results(num_epochs="two"))
     assert not list(tmp_path.iterdir())
 
 

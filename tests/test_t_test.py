@@ -171,7 +171,8 @@ def write_runs(folder, accuracies, **settings) -> list[str]:
         columns |= {"train_loss": [1.0, 1.0], "val_loss": [1.0, 1.0]}
         every = {"dataset": "digits", "num_epochs": 2, "batch_size": 64, "seed": seed, "seconds": accuracy}
         files.append(folder / f"{len(list(folder.iterdir()))}.csv")
-        write_results(files[-1], Results(every | settings, {k: np.array(v) for k, v in columns.items()}))
+        given = {name: value for name, value in (every | settings).items() if value is not None}
+        write_results(files[-1], Results(given, {k: np.array(v) for k, v in columns.items()}))
     return list(map(str, files))
 
 

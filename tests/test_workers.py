@@ -1,3 +1,4 @@
+import logging
 import os
 import pty
 import re
@@ -320,7 +321,17 @@ def test_worker_without_the_project(light_runs, shared_cluster, tmp_path):
     worker.kill()
 
 
-def test_cluster_that_comes_and_goes(light_runs, tmp_path, monkeypatch):
+@pytest.fixture
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """What Dask's client would log, on standard error as a rule."""
+    records, handler = [], logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("distributed.client").addHandler(handler)
+    yield records
+    logging.getLogger("distributed.client").removeHandler(handler)
+
+
+def test_cluster_that_comes_and_goes(light_runs, logged, tmp_path, monkeypatch):
     """It has no worker yet; one dies, one that joins takes over its run; the scheduler dies."""
     monkeypatch.setattr(workers, "CONNECT_SECONDS", 2)
     with cluster(tmp_path) as started:
@@ -344,6 +355,7 @@ def test_cluster_that_comes_and_goes(light_runs, tmp_path, monkeypatch):
             with pytest.raises(ClusterError, match=f"no Dask scheduler answers at {started.address}: start it"):
                 next(made)
             disturbing.result()
+    assert logged == []
 
 
 @pytest.mark.parametrize("listens", [False, True])
