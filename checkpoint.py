@@ -1,7 +1,7 @@
 """A run as a thing on disk: its files, its lock, what is saved when, and what an earlier process has left behind.
 
-A checkpoint is what `torch.save` writes, followed by its SHA-256: torch itself notices a file that is cut short, but
-not a changed byte in a weight. `torch.load` reads it as it is.
+Checkpoints and weights are what `torch.save` writes, followed by its SHA-256: torch itself notices a file that is cut
+short, but not a changed byte in a weight. `torch.load` reads them as they are.
 """
 
 import argparse
@@ -162,19 +162,27 @@ def save_run(files: RunFiles, state: dict[str, Any]) -> None:
     Raises:
         OSError: a file cannot be written. What was there before still is.
     """
-    content = io.BytesIO()
-    torch.save(state, content)
-    content.write(hashlib.sha256(content.getbuffer()).digest())
-    write_atomically(files.checkpoint, content.getbuffer())
+    save_with_digest(state, files.checkpoint)
     write_outcome(files, state)
 
 
 def write_outcome(files: RunFiles, state: dict[str, Any]) -> None:
     """Write the best weights and the result file of a run."""
-    content = io.BytesIO()
-    torch.save(state["best_weights"], content)
-    write_atomically(files.best_weights, content.getbuffer())
+    save_with_digest(state["best_weights"], files.best_weights)
     write_results(files.results, results_so_far(state))
+
+
+def save_with_digest(content: dict[str, Any], file: Path) -> None:
+    """Write what `torch.save` makes of `content`, followed by its SHA-256."""
+    saved = io.BytesIO()
+    torch.save(content, saved)
+    saved.write(hashlib.sha256(saved.getbuffer()).digest())
+    write_atomically(file, saved.getbuffer())
+
+
+def has_digest(content: bytes) -> bool:
+    """Whether these bytes end with the SHA-256 of what precedes it."""
+    return hashlib.sha256(content[:-DIGEST_SIZE]).digest() == content[-DIGEST_SIZE:]
 
 
 def results_so_far(state: dict[str, Any]) -> Results:
@@ -190,11 +198,10 @@ def load_checkpoint(file: str | os.PathLike) -> dict[str, Any]:
         ValueError: it is damaged, cut short, or of another version of this program.
     """
     content = Path(file).read_bytes()
-    saved, digest = content[:-DIGEST_SIZE], content[-DIGEST_SIZE:]
-    if hashlib.sha256(saved).digest() != digest:
+    if not has_digest(content):
         raise ValueError(f"the checkpoint {file} is cut short, damaged or none of this program's: {REMEDY}")
     try:
-        state = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, UnpicklingError):
         state = None
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -1,7 +1,4 @@
-"""What the paper observes, measured on a trained network: γ and β by depth, and how large normalized values get.
-
-`load_network` gives the trained network of a finished run, ready to predict.
-"""
+"""A trained network: loading it, and what the paper observes in it, γ and β and how large normalized values get."""
 
 import io
 import os
@@ -18,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import Normalize
 
+from checkpoint import has_digest
 from data import ImageSet, load_image_set
 from networks import SIGMA_ACT, construct_network
 from results import Results, read_results, write_atomically
@@ -103,7 +101,10 @@ def load_weights(file: str | os.PathLike) -> dict[str, Tensor]:
         ValueError: it is damaged, or holds something else.
     """
     content = Path(file).read_bytes()
+    ends_as_zip = content[-22:-18] == b"PK\5\6"  # what other programs save has no digest behind that
     try:
+        if not ends_as_zip and not has_digest(content):
+            raise ValueError
         weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # which one depends on where the damage is
         raise ValueError(f"{file} is damaged, or does not hold the weights of a network") from error

@@ -119,6 +119,19 @@ def test_damaged_weights(small_network, tmp_path):
             load_network(file)
 
 
+def test_any_changed_byte_of_a_run_s_own_weights_is_noticed(small_network, tmp_path):
+    train.main(
+        ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "1", "--path", str(tmp_path), "--name", "x"]
+    )
+    file, weights = tmp_path / "results" / "x.csv", tmp_path / "networks" / "x-best.pt"
+    whole = weights.read_bytes()
+    assert torch.load(weights, weights_only=True).keys() == load_network(file).state_dict().keys()
+    for position in random.Random(0).sample(range(len(whole)), 40):
+        weights.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(ValueError, match=r"x-best\.pt is damaged"):
+            load_network(file)
+
+
 def test_nothing_is_downloaded_for_figures(small_cifar10, tmp_path, monkeypatch):
     def download(*_, **__):
         raise AssertionError("it was to be downloaded")
