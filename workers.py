@@ -15,17 +15,17 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import interrupt, on_signals
+from command_line import STOP_SIGNALS, interrupt, on_signals
 from results import Results
 
 if TYPE_CHECKING:
-    from distributed import Client, Future
+    from distributed import Client, Future, LocalCluster
 
 Outcome = Results | str | int  # of a run: its results, why it failed, or the number of the signal that stopped it
 Runs = Sequence[argparse.Namespace]
@@ -88,7 +88,7 @@ def make_runs_here(runs: Runs, stops: list[int], device: str | None) -> Iterator
             return
         outcome = make_run(run, device, stops)
         yield run, outcome
-        if isinstance(outcome, int):
+        if isinstance(outcome, int):  # a stop, perhaps one that no handler has noted
             return
 
 
@@ -120,11 +120,7 @@ def describe(error: BaseException) -> str:
 
 
 def make_run_in_worker(
-    make: Callable[[argparse.Namespace, str | None, list[int]], Outcome],
-    settings: argparse.Namespace,
-    device: str | None,
-    experiment: str,
-    num_threads: int | None,
+    make: Callable[..., Outcome], run: argparse.Namespace, device: str | None, experiment: str, num_threads: int | None
 ) -> Outcome:
     """Call `make_run` in a worker. With `num_threads`, it is one of several on this machine: they share its GPUs."""
     if num_threads is not None:
@@ -132,22 +128,18 @@ def make_run_in_worker(
         from distributed import get_worker
 
         torch.set_num_threads(num_threads)
-        if device in (None, "cuda"):
-            device = own_device(get_worker().name, torch.cuda.device_count()) or device
+        num_gpus = torch.cuda.device_count()
+        if num_gpus and device in (None, "cuda"):
+            device = f"cuda:{get_worker().name % num_gpus}"  # processes of this machine have numbers from 0 on as names
     stops = STOPS.setdefault(experiment, [])
     while not ONE_RUN.acquire(timeout=POLL_SECONDS):
         if stops:
             return stops[0]
     try:
-        BEGUN.setdefault(experiment, []).append(settings.name)
-        return make(settings, device, stops)
+        BEGUN.setdefault(experiment, []).append(run.name)
+        return make(run, device, stops)
     finally:
         ONE_RUN.release()
-
-
-def own_device(worker: int, num_gpus: int) -> str | None:
-    """The GPU of worker number `worker`, None where there is none."""
-    return f"cuda:{worker % num_gpus}" if num_gpus else None
 
 
 def stop_runs(experiment: str, number: int) -> list[str]:
@@ -195,7 +187,7 @@ def make_runs_with_dask(
                 if not future.done() and address in alive:
                     continue
                 del running[address]
-                outcome = outcome_of(future)
+                outcome = outcome_of(future) if future.done() else None
                 losses[run.name] += outcome is None
                 if losses[run.name] == ATTEMPTS:
                     outcome = f"its process was killed {ATTEMPTS} times, perhaps for lack of memory"
@@ -207,11 +199,9 @@ def make_runs_with_dask(
 
 
 def outcome_of(future: "Future") -> Outcome | None:
-    """What came of a run, None where its process was lost."""
+    """What came of a run that is done, None where its process was lost."""
     from distributed import KilledWorker
 
-    if not future.done():
-        return None
     try:
         return future.result(timeout=CONNECT_SECONDS)
     except (KilledWorker, TimeoutError):  # TimeoutError: the process was lost before it could hand over its results
@@ -226,7 +216,7 @@ def outcome_of(future: "Future") -> Outcome | None:
 def connect(jobs: int, scheduler: str | None, stops: list[int]) -> "Iterator[Client]":
     """A client of a scheduler, or of `jobs` processes of this machine. ClusterError where the scheduler is gone."""
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
     for name in ("distributed", "distributed.client", "tornado.application"):  # Dask gives each a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is reported here, in one line
@@ -234,10 +224,8 @@ def connect(jobs: int, scheduler: str | None, stops: list[int]) -> "Iterator[Cli
         cluster = scheduler
         if scheduler is None:
             stack.enter_context(dask.config.set(LOCAL))
-            options = {"n_workers": jobs, "threads_per_worker": 1, "processes": True, "memory_limit": 0}
-            options |= {"host": "127.0.0.1", "dashboard_address": None, "silence_logs": logging.CRITICAL}
             resource_tracker.ensure_running()  # before Python 3.12, the thread that starts it gets signals again
-            cluster = stack.enter_context(ask(LocalCluster, **options, seconds=math.inf))
+            cluster = stack.enter_context(ask(start_processes, jobs, seconds=math.inf))
         try:
             options = {"timeout": CONNECT_SECONDS, "set_as_default": False}
             client = ask(Client, cluster, **options, seconds=CONNECT_SECONDS + 1, stops=stops)
@@ -245,6 +233,18 @@ def connect(jobs: int, scheduler: str | None, stops: list[int]) -> "Iterator[Cli
         except (CancelledError, OSError) as error:
             message = f"no Dask scheduler answers at {scheduler}: start it, then run the same command again"
             raise ClusterError(message) from error
+
+
+def start_processes(jobs: int) -> "LocalCluster":
+    """A cluster of `jobs` processes of this machine."""
+    from distributed import LocalCluster
+
+    options = {"n_workers": jobs, "threads_per_worker": 1, "processes": True, "memory_limit": 0}
+    options |= {"host": "127.0.0.1", "dashboard_address": ":0", "silence_logs": logging.CRITICAL}
+    for _ in range(ATTEMPTS):
+        with suppress(RuntimeError):  # one of them is lost before it is there
+            return LocalCluster(**options)
+    raise ClusterError(f"{jobs} processes cannot be started, perhaps for lack of memory: give a smaller --jobs")
 
 
 def ask(
@@ -258,7 +258,7 @@ def ask(
     answer = futures.Future()
 
     def call() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             answer.set_result(function(*arguments, **options))
         except Exception as error:

@@ -43,8 +43,8 @@ def make_run(run: Namespace, device: str | None, stops: list[int]) -> str | int:
 
 
 def make_run_in_worker(*arguments: Any) -> str | int:
-    """`workers.make_run_in_worker` on three GPUs, and without torch, whose import takes seconds."""
-    cuda = SimpleNamespace(device_count=lambda: 3)
+    """`workers.make_run_in_worker` on two GPUs, and without torch, whose import takes seconds."""
+    cuda = SimpleNamespace(device_count=lambda: 2)
     sys.modules["torch"] = SimpleNamespace(cuda=cuda, set_num_threads=lambda number: None)
     return workers.make_run_in_worker(*arguments)
 

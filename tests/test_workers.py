@@ -11,6 +11,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -211,19 +212,41 @@ def test_run_that_kills_its_process_does_not_stop_the_others(light_runs, tmp_pat
     assert made.keys() == {"a", "b", "c"} and all(outcome.startswith("done") for outcome in made.values())
 
 
-def test_every_process_has_a_gpu_of_its_own(light_runs, tmp_path):
-    made = outcomes(tmp_path, "unlucky", "patient", jobs=2)
-    assert sorted(made.values()) == ["done on cuda:0", "done on cuda:1"]
+def kill_children(number: int) -> None:
+    """Kill that many processes that are about to make runs, each as soon as it is there."""
+    killed = set()
+    while len(killed) < number:
+        for process in set(psutil.Process().children()) - killed:
+            with suppress(psutil.Error):
+                if any("spawn_main" in word for word in process.cmdline()):
+                    process.kill()
+                    killed.add(process)
+        time.sleep(0.01)
+
+
+def test_process_that_is_killed_before_it_is_there(light_runs, tmp_path):
+    with ThreadPoolExecutor() as pool:
+        killing = pool.submit(kill_children, 2)
+        assert outcomes(tmp_path, "a", "b", jobs=2).keys() == {"a", "b"}
+        killing.result(timeout=1)
+
+
+def test_processes_that_cannot_be_started(light_runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "ATTEMPTS", 1)
+    with ThreadPoolExecutor() as pool, pytest.raises(ClusterError, match="2 processes cannot be started"):
+        pool.submit(kill_children, 1)
+        outcomes(tmp_path, "a", "b", jobs=2)
+
+
+def test_processes_share_out_two_gpus(light_runs, tmp_path):
+    """One that takes the place of another takes over its GPU."""
+    made = outcomes(tmp_path, "unlucky", "patient", "patient too", jobs=3)
+    assert sorted(made.values()) == ["done on cuda:0", "done on cuda:0", "done on cuda:1"]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:2"])
 def test_device_that_is_given(device, light_runs, tmp_path):
     assert outcomes(tmp_path, "a", "b", jobs=2, device=device) == dict.fromkeys("ab", f"done on {device}")
-
-
-@pytest.mark.parametrize(("worker", "num_gpus", "expected"), [(0, 0, None), (0, 2, "cuda:0"), (3, 2, "cuda:1")])
-def test_gpus_are_shared_out(worker, num_gpus, expected):
-    assert workers.own_device(worker, num_gpus) == expected
 
 
 class Experiment:
