@@ -1,9 +1,9 @@
 """Batch norm whose scale γ starts below 1 (Section 4 of the paper)."""
 
-import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -26,7 +26,9 @@ class ScaleBatchNorm2d(_BatchNorm):
             and `dtype`.
 
     Raises:
-        ValueError: `bn_weight` is not a finite number above 0, or the input of `forward` does not have 4 dimensions.
+        TypeError: `num_features` is not an integer.
+        ValueError: `num_features` is below 1, `bn_weight` is not a finite number above 0 that the `dtype` can hold, or
+            the input of `forward` does not have 4 dimensions.
     """
 
     def __init__(
@@ -42,11 +44,18 @@ class ScaleBatchNorm2d(_BatchNorm):
     ) -> None:
         if (num_features is None) == (num_feature is None):
             raise TypeError("ScaleBatchNorm2d needs num_features, the number of channels, exactly once")
-        if not (isinstance(bn_weight, Real) and math.isfinite(bn_weight) and bn_weight > 0):
-            raise ValueError(f"bn_weight must be a finite number above 0, not {bn_weight!r}")
-        self.bn_weight = float(bn_weight)  # before the constructor of torch, which calls reset_parameters
         channels = num_feature if num_features is None else num_features
-        super().__init__(channels, eps, momentum, affine, **batch_norm_arguments)
+        if isinstance(channels, bool) or not isinstance(channels, Integral):
+            raise TypeError(f"num_features must be an integer, the number of channels, not {channels!r}")
+        if channels < 1:
+            raise ValueError(f"num_features must be at least 1, not {channels!r}")
+        dtype = batch_norm_arguments.get("dtype") or torch.get_default_dtype()
+        held = torch.finfo(dtype)  # beyond this range, numbers become 0 or infinite, or lose digits
+        is_number = isinstance(bn_weight, Real) and not isinstance(bn_weight, bool)
+        if not (is_number and held.smallest_normal <= bn_weight <= held.max):
+            raise ValueError(f"bn_weight must be a finite number above 0 that {dtype} can hold, not {bn_weight!r}")
+        self.bn_weight = float(bn_weight)  # before the constructor of torch, which calls reset_parameters
+        super().__init__(int(channels), eps, momentum, affine, **batch_norm_arguments)
 
     def reset_parameters(self) -> None:
         """Reset the running statistics, set γ to `bn_weight` and β to 0."""

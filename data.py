@@ -5,7 +5,9 @@ a batch is one gather, one flip and one conversion of it.
 """
 
 import math
+import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -18,12 +20,15 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_md5
+from torchvision.datasets.utils import check_md5, download_and_extract_archive
 
 from seeds import make_complex
 from settings import DATASETS
 
 Batch = tuple[Tensor, Tensor]  # images and labels
+
+CIFAR10_STATISTICS = ((0.4916, 0.4823, 0.4467), (0.2472, 0.2437, 0.2618))  # mean and std, as in the paper's code
+DOWNLOAD_TIMEOUT = 60.0  # seconds for which a server may be silent
 
 
 @dataclass
@@ -48,47 +53,49 @@ class ImageSet:
     std: tuple[float, float, float]
 
 
-def load_image_set(name: str, folder: Path | str = "images", device: torch.device | str = "cpu") -> ImageSet:
+def load_image_set(
+    name: str, folder: Path | str = "images", device: torch.device | str = "cpu", *, download: bool = True
+) -> ImageSet:
     """Load a data set onto a device.
 
     Args:
-        name: 'cifar10' (60,000 photographs, 32×32, through torchvision, downloaded into `folder` where it is missing)
-            or 'digits' (1,797 handwritten digits, 8×8, which scikit-learn brings along).
+        name: 'cifar10' (60,000 photographs, 32×32, through torchvision) or 'digits' (1,797 handwritten digits, 8×8,
+            which scikit-learn brings along).
         folder: where `cifar-10-batches-py` lies or shall lie; created where it is missing. 'digits' needs none.
         device: where the images shall live.
+        download: whether to download CIFAR-10 into `folder` where it, or a file of it, is missing or damaged.
 
     Raises:
         ValueError: `name` is not in `DATASETS`.
-        FileNotFoundError: CIFAR-10 is not there and cannot be downloaded.
-        OSError: a file of CIFAR-10 is damaged and cannot be downloaded anew.
+        FileNotFoundError: CIFAR-10, or a file of it, is missing and is not to be or cannot be downloaded.
+        NotADirectoryError: `folder` is a file.
+        OSError: a file of CIFAR-10 is damaged and is not to be or cannot be downloaded anew.
     """
     if name not in DATASETS:
         raise ValueError(f"the data set must be one of {', '.join(DATASETS)}, not {name!r}")
-    return load_cifar10(Path(folder), device) if name == "cifar10" else load_digits_image_set(device)
+    return load_cifar10(Path(folder), device, download) if name == "cifar10" else load_digits_image_set(device)
 
 
-def load_cifar10(folder: Path, device: torch.device | str) -> ImageSet:
+def load_cifar10(folder: Path, device: torch.device | str, download: bool) -> ImageSet:
     """CIFAR-10 with the statistics that the paper's code normalizes it with; see `load_image_set`."""
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file, where the folder of CIFAR-10's files should be")
     try:
         try:
             complete_train = CIFAR10(folder)
         except RuntimeError:  # it is missing, damaged, or being unpacked by another run, which is then waited for
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / "cifar10.lock"):
-                complete_train = CIFAR10(folder, download=True)
+            if not download:
+                raise
+            download_cifar10(folder)
+            complete_train = CIFAR10(folder)
         test = CIFAR10(folder, train=False)
     except (OSError, RuntimeError, HTTPException) as error:
-        parts = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
-        for file, md5 in ((folder / CIFAR10.base_folder / name, md5) for name, md5 in parts):
-            if file.exists() and not check_md5(file, md5):
-                raise OSError(
-                    f"{file} is damaged (its MD5 sum is wrong) and could not be downloaded anew ({error}):"
-                    " put a good copy in its place"
-                ) from error
-        raise FileNotFoundError(
-            f"CIFAR-10 is not in {folder} and could not be downloaded ({error}): unpack cifar-10-python.tar.gz there,"
-            " so that it holds the folder cifar-10-batches-py, or use --dataset digits, which needs no files"
-        ) from error
+        faults = find_faults(folder)
+        if not faults:
+            raise
+        attempt = f" and could not be downloaded ({error})" if download else ""
+        raise describe_faults(folder, faults, attempt) from error
+    mean, std = CIFAR10_STATISTICS
     images = np.concatenate([part.data.transpose(0, 3, 1, 2) for part in (complete_train, test)])
     labels = torch.tensor(complete_train.targets + test.targets)
     return ImageSet(
@@ -97,9 +104,49 @@ def load_cifar10(folder: Path, device: torch.device | str) -> ImageSet:
         splits=split_indices(labels, len(complete_train), device),
         classes=complete_train.classes,
         flip=True,
-        mean=(0.4916, 0.4823, 0.4467),
-        std=(0.2472, 0.2437, 0.2618),
+        mean=mean,
+        std=std,
     )
+
+
+def download_cifar10(folder: Path) -> None:
+    """Download and unpack CIFAR-10 where it is not whole, one process at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock_file = folder / "cifar10.lock"
+    with FileLock(lock_file):
+        timeout = socket.getdefaulttimeout()
+        try:
+            if find_faults(folder):
+                socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision itself would wait for ever
+                download_and_extract_archive(CIFAR10.url, folder, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
+        finally:
+            socket.setdefaulttimeout(timeout)
+            with suppress(OSError):
+                lock_file.unlink()  # last of all: who waits for it finds that it is gone, and makes a new one
+
+
+def find_faults(folder: Path) -> dict[str, str]:
+    """What is wrong with the files of CIFAR-10, by name; those that are whole are left out."""
+    faults = {}
+    for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]:
+        file = folder / CIFAR10.base_folder / name
+        if not file.is_file():
+            faults[name] = "missing"
+        elif not check_md5(file, md5):
+            faults[name] = "damaged (its MD5 sum is wrong)"
+    return faults
+
+
+def describe_faults(folder: Path, faults: dict[str, str], attempt: str) -> OSError:
+    """The error for what `find_faults` has found, with what became of the `attempt` to download it."""
+    if not (folder / CIFAR10.base_folder).is_dir():
+        return FileNotFoundError(
+            f"CIFAR-10 is not in {folder}{attempt}: unpack cifar-10-python.tar.gz there,"
+            " so that it holds the folder cifar-10-batches-py, or use --dataset digits, which needs no files"
+        )
+    listed = ", ".join(f"{name} is {fault}" for name, fault in faults.items())
+    error = FileNotFoundError if set(faults.values()) == {"missing"} else OSError
+    return error(f"CIFAR-10 in {folder / CIFAR10.base_folder} is not whole{attempt}: {listed}; put a good copy there")
 
 
 def load_digits_image_set(device: torch.device | str) -> ImageSet:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,17 @@ def make_complex(simple_seed: int | str, verbose: bool = False) -> int:
     draws the validation set with 0.
 
     Args:
-        simple_seed: any integer or text.
+        simple_seed: any integer, NumPy's included, or text.
         verbose: print the seed, its complex seed and that one's 32 bits.
 
     Returns:
         An integer in [0, 2**32).
+
+    Raises:
+        TypeError: `simple_seed` is neither: 1.0 and True would be other seeds than 1.
     """
+    if isinstance(simple_seed, bool) or not isinstance(simple_seed, Integral | str):
+        raise TypeError(f"a seed must be an integer or text, not {type(simple_seed).__name__}")
     digest = hashlib.md5(str(simple_seed).encode("utf-8"), usedforsecurity=False).hexdigest()
     complex_seed = int(digest[-8:], base=16)
     if verbose:
@@ -35,6 +41,9 @@ def make_deterministic(seed: int | str) -> None:
 
     Seeds Python's `random`, NumPy's global generator, and torch on the CPU and on every accelerator. Sets
     PYTHONHASHSEED for child processes. Generators that were made by hand are left as they are.
+
+    Raises:
+        TypeError: `seed` is neither an integer nor text. Nothing is changed then.
     """
     complex_seed = make_complex(seed)
     os.environ["PYTHONHASHSEED"] = str(complex_seed)

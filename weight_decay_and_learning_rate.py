@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -39,12 +40,22 @@ def adjust_weight_decay_and_learning_rate(
         Dictionaries with 'params' (a list), 'weight_decay' and 'lr'.
 
     Raises:
-        ValueError: `c` is neither 0 nor a finite number of at least 1, or `skip_list` names no parameter of `network`.
+        TypeError: `weight_decay`, `learning_rate` or `c` is no number, or `skip_list` is a text.
+        ValueError: `weight_decay` or `learning_rate` is below 0 or not finite, `c` is neither 0 nor a finite number of
+            at least 1, or `skip_list` names no parameter of `network`.
     """
-    if not (c == 0 or (c >= 1 and math.isfinite(c))):
+    for name, value in {"weight_decay": weight_decay, "learning_rate": learning_rate, "c": c}.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, not {value!r}")
+        if name != "c" and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
+    if not (c == 0 or 1 <= c < math.inf):
         raise ValueError(f"c must be 0 or 1 (no reduction) or above 1, not {c!r}")
+    if isinstance(skip_list, str):
+        raise TypeError(f"skip_list must be a list of names, not the text {skip_list!r}")
     by_name = dict(network.named_parameters(remove_duplicate=False))
-    unknown = set(skip_list) - by_name.keys()
+    skip_list = set(skip_list)
+    unknown = skip_list - by_name.keys()
     if unknown:
         raise ValueError(f"skip_list names what is no parameter of the network: {', '.join(sorted(unknown))}")
     skipped = {by_name[name] for name in skip_list}

@@ -1,8 +1,11 @@
 """Small image sets, so that a whole training takes a second."""
 
 import hashlib
+import os
 import pickle
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side, each with a thread of its own
 
 import hypothesis
 import numpy as np

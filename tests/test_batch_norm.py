@@ -1,6 +1,7 @@
 import copy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -26,6 +27,24 @@ def test_line_of_the_paper_readme_runs_as_printed():
 def test_number_of_features_exactly_once(arguments):
     with pytest.raises(TypeError, match="num_features"):
         ScaleBatchNorm2d(**arguments)
+
+
+@pytest.mark.parametrize("num_features", [[3], (3,), True, "3", 3.0, torch.tensor(3)])
+@pytest.mark.parametrize("name", ["num_features", "num_feature"])
+def test_number_of_features_that_is_no_integer(name, num_features):
+    with pytest.raises(TypeError, match="num_features must be an integer, the number of channels, not "):
+        ScaleBatchNorm2d(**{name: num_features})
+
+
+@pytest.mark.parametrize("num_features", [0, -1])
+def test_number_of_features_below_1(num_features):
+    with pytest.raises(ValueError, match=f"num_features must be at least 1, not {num_features}"):
+        ScaleBatchNorm2d(num_features)
+
+
+def test_number_of_features_of_numpy():
+    layer = ScaleBatchNorm2d(np.int64(3))
+    assert type(layer.num_features) is int and layer.weight.shape == (3,)
 
 
 def test_computes_what_torch_computes():
@@ -103,10 +122,32 @@ def test_without_affine_there_is_no_scale():
     layer(torch.randn(2, 3, 2, 2))
 
 
-@pytest.mark.parametrize("bn_weight", [0, -0.1, float("nan"), float("inf"), "0.1", None])
+@pytest.mark.parametrize("bn_weight", [0, -0.1, float("nan"), float("inf"), 10**400, True, "0.1", None])
 def test_bad_bn_weight(bn_weight):
     with pytest.raises(ValueError, match="bn_weight must be a finite number above 0"):
         ScaleBatchNorm2d(3, bn_weight=bn_weight)
+
+
+@pytest.mark.parametrize(
+    ("bn_weight", "dtype"),
+    [
+        (1e-320, None),
+        (1e-60, None),
+        (1e39, None),
+        (1e-9, torch.float16),
+        (70_000, torch.float16),
+        (1e39, torch.bfloat16),
+    ],
+)
+def test_bn_weight_that_its_type_cannot_hold(bn_weight, dtype):
+    with pytest.raises(ValueError, match=f"bn_weight must be .* above 0 that {dtype or torch.float32} can hold"):
+        ScaleBatchNorm2d(3, bn_weight=bn_weight, dtype=dtype)
+
+
+@pytest.mark.parametrize(("bn_weight", "dtype"), [(1e-30, None), (1e-60, torch.float64), (60_000, torch.float16)])
+def test_bn_weight_that_its_type_can_hold(bn_weight, dtype):
+    weight = ScaleBatchNorm2d(3, bn_weight=bn_weight, dtype=dtype).weight
+    assert weight.tolist() == pytest.approx([bn_weight] * 3, rel=1e-3, abs=0)
 
 
 def test_wants_four_dimensions():

@@ -1,18 +1,21 @@
-import fcntl
 import hashlib
 import random
+import socket
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import transforms
 
-from data import Batches, load_image_set
+import data
+from data import CIFAR10_STATISTICS, Batches, load_image_set
 from settings import DATASETS
 
 SEED_0 = int(hashlib.md5(b"0").hexdigest()[-8:], 16)
@@ -27,11 +30,30 @@ def validation_split_of_the_paper(labels) -> list[np.ndarray]:
     return indices
 
 
+@pytest.fixture
+def no_network(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(data, "download_and_extract_archive", fail)
+
+
+@pytest.fixture
+def forbidden_network(monkeypatch):
+    def fail(*_, **__):
+        pytest.fail("there was an attempt to use the network")
+
+    monkeypatch.setattr(data, "download_and_extract_archive", fail)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+
+
 def test_cifar10(small_cifar10):
     image_set = load_image_set("cifar10", small_cifar10)
     assert image_set.images.shape == (65, 3, 32, 32) and image_set.images.dtype == torch.uint8
     assert image_set.classes[3] == "cat" and image_set.flip
     assert image_set.mean == (0.4916, 0.4823, 0.4467) and image_set.std == (0.2472, 0.2437, 0.2618)
+    assert (image_set.mean, image_set.std) == CIFAR10_STATISTICS
+    assert not (small_cifar10 / "cifar10.lock").exists()
 
     raw = [
         np.load(small_cifar10 / "cifar-10-batches-py" / name, allow_pickle=True)
@@ -47,44 +69,103 @@ def test_cifar10(small_cifar10):
     assert image_set.splits["test"].tolist() == list(range(50, 65))
 
 
-def test_cifar10_that_cannot_be_had(tmp_path, monkeypatch):
-    def no_network(*_, **__):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+def test_cifar10_that_cannot_be_had(tmp_path, no_network):
     with pytest.raises(FileNotFoundError, match=r"no route to host.*cifar-10-batches-py.*digits"):
         load_image_set("cifar10", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
-def test_cifar10_that_another_run_is_unpacking(small_cifar10):
+def test_cifar10_that_is_not_to_be_downloaded(tmp_path, forbidden_network):
+    with pytest.raises(FileNotFoundError, match=r"CIFAR-10 is not in .*images: unpack"):
+        load_image_set("cifar10", tmp_path / "images", download=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_cifar10_that_is_there_needs_no_download(small_cifar10, forbidden_network):
+    for download in (False, True):
+        assert len(load_image_set("cifar10", small_cifar10, download=download).images) == 65
+
+
+def test_cifar10_that_another_run_is_unpacking(small_cifar10, forbidden_network):
     """The folder is not whole yet: the load waits for who has the lock, and finds it whole then."""
     file = small_cifar10 / "cifar-10-batches-py" / "data_batch_3"
     content = file.read_bytes()
     file.write_bytes(content[:1000])
-    lock = open(small_cifar10 / "cifar10.lock", "w")  # noqa: SIM115 - closed by the other thread
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    locked = threading.Event()
 
-    def finish_unpacking() -> None:
-        file.write_bytes(content)
-        lock.close()
+    def unpack() -> None:
+        with FileLock(small_cifar10 / "cifar10.lock"):
+            locked.set()
+            time.sleep(0.5)
+            file.write_bytes(content)
 
-    timer = threading.Timer(0.5, finish_unpacking)
-    timer.start()
+    thread = threading.Thread(target=unpack)
+    thread.start()
+    locked.wait()
     assert len(load_image_set("cifar10", small_cifar10).images) == 65
-    timer.join()
+    thread.join()
+    assert not (small_cifar10 / "cifar10.lock").exists()
 
 
-def test_cifar10_with_a_damaged_file(small_cifar10, monkeypatch):
-    def no_network(*_, **__):
-        raise OSError("no route to host")
+@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize("names", [["data_batch_3"], ["data_batch_1", "test_batch"], ["batches.meta"]])
+def test_cifar10_with_a_missing_file(small_cifar10, no_network, names, download):
+    for name in names:
+        (small_cifar10 / "cifar-10-batches-py" / name).unlink()
+    listed = ", ".join(f"{name} is missing" for name in names)
+    attempt = r" and could not be downloaded \(no route to host\)" if download else ""
+    with pytest.raises(
+        FileNotFoundError, match=rf"cifar-10-batches-py is not whole{attempt}: {listed}; put a good copy"
+    ):
+        load_image_set("cifar10", small_cifar10, download=download)
+    assert [file.name for file in small_cifar10.iterdir()] == ["cifar-10-batches-py"]
 
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
-    file = small_cifar10 / "cifar-10-batches-py" / "data_batch_3"
+
+@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize("name", ["data_batch_3", "batches.meta"])
+def test_cifar10_with_a_damaged_file(small_cifar10, no_network, name, download):
+    file = small_cifar10 / "cifar-10-batches-py" / name
     content = bytearray(file.read_bytes())
-    content[2000] ^= 1
+    content[100] ^= 1
     file.write_bytes(content)
-    with pytest.raises(OSError, match=r"data_batch_3 is damaged .*good copy"):
-        load_image_set("cifar10", small_cifar10)
+    with pytest.raises(OSError, match=rf"not whole.*: {name} is damaged .*good copy") as error:
+        load_image_set("cifar10", small_cifar10, download=download)
+    assert type(error.value) is OSError
+    assert [file.name for file in small_cifar10.iterdir()] == ["cifar-10-batches-py"]
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "batches.meta"])
+def test_cifar10_is_mended_by_a_download(small_cifar10, monkeypatch, name):
+    file = small_cifar10 / "cifar-10-batches-py" / name
+    content = file.read_bytes()
+    file.unlink()
+    monkeypatch.setattr(data, "download_and_extract_archive", lambda *_, **__: file.write_bytes(content))
+    assert load_image_set("cifar10", small_cifar10).classes[3] == "cat"
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_file_in_place_of_the_folder(tmp_path, forbidden_network, download):
+    (tmp_path / "images").write_text("")
+    with pytest.raises(NotADirectoryError, match="images is a file, where the folder of CIFAR-10's files should be"):
+        load_image_set("cifar10", tmp_path / "images", download=download)
+
+
+def test_server_that_never_answers(tmp_path, monkeypatch):
+    """As a proxy, so that every address leads to it."""
+    monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.2)
+    for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    before = socket.getdefaulttimeout()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        hang_up = threading.Timer(30, listener.close)  # so that a load without a time-out fails, and does not hang
+        hang_up.daemon = True
+        hang_up.start()
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(FileNotFoundError, match=r"could not be downloaded \(.*timed out"):
+            load_image_set("cifar10", tmp_path)
+    assert socket.getdefaulttimeout() == before
+    assert not list(tmp_path.iterdir())
 
 
 def test_digits():

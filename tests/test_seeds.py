@@ -30,6 +30,20 @@ def test_last_32_bits_of_md5(seed):
     assert make_complex(seed) == as_number % 2**32
 
 
+@pytest.mark.parametrize("seed", [np.int64(1), np.uint8(1), np.str_("1")])
+def test_seeds_of_numpy(seed):
+    assert make_complex(seed) == 1869972635
+
+
+@pytest.mark.parametrize("seed", [True, np.True_, 1.0, None, b"1", [1], torch.tensor(1)])
+def test_what_is_no_seed(seed):
+    before = torch.get_rng_state()
+    for use in (make_complex, make_deterministic):
+        with pytest.raises(TypeError, match="a seed must be an integer or text, not " + type(seed).__name__):
+            use(seed)
+    assert os.environ["PYTHONHASHSEED"] == "random" and torch.equal(torch.get_rng_state(), before)
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers() | st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_seed(seed):
@@ -84,3 +98,25 @@ def test_random_states():
     assert draw() != expected
     set_random_states(states)
     assert draw() == expected
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3])
+def test_random_states_of_cuda(monkeypatch, num_devices):
+    """Two generators in place of those of two GPUs; then there are fewer GPUs, as many, or more."""
+    generators = [torch.Generator().manual_seed(n) for n in range(2)]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [generator.get_state() for generator in generators])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: generators[device].set_state(state))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_devices)
+    states = random_states()
+    expected, later = ([torch.rand(1, generator=generator) for generator in generators] for _ in range(2))
+    if num_devices == 1:
+        expected[1] = torch.rand(1, generator=generators[1].clone_state())  # as if it had been left alone
+    set_random_states(states)
+    assert [torch.rand(1, generator=generator) for generator in generators] == expected != later
+
+
+def test_cuda_that_was_never_used_stays_unused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", None)
+    assert random_states()["cuda"] == []

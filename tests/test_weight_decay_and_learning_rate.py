@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -99,6 +100,27 @@ def test_bad_c(c):
         adjust_weight_decay_and_learning_rate(nn.Linear(2, 2), c=c)
 
 
+@pytest.mark.parametrize("name", ["weight_decay", "learning_rate", "c"])
+@pytest.mark.parametrize("value", ["0.1", True, None, [1.0], torch.tensor(1.0)])
+def test_what_is_no_number(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a number, not "):
+        adjust_weight_decay_and_learning_rate(nn.Linear(2, 2), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "learning_rate"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), float("-inf")])
+def test_number_that_is_no_rate(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number of at least 0, not {value}"):
+        adjust_weight_decay_and_learning_rate(nn.Linear(2, 2), **{name: value})
+
+
+def test_numbers_of_numpy_and_zeros():
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    _, scales, weights = adjust_weight_decay_and_learning_rate(network, 0, np.float32(0.5), np.int64(2))
+    assert (scales["lr"], weights["lr"], weights["weight_decay"]) == (0.25, 0.5, 0)
+    assert all(group["lr"] == 0 for group in adjust_weight_decay_and_learning_rate(network, learning_rate=0))
+
+
 def test_type_decides_not_shape():
     class Network(nn.Module):
         def __init__(self):
@@ -148,10 +170,20 @@ def test_skip_list_never_raises_the_rate_of_a_scale():
     assert "1.bn1.weight" in names(network, scales)
 
 
-@pytest.mark.parametrize("skip_list", [["fc.weigth"], "fc.weight"])
-def test_skip_list_with_a_name_that_is_not_there(skip_list):
-    with pytest.raises(ValueError, match="skip_list names what is no parameter"):
+def test_skip_list_with_a_name_that_is_not_there():
+    with pytest.raises(ValueError, match=r"skip_list names what is no parameter of the network: fc\.weigth"):
+        adjust_weight_decay_and_learning_rate(nn.Linear(2, 2), skip_list=["fc.weigth"])
+
+
+@pytest.mark.parametrize("skip_list", ["weight", ""])
+def test_skip_list_that_is_a_text(skip_list):
+    with pytest.raises(TypeError, match=f"skip_list must be a list of names, not the text '{skip_list}'"):
         adjust_weight_decay_and_learning_rate(nn.Linear(2, 2), skip_list=skip_list)
+
+
+def test_skip_list_that_can_be_read_only_once():
+    [group] = adjust_weight_decay_and_learning_rate(nn.Linear(2, 2), skip_list=(name for name in ["weight"]))
+    assert group["weight_decay"] == 0
 
 
 def test_frozen_parameters_are_left_out():
