@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.datasets import CIFAR10
 from torchvision.transforms import Normalize
 
 from checkpoint import has_digest
-from data import ImageSet, load_image_set
+from data import CIFAR10_STATISTICS, ImageSet, load_image_set
 from networks import SIGMA_ACT, construct_network
 from results import Results, read_results, write_atomically
 from settings import DEFAULTS
@@ -38,8 +37,7 @@ def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLik
 
     Returns:
         A module from images, float (N, 3, H, W) with values in [0, 1], to logits (N, classes). Where the run's
-        `input_norm` is 'dataset', it normalizes the images first, with the statistics of the run's data set, which is
-        loaded for that: CIFAR-10 from FOLDER/images, downloaded where it is missing.
+        `input_norm` is 'dataset', it normalizes the images first, with the statistics of the run's data set.
 
     Raises:
         FileNotFoundError: one of the files is missing.
@@ -53,14 +51,13 @@ def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLik
         raise ValueError(f"{file} is not of a finished run")
     network = rebuild_network(run, weights_file or folder / "networks" / f"{settings['name'] or file.stem}-best.pt")
     if settings["input_norm"] == "dataset":
-        network = nn.Sequential(Normalize(*channel_statistics(settings["dataset"], folder / "images")), network).eval()
+        if settings["dataset"] == "cifar10":
+            statistics = CIFAR10_STATISTICS
+        else:
+            image_set = load_image_set(settings["dataset"])
+            statistics = image_set.mean, image_set.std
+        network = nn.Sequential(Normalize(*statistics), network).eval()
     return network
-
-
-def channel_statistics(dataset: str, folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the three channels of a data set's images; see `data.load_image_set`."""
-    image_set = load_image_set(dataset, folder, "cpu")
-    return image_set.mean, image_set.std
 
 
 def rebuild_network(run: Results, weights_file: str | os.PathLike) -> nn.Module:
@@ -236,16 +233,6 @@ def measure_run(run: Results, network: nn.Module, image_set: ImageSet, num_image
     return measure_normalized_values(network, images)
 
 
-def load_present_image_set(name: str, folder: Path) -> ImageSet:
-    """`data.load_image_set` on the CPU, but without a download: FileNotFoundError where CIFAR-10 is missing."""
-    if name == "cifar10":
-        try:
-            CIFAR10(folder, train=False)  # checks all files, also those of the training images
-        except RuntimeError:
-            raise FileNotFoundError(f"CIFAR-10 is missing in {folder}, or damaged") from None
-    return load_image_set(name, folder, "cpu")
-
-
 # --- both, for figures ----------------------------------------------------------------------------------------------
 
 
@@ -289,7 +276,7 @@ def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archiv
     save_batch_norms(archive, title, found.weights)
     try:
         [dataset] = {(DEFAULTS | run.settings)["dataset"] for run in runs.values()}
-        image_set = load_present_image_set(dataset, networks.parent / "images")
+        image_set = load_image_set(dataset, networks.parent / "images", download=False)
         measured = {setting: measure_run(run, trained[setting], image_set) for setting, run in runs.items()}
         found.normalized_values.update(measured)
     except (OSError, ValueError) as error:
