@@ -229,7 +229,7 @@ def recover_run(files: RunFiles, settings: argparse.Namespace) -> tuple[Results 
         return results, None
     state = load_checkpoint(files.checkpoint)
     results = results_so_far(state)
-    check_settings(files.results, results, settings)
+    check_settings(files.checkpoint, results, settings)
     if results.num_epochs < settings.num_epochs:
         with suppress(DamagedFileError):  # it is written anew
             finished = read_finished(files.results, settings)

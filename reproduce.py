@@ -24,6 +24,7 @@ from command_line import (
     as_typed,
     end,
     file_name,
+    folder,
     on_signals,
     one_line_endings,
     say,
@@ -70,7 +71,7 @@ def make_parser() -> Parser:
     flag("--device", help="device of every run (default: with --jobs, runs share out all GPUs; cpu without any)")
     flag("--list", action="store_true", help="print the commands of all runs instead of making them")
     report_help = "make no runs, only table and figures of the result files in FOLDER (default: results/ below --path)"
-    flag("--report", nargs="?", const="", metavar="FOLDER", help=report_help)
+    flag("--report", nargs="?", const=False, type=folder, metavar="FOLDER", help=report_help)
     return parser
 
 
@@ -139,11 +140,11 @@ from workers import ClusterError, describe, make_runs
 Runs = dict[str, dict[int, Results]]  # finished runs, by setting and seed
 
 
-def read_runs(planned: Sequence[PlannedRun], folder: Path, runs: Runs, failed: dict[str, str]) -> None:
+def read_runs(planned: Sequence[PlannedRun], results_folder: Path, runs: Runs, failed: dict[str, str]) -> None:
     """Put what is finished in a folder into `runs`; into `failed`, what is damaged or of another experiment."""
     for run in planned:
         try:
-            results = read_finished(folder / f"{run.settings.name}.csv", run.settings)
+            results = read_finished(results_folder / f"{run.settings.name}.csv", run.settings)
         except (ValueError, OSError) as error:
             failed[run.settings.name] = describe(error)
             continue
@@ -257,21 +258,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             device = ["--device", args.device] if args.device else []
             say(*(shlex.join(["python", "train.py", *run.flags, *device]) for run in args.runs))
             return
-        folder = Path(args.report or args.path / "results")
-        stem, restart = folder / args.name, args.runs[0].settings.restart
+        results = Path(args.report or args.path / "results")
+        stem, restart = results / args.name, args.runs[0].settings.restart
         runs, failed, stops = {name: {} for name in args.settings}, {}, []
         shared = flags.determining(args.runs[0].settings)
         shared = {name: value for name, value in shared.items() if name not in (*COMPARED, "seed")}
         in_table = read_table_size(stem, shared)
         if args.report is not None or not restart:
-            read_runs(args.runs, folder, runs, failed)
+            read_runs(args.runs, results, runs, failed)
         if args.report is None:
             if not args.scheduler:
                 check_here(args)
             stops = complete(args, runs, failed)
         finished = sum(map(len, runs.values()))
         if not finished and not failed and not stops:
-            raise ValueError(f"{folder} has no finished run of this experiment")
+            raise ValueError(f"{results} has no finished run of this experiment")
         comparisons = compare_all(runs, args.num_seeds)
         lines = [table(comparisons), *explain(args, runs, failed)]
         say(*lines, *mixed_circumstances(run for seeds in runs.values() for run in seeds.values()))
@@ -282,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not stops:
                 from figures import save_figures  # matplotlib is not needed where runs are made
 
-                _, missing = save_figures(stem, runs, folder.parent / "networks")
+                _, missing = save_figures(stem, runs, results.parent / "networks")
                 say(*missing)
         for name, reason in failed.items():
             print(f"reproduce.py: {name} failed: {reason}", file=sys.stderr)
