@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn, optim
 
-from circumstances import describe_run
+from circumstances import code_version, describe_run
 from command_line import on_signals
 from results import COLUMNS, DamagedFileError, Results, read_results, write_atomically, write_results
 from seeds import random_states, set_random_states
@@ -42,8 +42,8 @@ class Run:
     Args:
         settings: what `train.parse` returns.
         stops: numbers of signals that have arrived, also while the run goes on: from `resume` on, the first one ends
-            the run between two steps with KeyboardInterrupt, never in the middle of saving it. SIGINT and SIGTERM of
-            this process are added to it.
+            the run between two steps with KeyboardInterrupt, never in the middle of saving it. Those of this
+            process are added to it.
 
     Raises:
         BlockingIOError: another process works on the same run (on entry, like the others).
@@ -65,6 +65,7 @@ class Run:
     def __enter__(self) -> "Run":
         with ExitStack() as contexts:
             contexts.enter_context(lock_run(self.files))
+            code_version()  # as it is now: it may be changed while the run goes on
             if not self.settings.restart:
                 self.results, self.state = recover_run(self.files, self.settings)
                 self.saved_state = self.state
@@ -130,6 +131,8 @@ class Run:
             **{name: copy.deepcopy(part.state_dict()) for name, part in self.parts.items()},
             "random": random_states(),
         }
+        if self.saved_state is None:  # the results of a run that this one replaces must not stand beside its checkpoint
+            self.files.results.unlink(missing_ok=True)
         if self.finished or time.monotonic() - self.last_save > self.settings.checkpoint_seconds:
             save_run(self.files, self.state)
             self.saved_state, self.last_save = self.state, time.monotonic()
@@ -224,10 +227,17 @@ def recover_run(files: RunFiles, settings: argparse.Namespace) -> tuple[Results 
         results = read_finished(files.results, settings)
         if results is None and files.results.exists():
             raise FileExistsError(
-                f"{files.results} is of an unfinished run, but there is no {files.checkpoint} to resume from: {REMEDY}"
+                f"{files.results} has fewer than {settings.num_epochs} epochs, but there is no {files.checkpoint} to"
+                f" resume from: {REMEDY}"
             )
         return results, None
-    state = load_checkpoint(files.checkpoint)
+    try:
+        state = load_checkpoint(files.checkpoint)
+    except ValueError:  # a run that is finished does not need it
+        with suppress(DamagedFileError):
+            if (results := read_finished(files.results, settings)) is not None:
+                return results, None
+        raise
     results = results_so_far(state)
     check_settings(files.checkpoint, results, settings)
     if results.num_epochs < settings.num_epochs:

@@ -96,7 +96,8 @@ def answer_at_once(program: str, parse: Callable[[], object]) -> None:
         os.write(2, f"{program}: stopped before it began\n".encode())
         os._exit(128 + number)
 
-    signal.signal(signal.SIGINT, end_now)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is for a command in the background of a script
+        signal.signal(signal.SIGINT, end_now)
     open_streams()
     try:
         parse()
@@ -105,10 +106,12 @@ def answer_at_once(program: str, parse: Callable[[], object]) -> None:
 
 
 def open_streams() -> None:
-    """Let what is printed go nowhere where a command was started without standard output or standard error."""
+    """Let printing fail neither where a stream is closed, nor where its encoding lacks a letter such as γ or ±."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lives
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(*lines: object) -> None:
@@ -124,6 +127,11 @@ def say(*lines: object) -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def how_to_resume(again: str) -> str:
+    """What to say where a signal stops a command that saves what it has done."""
+    return f"stopped; the epochs that are done are saved: run the same command {again} to resume"
 
 
 def end(code: int, message: str, program: str) -> NoReturn:

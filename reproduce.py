@@ -25,6 +25,7 @@ from command_line import (
     end,
     file_name,
     folder,
+    how_to_resume,
     on_signals,
     one_line_endings,
     say,
@@ -289,8 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"reproduce.py: {name} failed: {reason}", file=sys.stderr)
     if stops:
         again = "without --restart" if restart else "again"
-        message = f"stopped; the epochs that are done are saved: run the same command {again} to resume"
-        end(128 + stops[0], message, "reproduce.py")
+        end(128 + stops[0], how_to_resume(again), "reproduce.py")
     if failed:
         sys.exit(1)
 

@@ -43,7 +43,7 @@ class Results:
     @property
     def finished(self) -> bool:
         """Whether the run has made all the epochs it was to make."""
-        return self.num_epochs >= self.settings["num_epochs"]
+        return self.num_epochs >= self.settings.get("num_epochs", math.inf)
 
     @property
     def best_row(self) -> int:

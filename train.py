@@ -16,7 +16,7 @@ from operator import add
 from typing import Any
 
 import settings as flags
-from command_line import FlagError, answer_at_once, one_line_endings, say
+from command_line import FlagError, answer_at_once, how_to_resume, one_line_endings, say
 
 if __name__ == "__main__":
     answer_at_once("train.py", flags.parse)  # before torch is imported, which takes seconds
@@ -73,14 +73,7 @@ def train(
             for split in ("train", "val", "test")
         )
 
-        network = construct_network(
-            settings.network,
-            len(image_set.classes),
-            settings.dataset,
-            settings.bn_weight,
-            settings.input_norm,
-            settings.stem,
-        )
+        network = construct_network(settings.network, len(image_set.classes), **network_arguments(settings))
         network.to(settings.device)
         speed_up(network, settings.precision, settings.compile)
         parameters = adjust_weight_decay_and_learning_rate(
@@ -224,22 +217,24 @@ def find_device(name: str | None) -> torch.device:
 
 def main(argv: Sequence[str] | None = None) -> Results:
     """The command line; see `one_line_endings` for its exit codes. Returns the results of the run."""
-    settings = None
+    settings, files, began = None, None, time.time()
 
     def stopped() -> str:
-        again = "without --restart" if settings and settings.restart else "again"
-        return f"stopped; the epochs that are done are saved: run the same command {again} to resume"
+        replaced = (
+            settings and settings.restart and files.checkpoint.exists() and files.checkpoint.stat().st_mtime > began
+        )
+        return how_to_resume("without --restart" if replaced else "again")
 
     with one_line_endings("train.py", stopped):
         settings = parse(argv)
+        files = flags.run_files(settings.path, settings.name)
         results = train(settings, say, show_bar=sys.stderr.isatty())
-    files = flags.run_files(settings.path, settings.name)
-    weights = f", weights in {files.best_weights}" if files.best_weights.exists() else ""
-    say(
-        f"best epoch {results.best_epoch}: val accuracy {results.val_accuracy:.3f} %,"
-        f" test accuracy {results.test_accuracy:.3f} %, {results.settings['seconds']:.1f} seconds;"
-        f" numbers in {files.results}{weights}"
-    )
+        weights = f", weights in {files.best_weights}" if files.best_weights.exists() else ""
+        say(
+            f"best epoch {results.best_epoch}: val accuracy {results.val_accuracy:.3f} %,"
+            f" test accuracy {results.test_accuracy:.3f} %, {results.settings.get('seconds')} seconds;"
+            f" numbers in {files.results}{weights}"
+        )
     return results
 
 

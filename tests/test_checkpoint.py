@@ -184,6 +184,14 @@ def test_sigterm_again_while_saving_changes_nothing(tmp_path, monkeypatch):
     assert stops == [signal.SIGTERM]
 
 
+def test_restarted_run_that_is_stopped_before_it_has_replaced_the_old_one(tmp_path, monkeypatch, capsys):
+    run(tmp_path, "--num_epochs", "1")
+    stop_in_epoch(1, monkeypatch)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--num_epochs", "1", "--restart")
+    assert "run the same command again to resume" in capsys.readouterr().err
+
+
 def test_stopped_run_with_restart_says_how_to_go_on(tmp_path, capsys):
     """Giving the same command once more would start over."""
     assert signal_in_epoch(tmp_path, 3, signal.SIGTERM, "--restart") == 143
@@ -358,6 +366,40 @@ def test_restart_replaces_the_old_run_after_its_first_epoch(tmp_path, monkeypatc
     assert same(outcome(tmp_path), outcome(tmp_path / "new"))
 
 
+@pytest.mark.parametrize("other", [[], ["--seed", "2"]], ids=["same settings", "other settings"])
+def test_restart_that_dies_while_its_first_epoch_is_saved(tmp_path, monkeypatch, other):
+    """The old run's finished result file must not be taken for the new run's."""
+    run(tmp_path, "--num_epochs", "2")
+    before = (tmp_path / "results" / "x.csv").read_bytes()
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_results", die)
+        with pytest.raises(SystemExit):
+            run(tmp_path, "--num_epochs", "2", *other, "--restart")
+    made = []
+    whole = train.train_one_epoch
+    monkeypatch.setattr(train, "train_one_epoch", lambda *arguments: made.append(1) or whole(*arguments))
+    results = run(tmp_path, "--num_epochs", "2", *other)
+    assert len(made) == 1  # the second epoch
+    assert results.settings["seed"] == (2 if other else 1) and before
+    run(tmp_path / "alone", "--num_epochs", "2", *other)
+    assert same(outcome(tmp_path), outcome(tmp_path / "alone"))
+
+
+def test_finished_run_does_not_need_its_checkpoint(tmp_path, monkeypatch, capsys, fails):
+    run(tmp_path, "--num_epochs", "2")
+    (tmp_path / "networks" / "x-last.pt").write_bytes(b"damaged")
+    monkeypatch.setattr(train, "train_one_epoch", None)
+    capsys.readouterr()
+    run(tmp_path, "--num_epochs", "2")
+    assert capsys.readouterr().out.startswith("x is finished already\n")
+    (tmp_path / "results" / "x.csv").unlink()
+    assert "x-last.pt is cut short, damaged" in fails(tmp_path, "--num_epochs", "2")
+
+
 def test_result_file_without_its_checkpoint(tmp_path, monkeypatch, fails):
     with monkeypatch.context() as patch:
         stop_in_epoch(3, patch)
@@ -365,7 +407,7 @@ def test_result_file_without_its_checkpoint(tmp_path, monkeypatch, fails):
             run(tmp_path)
     (tmp_path / "networks" / "x-last.pt").unlink()
     line = fails(tmp_path)
-    assert "x.csv is of an unfinished run, but there is no" in line and "--restart" in line
+    assert "x.csv has fewer than 4 epochs, but there is no" in line and "--restart" in line
 
 
 def test_finished_result_file_from_another_place(alone, tmp_path, monkeypatch, capsys):
@@ -595,14 +637,17 @@ def test_checkpoint_with_any_byte_changed(small_checkpoint):
             load_checkpoint(small_checkpoint)
 
 
-def test_checkpoint_of_a_real_run_damaged(tmp_path, fails):
-    run(tmp_path, "--num_epochs", "1")
+def test_checkpoint_of_a_real_run_damaged(tmp_path, monkeypatch, fails):
+    with monkeypatch.context() as patch:
+        stop_in_epoch(2, patch)
+        with pytest.raises(SystemExit):
+            run(tmp_path, "--num_epochs", "2")
     file = tmp_path / "networks" / "x-last.pt"
     whole = bytearray(file.read_bytes())
     whole[len(whole) // 2] ^= 1  # in the middle of a weight
     file.write_bytes(whole)
-    assert "x-last.pt is cut short, damaged" in fails(tmp_path, "--num_epochs", "1")
-    run(tmp_path, "--num_epochs", "1", "--restart")
+    assert "x-last.pt is cut short, damaged" in fails(tmp_path, "--num_epochs", "2")
+    run(tmp_path, "--num_epochs", "2", "--restart")
 
 
 def test_checkpoint_of_another_version(small_checkpoint, monkeypatch):

@@ -133,3 +133,10 @@ def test_error_ends_a_command_in_one_line(capsys, error, line):
 def test_mistake_of_the_program_keeps_its_traceback():
     with pytest.raises(KeyError), one_line_endings("x.py"):
         raise KeyError("a mistake")
+
+
+def test_letters_that_a_stream_does_not_know():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import command_line as c; c.open_streams(); c.say('γ ± 1')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "\\u03b3 \\xb1 1\n")
