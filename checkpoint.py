@@ -80,7 +80,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to train."""
-        return self.results is not None and self.results.num_epochs >= self.settings.num_epochs
+        return self.results is not None and self.results.has_made(self.settings.num_epochs)
 
     @property
     def epochs(self) -> range:
@@ -240,7 +240,7 @@ def recover_run(files: RunFiles, settings: argparse.Namespace) -> tuple[Results 
         raise
     results = results_so_far(state)
     check_settings(files.checkpoint, results, settings)
-    if results.num_epochs < settings.num_epochs:
+    if not results.has_made(settings.num_epochs):
         with suppress(DamagedFileError):  # it is written anew
             finished = read_finished(files.results, settings)
             if finished is not None:  # in another place, and the file was put here
@@ -263,7 +263,7 @@ def read_finished(file: Path, settings: argparse.Namespace) -> Results | None:
     except DamagedFileError as error:
         raise DamagedFileError(f"{error}: {REMEDY}") from None
     check_settings(file, results, settings)
-    return results if results.num_epochs >= settings.num_epochs else None
+    return results if results.has_made(settings.num_epochs) else None
 
 
 def check_settings(file: Path, earlier: Results, settings: argparse.Namespace) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 import torchvision
 
-from results import Results, Setting
-from settings import determining
+from results import Results
+from settings import Value, determining
 
 
-def describe_run(settings: argparse.Namespace, seconds: float, earlier: Results | None) -> dict[str, Setting]:
+def describe_run(settings: argparse.Namespace, seconds: float, earlier: Results | None) -> dict[str, Value]:
     """The settings of a run and what else its numbers depend on, for the result file.
 
     Where a run was resumed in another place, the file names both.

@@ -47,7 +47,7 @@ def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLik
     folder = file.parent.parent
     run = read_results(file)
     settings = DEFAULTS | run.settings
-    if not isinstance(settings["num_epochs"], int) or run.num_epochs < settings["num_epochs"]:
+    if not run.finished:
         raise ValueError(f"{file} is not of a finished run")
     network = rebuild_network(run, weights_file or folder / "networks" / f"{settings['name'] or file.stem}-best.pt")
     if settings["input_norm"] == "dataset":

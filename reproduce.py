@@ -136,7 +136,7 @@ from tqdm import tqdm
 from checkpoint import lock_run, read_finished
 from results import Results, read_table_size, write_table
 from t_test import NARROW_TABLE_COLUMNS, Comparison, compare_all, mixed_circumstances, table
-from workers import ClusterError, describe, make_runs
+from workers import ClusterError, in_one_line, make_runs
 
 Runs = dict[str, dict[int, Results]]  # finished runs, by setting and seed
 
@@ -147,7 +147,7 @@ def read_runs(planned: Sequence[PlannedRun], results_folder: Path, runs: Runs, f
         try:
             results = read_finished(results_folder / f"{run.settings.name}.csv", run.settings)
         except (ValueError, OSError) as error:
-            failed[run.settings.name] = describe(error)
+            failed[run.settings.name] = in_one_line(error)
             continue
         if results is not None:
             runs[run.setting][run.settings.seed] = results

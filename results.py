@@ -15,11 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from settings import DEFAULTS, WITHOUT_EFFECT
+from settings import DEFAULTS, WITHOUT_EFFECT, Value
 
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "test_accuracy")
-
-Setting = str | int | float | bool | None
 
 
 @dataclass
@@ -32,7 +30,7 @@ class Results:
             cross-entropies, `train_loss` the mean over batches, `val_loss` over images; the accuracies are in percent.
     """
 
-    settings: dict[str, Setting]
+    settings: dict[str, Value]
     columns: dict[str, np.ndarray]
 
     @property
@@ -43,7 +41,11 @@ class Results:
     @property
     def finished(self) -> bool:
         """Whether the run has made all the epochs it was to make."""
-        return self.num_epochs >= self.settings.get("num_epochs", math.inf)
+        return self.has_made(self.settings.get("num_epochs", math.inf))
+
+    def has_made(self, num_epochs: float) -> bool:
+        """Whether a run of that many epochs would be finished with this."""
+        return self.num_epochs >= num_epochs
 
     @property
     def best_row(self) -> int:
@@ -99,7 +101,7 @@ def read_results(file: str | os.PathLike) -> Results:
         FileNotFoundError: there is no such file.
         DamagedFileError: what is in it cannot have come from a run; the message names the line.
     """
-    settings: dict[str, Setting] = {}
+    settings: dict[str, Value] = {}
     header = None
     rows = []
     *lines, rest = Path(file).read_bytes().replace(b"\r\n", b"\n").split(b"\n")
@@ -131,7 +133,7 @@ def read_results(file: str | os.PathLike) -> Results:
     return Results(settings, {name: np.array(c, dtype=t) for name, c, t in zip(COLUMNS, columns, types, strict=True)})
 
 
-def write_table(stem: Path, settings: Mapping[str, Setting], rows: Sequence[Mapping[str, Setting]], text: str) -> None:
+def write_table(stem: Path, settings: Mapping[str, Value], rows: Sequence[Mapping[str, Value]], text: str) -> None:
     """Write the table of an experiment as STEM.csv, below the settings that its runs share, and `text` as STEM.md.
 
     Args:
@@ -152,7 +154,7 @@ def write_table(stem: Path, settings: Mapping[str, Setting], rows: Sequence[Mapp
     write_atomically(stem.with_name(f"{stem.name}.md"), f"{text}\n".encode())
 
 
-def read_table_size(stem: Path, settings: Mapping[str, Setting]) -> int:
+def read_table_size(stem: Path, settings: Mapping[str, Value]) -> int:
     """How many finished runs are in the table STEM.csv, which is of these settings; 0 where there is none.
 
     Raises:
@@ -174,11 +176,11 @@ def read_table_size(stem: Path, settings: Mapping[str, Setting]) -> int:
     return finished
 
 
-def check_setting(key: str, value: Setting) -> None:
+def check_setting(key: str, value: Value) -> None:
     """ValueError where `key` is not an identifier, or `value` not what the flag of this name can have."""
     if not key.isidentifier():
         raise ValueError(f"the name of a setting must be an identifier, not {key!r}")
-    if not isinstance(value, Setting):
+    if not isinstance(value, Value):
         raise ValueError(f"a setting must be text, a number, a bool or None, not {value!r}")
     default = DEFAULTS.get(key)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
@@ -187,7 +189,7 @@ def check_setting(key: str, value: Setting) -> None:
         raise ValueError(f"the setting {key} must be like {default!r}, not {value!r}")
 
 
-def check_row(row: Sequence[float], number: int, settings: Mapping[str, Setting]) -> None:
+def check_row(row: Sequence[float], number: int, settings: Mapping[str, Value]) -> None:
     """ValueError where a run with these settings cannot have had these numbers (of `COLUMNS`) in epoch `number`."""
     epoch, *losses, val_accuracy, test_accuracy = row
     possible = (
@@ -201,14 +203,14 @@ def check_row(row: Sequence[float], number: int, settings: Mapping[str, Setting]
         raise ValueError(f"these cannot be the numbers of epoch {number}: {', '.join(map(repr, row))}")
 
 
-def to_text(value: Setting) -> str:
+def to_text(value: Value) -> str:
     """A setting's value in the file: JSON, but text stands without quotes where it reads back as the same text."""
     if isinstance(value, str) and value and value.isprintable() and value == value.strip() == from_text(value):
         return value
     return json.dumps(value)
 
 
-def from_text(text: str) -> Setting:
+def from_text(text: str) -> Value:
     """The setting that `to_text` wrote."""
     try:
         return json.loads(text)

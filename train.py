@@ -86,7 +86,7 @@ def train(
             scheduler = optim.lr_scheduler.ConstantLR(optimizer, factor=1)
 
         run.resume(network, optimizer, scheduler)
-        for line in describe(run, network, train_batches, val_batches, test_batches):
+        for line in introduce(run, network, train_batches, val_batches, test_batches):
             report(line)
         num_images, num_epochs = train_batches.num_images, settings.num_epochs
         images = {"total": num_epochs * num_images, "initial": (run.epochs[0] - 1) * num_images}
@@ -167,7 +167,7 @@ def check_finite(loss: float, what: str) -> None:
         raise FloatingPointError(f"{what} is {loss}: the training has diverged; try a smaller --learning_rate")
 
 
-def describe(run: Run, network: nn.Module, *splits: Batches) -> list[str]:
+def introduce(run: Run, network: nn.Module, *splits: Batches) -> list[str]:
     """What a run does, in a line, with a second one where it is resumed and one where its first accuracies mislead."""
     settings, steps = run.settings, len(splits[0])
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6

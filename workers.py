@@ -111,10 +111,10 @@ def make_run(settings: argparse.Namespace, device: str | None, stops: list[int])
     except KeyboardInterrupt as stop:
         return int(stop.args[0] if stop.args else signal.SIGINT)
     except Exception as error:  # whatever it is, the other runs go on
-        return describe(error)
+        return in_one_line(error)
 
 
-def describe(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     """An error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
@@ -209,7 +209,7 @@ def outcome_of(future: "Future") -> Outcome | None:
     except CancelledError:
         raise
     except Exception as error:
-        return describe(error)
+        return in_one_line(error)
 
 
 @contextmanager
@@ -278,7 +278,7 @@ def find_problem(client: "Client", workers: Collection[str], path: Path) -> str 
         path.mkdir(parents=True, exist_ok=True)
         probe.touch()
     except OSError as error:
-        return describe(error)
+        return in_one_line(error)
     try:
         seen = ask(client.run, Path.exists, probe, workers=list(workers), on_error="return")
     finally:
