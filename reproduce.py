@@ -63,7 +63,7 @@ def make_parser() -> Parser:
     seeds_help = "such as 1-15 or 1 2 5-7 (default: 1-15)"
     default = [{name: PAPER[name]} for name in ("baseline", "proposed")]
     flag("--settings", nargs="+", default=default, type=named_setting, metavar="SETTING", help=settings_help)
-    flag("--bn_weights", nargs="+", default=[], type=float, metavar="γ", help="proposed, with each of these bn_weights")
+    flag("--bn_weights", nargs="+", default=[], type=flags.positive, metavar="γ", help="proposed, with each of these")
     flag("--seeds", nargs="+", default=[seed_range("1-15")], type=seed_range, metavar="SEEDS", help=seeds_help)
     flag("--name", default="", type=file_name, help="beginning of all file names (default: made from the settings)")
     flag("--jobs", default=1, type=whole(1), help="runs at a time on this machine (default: %(default)s)")

@@ -37,6 +37,8 @@ PAPER = {  # what it compares, by name
     "rate": {"bn_weight": 1.0, "c": 100.0, "input_norm": "bn"},
     "input": {"bn_weight": 1.0, "c": 1.0, "input_norm": "bn"},
 }
+# from 1e-30 to 1e30: what float32 can hold, with room for a product of two
+positive = number("a number from 1e-30 to 1e30", lambda x: 1e-30 <= x <= 1e30)
 WITHOUT_EFFECT = ("path", "name", "device", "checkpoint_seconds", "restart")  # flags that leave a run's numbers alone
 
 
@@ -48,8 +50,6 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     flag = parser.add_argument
-    # from 1e-30 to 1e30: what float32 can hold, with room for a product of two
-    positive = number("a number from 1e-30 to 1e30", lambda x: 1e-30 <= x <= 1e30)
     not_negative = number("0 or a number from 1e-30 to 1e30", lambda x: x == 0 or 1e-30 <= x <= 1e30)
     fraction = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
     reduction = number("0 or 1 (no reduction) or a number from 1 to 1e30", lambda x: x == 0 or 1 <= x <= 1e30)

@@ -126,6 +126,7 @@ def test_commands_for_another_machine(tmp_path, monkeypatch, capsys):
         (["--settings", ":c=5"], "needs a name of its own"),
         (["--settings", "init", "a:c=1"], "two of init, a are the same"),
         (["--settings", "a:c=2", "a:c=3"], "two of a, a are the same"),
+        (["--bn_weights", "0.1", "nan"], "argument --bn_weights: must be a number from 1e-30 to 1e30, not 'nan'"),
         (["--seeds", "3-1"], "not '3-1'"),
         (["--seeds", "one"], "not 'one'"),
         (["--seeds", "88265-999999999"], "seeds above 88265 repeat the draws"),
