@@ -10,6 +10,7 @@ import argparse
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from operator import add
@@ -206,7 +207,8 @@ def find_device(name: str | None) -> torch.device:
     """The device of that name, by default the accelerator that torch finds, else the CPU. FlagError if missing."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     try:
-        device = torch.device(name if name is not None else accelerator or "cpu")
+        with warnings.catch_warnings(action="ignore"):  # what torch says of 'mkldnn', beside the error
+            device = torch.device(name if name is not None else accelerator or "cpu")
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises differs by device
         found = ["cpu", *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()) if accelerator)]

@@ -356,6 +356,7 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
         ("--device", "meta", "is not one of cpu ("),
         ("--device", "xpu", "is not one of cpu ("),
         ("--device", "hpu", "is not one of cpu ("),
+        ("--device", "mkldnn", "is not one of cpu ("),
         ("--dataset", "", "choose from"),
         ("--dataset", "mnist", "choose from"),
         ("--dataset", "CIFAR10", "choose from"),
