@@ -18,7 +18,7 @@ from checkpoint import has_digest
 from data import CIFAR10_STATISTICS, ImageSet, load_image_set
 from networks import SIGMA_ACT, construct_network
 from results import Results, read_results, write_atomically
-from settings import DEFAULTS
+from settings import DEFAULTS, run_files
 
 Weights = Mapping[str, Any]  # a state_dict, or arrays under the same names
 
@@ -49,7 +49,7 @@ def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLik
     settings = DEFAULTS | run.settings
     if not run.finished:
         raise ValueError(f"{file} is not of a finished run")
-    network = rebuild_network(run, weights_file or folder / "networks" / f"{settings['name'] or file.stem}-best.pt")
+    network = rebuild_network(run, weights_file or run_files(folder, settings["name"] or file.stem).best_weights)
     if settings["input_norm"] == "dataset":
         if settings["dataset"] == "cifar10":
             statistics = CIFAR10_STATISTICS

@@ -71,6 +71,14 @@ def stop_in_epoch(epoch_to_stop: int, monkeypatch, error: BaseException = Keyboa
     monkeypatch.setattr(train, "train_one_epoch", part_of_epoch)
 
 
+def run_into_stop(epoch: int, monkeypatch, path: Path, *flags: str) -> None:
+    """A run in this process that stops within an epoch; further ones do not."""
+    with monkeypatch.context() as patch:
+        stop_in_epoch(epoch, patch)
+        with pytest.raises(SystemExit):
+            run(path, *flags)
+
+
 # --- going on -------------------------------------------------------------------------------------------------------
 
 
@@ -95,10 +103,7 @@ def test_stopped_and_continued_run_is_the_same_to_the_last_bit(
 def test_stopped_run_in_bfloat16(tmp_path, monkeypatch):
     flags = ["--precision", "bfloat16"]
     run(tmp_path / "alone", *flags)
-    with monkeypatch.context() as patch:
-        stop_in_epoch(3, patch)
-        with pytest.raises(SystemExit):
-            run(tmp_path / "stopped", *flags)
+    run_into_stop(3, monkeypatch, tmp_path / "stopped", *flags)
     run(tmp_path / "stopped", *flags)
     assert same(outcome(tmp_path / "stopped"), outcome(tmp_path / "alone"))
 
@@ -248,10 +253,7 @@ def test_result_file_is_finished_only_after_the_weights(tmp_path, monkeypatch):
 
 
 def test_seconds_add_up_over_restarts(tmp_path, monkeypatch, now):
-    with monkeypatch.context() as patch:
-        stop_in_epoch(3, patch)
-        with pytest.raises(SystemExit):
-            run(tmp_path)
+    run_into_stop(3, monkeypatch, tmp_path)
     now[0] += 1000
     assert run(tmp_path).settings["seconds"] == 4
 
@@ -259,10 +261,7 @@ def test_seconds_add_up_over_restarts(tmp_path, monkeypatch, now):
 @pytest.mark.parametrize("file", ["networks/x-best.pt", "results/x.csv"])
 def test_killed_after_the_last_checkpoint(alone, tmp_path, monkeypatch, file):
     """What the last save could not write any more is mended, and nothing is trained again."""
-    with monkeypatch.context() as patch:
-        stop_in_epoch(3, patch)
-        with pytest.raises(SystemExit):
-            run(tmp_path)
+    run_into_stop(3, monkeypatch, tmp_path)
     before_the_save = (tmp_path / file).read_bytes()
     run(tmp_path)
     (tmp_path / file).write_bytes(before_the_save)
@@ -350,16 +349,10 @@ def test_restart_replaces_the_old_run_after_its_first_epoch(tmp_path, monkeypatc
     run(tmp_path, "--num_epochs", "2")
     before = outcome(tmp_path)
     other = ["--num_epochs", "2", "--seed", "2"]
-    with monkeypatch.context() as patch:
-        stop_in_epoch(1, patch)
-        with pytest.raises(SystemExit):
-            run(tmp_path, *other, "--restart")
+    run_into_stop(1, monkeypatch, tmp_path, *other, "--restart")
     assert same(outcome(tmp_path), before)
 
-    with monkeypatch.context() as patch:
-        stop_in_epoch(2, patch)
-        with pytest.raises(SystemExit):
-            run(tmp_path, *other, "--restart")
+    run_into_stop(2, monkeypatch, tmp_path, *other, "--restart")
     results = run(tmp_path, *other)
     assert results.settings["seed"] == 2
     run(tmp_path / "new", *other)
@@ -401,10 +394,7 @@ def test_finished_run_does_not_need_its_checkpoint(tmp_path, monkeypatch, capsys
 
 
 def test_result_file_without_its_checkpoint(tmp_path, monkeypatch, fails):
-    with monkeypatch.context() as patch:
-        stop_in_epoch(3, patch)
-        with pytest.raises(SystemExit):
-            run(tmp_path)
+    run_into_stop(3, monkeypatch, tmp_path)
     (tmp_path / "networks" / "x-last.pt").unlink()
     line = fails(tmp_path)
     assert "x.csv has fewer than 4 epochs, but there is no" in line and "--restart" in line
@@ -412,10 +402,7 @@ def test_result_file_without_its_checkpoint(tmp_path, monkeypatch, fails):
 
 def test_finished_result_file_from_another_place(alone, tmp_path, monkeypatch, capsys):
     """The checkpoint that was left here is older, and must not undo it."""
-    with monkeypatch.context() as patch:
-        stop_in_epoch(3, patch)
-        with pytest.raises(SystemExit):
-            run(tmp_path)
+    run_into_stop(3, monkeypatch, tmp_path)
     file = tmp_path / "results" / "x.csv"
     shutil.copy(alone / "results" / "x.csv", file)
     capsys.readouterr()
@@ -425,10 +412,7 @@ def test_finished_result_file_from_another_place(alone, tmp_path, monkeypatch, c
 
 
 def test_finished_result_file_of_other_settings_beside_a_checkpoint(alone, tmp_path, monkeypatch, fails):
-    with monkeypatch.context() as patch:
-        stop_in_epoch(3, patch)
-        with pytest.raises(SystemExit):
-            run(tmp_path)
+    run_into_stop(3, monkeypatch, tmp_path)
     file = tmp_path / "results" / "x.csv"
     shutil.copy(alone / "results" / "x.csv", file)
     file.write_text(file.read_text().replace("# momentum: 0.9\n", "# momentum: 0.5\n"))
@@ -490,10 +474,7 @@ def test_damaged_result_file_without_its_checkpoint(tmp_path, fails):
 
 
 def test_run_that_goes_on_elsewhere_names_both_places(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_in_epoch(2, patch)
-        with pytest.raises(SystemExit):
-            run(tmp_path)
+    run_into_stop(2, monkeypatch, tmp_path)
     monkeypatch.setattr(circumstances.platform, "machine", lambda: "another machine")
     here, there = (results.settings["machine"] for results in (read_results(tmp_path / "results/x.csv"), run(tmp_path)))
     assert there.startswith(f"{here}, then another machine with ")
@@ -638,10 +619,7 @@ def test_checkpoint_with_any_byte_changed(small_checkpoint):
 
 
 def test_checkpoint_of_a_real_run_damaged(tmp_path, monkeypatch, fails):
-    with monkeypatch.context() as patch:
-        stop_in_epoch(2, patch)
-        with pytest.raises(SystemExit):
-            run(tmp_path, "--num_epochs", "2")
+    run_into_stop(2, monkeypatch, tmp_path, "--num_epochs", "2")
     file = tmp_path / "networks" / "x-last.pt"
     whole = bytearray(file.read_bytes())
     whole[len(whole) // 2] ^= 1  # in the middle of a weight

@@ -27,13 +27,17 @@ def run_command(*argv: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
 
 
-@pytest.mark.parametrize("command", ["train.py", "reproduce.py", "t_test.py", "figures.py"])
-def test_help_and_wrong_flags_are_answered_before_the_slow_imports(command):
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [("train.py", "--bn_weight"), ("reproduce.py", "--seeds"), ("t_test.py", "--proposed"), ("figures.py", "--output")],
+)
+def test_help_and_wrong_flags_are_answered_before_the_slow_imports(command, flag):
     shown = run_command(command, "--help")
-    assert shown.returncode == 0 and shown.stdout.startswith(f"usage: {command}")
+    assert shown.returncode == 0 and shown.stdout.startswith(f"usage: {command}") and flag in shown.stdout
     wrong = run_command(command, "--nonsense", "1")
     assert wrong.returncode == 2 and wrong.stdout == ""
     assert wrong.stderr.startswith(f"{command}: error: ") and wrong.stderr.count("\n") == 1
+    assert command in ("train.py", "reproduce.py") or flag in wrong.stderr  # which it needs
     assert (
         "ModuleNotFoundError"
         in run_command(

@@ -1,8 +1,6 @@
 import errno
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -227,20 +225,6 @@ def test_signals_end_it_in_one_line(number, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         figures.main(["a.csv", "--output", "x"])
     assert (stop.value.code, capsys.readouterr().err) == (128 + number, "figures.py: stopped\n")
-
-
-@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--wrong", 2)])
-def test_answers_at_once(flag, code):
-    """What takes long to import is not there to be imported."""
-    run = (
-        "import runpy, sys; sys.modules |= dict.fromkeys(('torch', 'numpy', 'scipy', 'matplotlib'));"
-        "runpy.run_path('figures.py', run_name='__main__')"
-    )
-    folder = Path(figures.__file__).parent
-    done = subprocess.run([sys.executable, "-c", run, flag], cwd=folder, capture_output=True, text=True)
-    answer = done.stderr if code else done.stdout
-    assert (done.returncode, "--output" in answer, "Traceback" in answer) == (code, True, False)
-    assert not code or done.stderr.count("\n") == 1
 
 
 def test_needs_no_display(tmp_path, monkeypatch, capsys):

@@ -263,20 +263,6 @@ def test_signals_end_it_in_one_line(number, monkeypatch, capsys):
     assert (stop.value.code, capsys.readouterr().err) == (128 + number, "t_test.py: stopped\n")
 
 
-@pytest.mark.parametrize(("flag", "code"), [("--help", 0), ("--wrong", 2)])
-def test_answers_at_once(flag, code):
-    """What takes long to import is not there to be imported."""
-    run = (
-        "import runpy, sys; sys.modules |= dict.fromkeys(('torch', 'numpy', 'scipy', 'matplotlib'));"
-        "runpy.run_path('t_test.py', run_name='__main__')"
-    )
-    folder = Path(t_test.__file__).parent
-    done = subprocess.run([sys.executable, "-c", run, flag], cwd=folder, capture_output=True, text=True)
-    answer = done.stderr if code else done.stdout
-    assert (done.returncode, "--proposed" in answer, "Traceback" in answer) == (code, True, False)
-    assert not code or done.stderr.count("\n") == 1
-
-
 def test_imports_neither_torch_nor_matplotlib():
     check = "import sys, t_test; sys.exit(bool({'torch', 'matplotlib'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", check], cwd=Path(t_test.__file__).parent, check=True)
