@@ -5,30 +5,30 @@ a batch is one gather, one flip and one conversion of it.
 """
 
 import math
-import socket
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_md5, download_and_extract_archive
+from torchvision.datasets import CIFAR10, CIFAR100
+from tqdm import tqdm
 
+from cifar import find_cifar
+from image_folders import KEPT, FoundImages, Size, Statistics, decode_all, find_images, keep_statistics, own_size
 from seeds import make_complex
 from settings import DATASETS
+from streamed_images import StreamedImages
 
 Batch = tuple[Tensor, Tensor]  # images and labels
 
-CIFAR10_STATISTICS = ((0.4916, 0.4823, 0.4467), (0.2472, 0.2437, 0.2618))  # mean and std, as in the paper's code
-DOWNLOAD_TIMEOUT = 60.0  # seconds for which a server may be silent
+CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+USUAL = 224  # pixels of large images, unless another size is given
 
 
 @dataclass
@@ -36,121 +36,111 @@ class ImageSet:
     """Labelled images and how they are split.
 
     Attributes:
-        images: uint8 (N, 3, H, W).
-        labels: int64 (N,), on the same device.
-        splits: for 'train', 'val' and 'test' the indices into the two above, int64, on the same device.
+        images: uint8 (N, 3, H, W), or the images that are streamed.
+        labels: int64 (N,), on the device on which batches are made.
+        splits: for 'train', 'val' and 'test' the indices into the two above, int64, on that device.
         classes: the name of each label.
         flip: whether training images are mirrored left to right at random.
-        mean, std: of the three channels of the training and validation images, on a scale from 0 to 1.
+        mean, std: of the three channels of the training and validation images, on a scale from 0 to 1, if known.
     """
 
-    images: Tensor
+    images: Tensor | StreamedImages
     labels: Tensor
     splits: dict[str, Tensor]
     classes: list[str]
     flip: bool
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @property
+    def size(self) -> Size:
+        """Height and width of an image."""
+        return tuple(self.images.shape[2:]) if isinstance(self.images, Tensor) else self.images.size
+
+    def take(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """For each vector of indices its images as they are for evaluation, uint8 (n, 3, H, W), on the device."""
+        if isinstance(self.images, Tensor):
+            for part in parts:
+                yield self.images.index_select(0, part)  # ten times as fast as images[part] on a CPU
+        else:
+            for batch in self.images.batches([(index, None) for index in part.tolist()] for part in parts):
+                yield batch.to(self.labels.device, non_blocking=True)
 
 
 def load_image_set(
-    name: str, folder: Path | str = "images", device: torch.device | str = "cpu", *, download: bool = True
+    name: str,
+    folder: Path | str = "images",
+    device: torch.device | str = "cpu",
+    *,
+    image_size: int | None = None,
+    flip: bool = True,
+    workers: int | None = None,
+    download: bool = True,
+    statistics: bool = True,
+    report: Callable[[str], None] = lambda line: None,
+    show_bar: bool = False,
 ) -> ImageSet:
-    """Load a data set onto a device.
+    """Load a data set, its pixels onto a device where they are small enough to be kept.
 
     Args:
-        name: 'cifar10' (60,000 photographs, 32×32, through torchvision) or 'digits' (1,797 handwritten digits, 8×8,
-            which scikit-learn brings along).
-        folder: where `cifar-10-batches-py` lies or shall lie; created where it is missing. 'digits' needs none.
-        device: where the images shall live.
-        download: whether to download CIFAR-10 into `folder` where it, or a file of it, is missing or damaged.
+        name: 'cifar10' (60,000 photographs of 10 classes, 32×32, through torchvision), 'cifar100' (as many, of 100
+            classes), 'digits' (1,797 handwritten digits, 8×8, which scikit-learn brings along); any other name is that
+            of a folder of images, see `image_folders.find_images`.
+        folder: where these folders lie. 'digits' needs none.
+        device: where images and labels shall live.
+        image_size: height and width to which images are resized and cropped. By default they stay as they are where all
+            are alike and at most `KEPT` pixels high and wide, and get `USUAL` pixels where not. Up to `KEPT` pixels,
+            they are decoded once and kept; above, they are streamed, and augmented for training.
+        flip: whether training images may be mirrored left to right. Digits never are.
+        workers: how many threads decode the images that are kept, or processes those that are streamed; by default as
+            many as there are cores.
+        download: whether to download CIFAR into `folder` where it, or a file of it, is missing or damaged.
+        statistics: whether mean and standard deviation are needed. For a folder they are kept in a file, see
+            `keep_statistics`.
+        report: called with a line of text where they cannot be kept.
+        show_bar: whether to draw a progress bar on standard error while images are decoded.
 
     Raises:
-        ValueError: `name` is not in `DATASETS`.
-        FileNotFoundError: CIFAR-10, or a file of it, is missing and is not to be or cannot be downloaded.
+        ValueError: a file is no image, or the classes are not those that a data set must have.
+        FileNotFoundError: there is no such data set, or a part of it is missing and cannot be downloaded.
         NotADirectoryError: `folder` is a file.
-        OSError: a file of CIFAR-10 is damaged and is not to be or cannot be downloaded anew.
+        OSError: a file cannot be read, or one of CIFAR is damaged and is not to be or cannot be downloaded anew.
     """
-    if name not in DATASETS:
-        raise ValueError(f"the data set must be one of {', '.join(DATASETS)}, not {name!r}")
-    return load_cifar10(Path(folder), device, download) if name == "cifar10" else load_digits_image_set(device)
+    folder, device = Path(folder), torch.device(device)
+    found = find(name, folder, download)
+    flip = flip and found.flip
+    workers = torch.get_num_threads() if workers is None else workers
+    decoded = isinstance(found.images, Tensor)
+    own = tuple(found.images.shape[2:]) if decoded else None if image_size else own_size(found.images)
+    size = (image_size, image_size) if image_size else own or (USUAL, USUAL)
+    if decoded and size == own:
+        images = found.images.to(device)
+    elif max(size) <= KEPT:
+        images = decode_all(found.images, size, max(workers, 1), show_bar).to(device)
+    else:
+        images = StreamedImages(found.images, size, flip, workers, pin_memory=device.type == "cuda")
+    labels = torch.tensor(found.labels)
+    splits = split_indices(labels, found.num_train, device)
+    image_set = ImageSet(images, labels.to(device), splits, found.classes, flip)
+    if statistics:
+        compute = partial(compute_statistics, image_set, found.num_train, show_bar)
+        image_set.mean, image_set.std = found.statistics or keep_statistics(found, image_set.size, compute, report)
+    return image_set
 
 
-def load_cifar10(folder: Path, device: torch.device | str, download: bool) -> ImageSet:
-    """CIFAR-10 with the statistics that the paper's code normalizes it with; see `load_image_set`."""
-    if folder.is_file():
-        raise NotADirectoryError(f"{folder} is a file, where the folder of CIFAR-10's files should be")
-    try:
-        try:
-            complete_train = CIFAR10(folder)
-        except RuntimeError:  # it is missing, damaged, or being unpacked by another run, which is then waited for
-            if not download:
-                raise
-            download_cifar10(folder)
-            complete_train = CIFAR10(folder)
-        test = CIFAR10(folder, train=False)
-    except (OSError, RuntimeError, HTTPException) as error:
-        faults = find_faults(folder)
-        if not faults:
-            raise
-        attempt = f" and could not be downloaded ({error})" if download else ""
-        raise describe_faults(folder, faults, attempt) from error
-    mean, std = CIFAR10_STATISTICS
-    images = np.concatenate([part.data.transpose(0, 3, 1, 2) for part in (complete_train, test)])
-    labels = torch.tensor(complete_train.targets + test.targets)
-    return ImageSet(
-        images=torch.from_numpy(images).to(device),
-        labels=labels.to(device),
-        splits=split_indices(labels, len(complete_train), device),
-        classes=complete_train.classes,
-        flip=True,
-        mean=mean,
-        std=std,
-    )
+def find(name: str, folder: Path, download: bool) -> FoundImages:
+    """The images of a data set; see `load_image_set`."""
+    if name == "digits":
+        return find_digits()
+    if name in CIFAR:
+        return find_cifar(CIFAR[name], folder, download)
+    if not (folder / name).is_dir():
+        raise FileNotFoundError(f"there is no folder {folder / name}, and {name} is none of {', '.join(DATASETS)}")
+    return find_images(folder / name)
 
 
-def download_cifar10(folder: Path) -> None:
-    """Download and unpack CIFAR-10 where it is not whole, one process at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock_file = folder / "cifar10.lock"
-    with FileLock(lock_file):
-        timeout = socket.getdefaulttimeout()
-        try:
-            if find_faults(folder):
-                socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision itself would wait for ever
-                download_and_extract_archive(CIFAR10.url, folder, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
-        finally:
-            socket.setdefaulttimeout(timeout)
-            with suppress(OSError):
-                lock_file.unlink()  # last of all: who waits for it finds that it is gone, and makes a new one
-
-
-def find_faults(folder: Path) -> dict[str, str]:
-    """What is wrong with the files of CIFAR-10, by name; those that are whole are left out."""
-    faults = {}
-    for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]:
-        file = folder / CIFAR10.base_folder / name
-        if not file.is_file():
-            faults[name] = "missing"
-        elif not check_md5(file, md5):
-            faults[name] = "damaged (its MD5 sum is wrong)"
-    return faults
-
-
-def describe_faults(folder: Path, faults: dict[str, str], attempt: str) -> OSError:
-    """The error for what `find_faults` has found, with what became of the `attempt` to download it."""
-    if not (folder / CIFAR10.base_folder).is_dir():
-        return FileNotFoundError(
-            f"CIFAR-10 is not in {folder}{attempt}: unpack cifar-10-python.tar.gz there,"
-            " so that it holds the folder cifar-10-batches-py, or use --dataset digits, which needs no files"
-        )
-    listed = ", ".join(f"{name} is {fault}" for name, fault in faults.items())
-    error = FileNotFoundError if set(faults.values()) == {"missing"} else OSError
-    return error(f"CIFAR-10 in {folder / CIFAR10.base_folder} is not whole{attempt}: {listed}; put a good copy there")
-
-
-def load_digits_image_set(device: torch.device | str) -> ImageSet:
-    """scikit-learn's handwritten digits in three equal channels, a fifth of them as test images; see `load_image_set`.
+def find_digits() -> FoundImages:
+    """scikit-learn's handwritten digits in three equal channels, a fifth of them as test images.
 
     The digits are not mirrored: a mirrored 2 is no digit.
     """
@@ -159,15 +149,13 @@ def load_digits_image_set(device: torch.device | str) -> ImageSet:
     order = np.concatenate([complete_train, test])
     grey = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)  # ink is counted from 0 to 16
     seen = grey[: len(complete_train)] / 255
-    labels = torch.from_numpy(digits.target[order]).long()
-    return ImageSet(
-        images=torch.from_numpy(grey).unsqueeze(1).repeat(1, 3, 1, 1).to(device),
-        labels=labels.to(device),
-        splits=split_indices(labels, len(complete_train), device),
+    return FoundImages(
+        images=torch.from_numpy(grey).unsqueeze(1).repeat(1, 3, 1, 1),
+        labels=digits.target[order].tolist(),
         classes=[str(name) for name in digits.target_names],
+        num_train=len(complete_train),
         flip=False,
-        mean=(float(seen.mean()),) * 3,
-        std=(float(seen.std()),) * 3,
+        statistics=((float(seen.mean()),) * 3, (float(seen.std()),) * 3),
     )
 
 
@@ -176,7 +164,13 @@ def split_indices(labels: Tensor, num_complete_train: int, device: torch.device 
 
     A tenth of the first `num_complete_train` images, equally many of every class, is for validation.
     """
-    train, val = stratified_split(labels[:num_complete_train].numpy(), test_size=0.1)
+    try:
+        train, val = stratified_split(labels[:num_complete_train].numpy(), test_size=0.1)
+    except ValueError as error:
+        raise ValueError(
+            f"{num_complete_train} training images of {len(labels.unique())} classes are too few for a validation"
+            " split: every class must have two, and a tenth of all must be enough for one of every class"
+        ) from error
     parts = {"train": train, "val": val, "test": np.arange(num_complete_train, len(labels))}
     return {name: torch.from_numpy(indices).to(device) for name, indices in parts.items()}
 
@@ -184,6 +178,28 @@ def split_indices(labels: Tensor, num_complete_train: int, device: torch.device 
 def stratified_split(labels: np.ndarray, test_size: float) -> list[np.ndarray]:
     """Indices of two parts, the same whatever the seed of the run: drawn with seed 0, from a generator of its own."""
     return train_test_split(np.arange(len(labels)), test_size=test_size, stratify=labels, random_state=make_complex(0))
+
+
+def compute_statistics(image_set: ImageSet, num_images: int, show_bar: bool = False) -> Statistics:
+    """Mean and standard deviation of the channels of the first images of a set, as they are for evaluation.
+
+    ValueError where a channel has one value only.
+    """
+    sums, squares, count = np.zeros(3, np.int64), np.zeros(3, np.int64), 0  # whole numbers add up in any order
+    parts = torch.arange(num_images, device=image_set.labels.device).split(100)
+    with tqdm(total=num_images, desc="statistics", unit="image", disable=not show_bar, leave=False) as bar:
+        for batch in image_set.take(parts):
+            channels = batch.transpose(0, 1).flatten(1)
+            counts = torch.stack([torch.bincount(channel, minlength=256) for channel in channels]).cpu().numpy()
+            sums += counts @ np.arange(256)
+            squares += counts @ np.arange(256) ** 2
+            count += channels.shape[1]
+            bar.update(len(batch))
+    mean = sums / count
+    deviation = np.sqrt([(q * count - s**2) / count**2 for s, q in zip(sums.tolist(), squares.tolist(), strict=True)])
+    if not deviation.all():
+        raise ValueError("the images all have the same value in a channel: use --input_norm bn")
+    return tuple((mean / 255).tolist()), tuple((deviation / 255).tolist())
 
 
 class Batches:
@@ -215,8 +231,9 @@ class Batches:
         self.batch_size = batch_size
         self.normalize = normalize
         on_device = {"dtype": torch.float32, "device": self.indices.device}
-        self.mean = torch.tensor(image_set.mean, **on_device).view(3, 1, 1)
-        self.std = torch.tensor(image_set.std, **on_device).view(3, 1, 1)
+        if normalize:
+            self.mean = torch.tensor(image_set.mean, **on_device).view(3, 1, 1)
+            self.std = torch.tensor(image_set.std, **on_device).view(3, 1, 1)
         # a DataLoader of positions whose one batch is the whole order
         positions = range(len(self.indices))
         self.orders = DataLoader(positions, len(positions), shuffle=self.training, collate_fn=torch.tensor)
@@ -231,17 +248,28 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         [order] = self.orders
-        order = self.indices[order.to(self.indices.device)]
-        flipped = None
-        if self.training and self.image_set.flip:
-            # the paper's code draws once an image; torch.rand(n) draws the same numbers as n times torch.rand(1)
-            flipped = (torch.rand(self.num_images) < 0.5).to(order.device).view(-1, 1, 1, 1)
-        for start in range(0, self.num_images, self.batch_size):
-            part = slice(start, start + self.batch_size)
-            images = self.image_set.images.index_select(0, order[part])  # ten times as fast as images[order] on a CPU
-            if flipped is not None:
-                images = torch.where(flipped[part], images.flip(-1), images)
+        parts = self.indices[order.to(self.indices.device)].split(self.batch_size)
+        for part, images in zip(
+            parts, self.augmented(parts) if self.training else self.image_set.take(parts), strict=True
+        ):
             images = images.float().div_(255)
             if self.normalize:
                 images = images.sub_(self.mean).div_(self.std)
-            yield images, self.image_set.labels[order[part]]
+            yield images, self.image_set.labels[part]
+
+    def augmented(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The images of each part, those that are kept mirrored at random, those that are streamed cropped as well."""
+        images = self.image_set.images
+        if not isinstance(images, Tensor):
+            seeds = torch.randint(2**63 - 1, (self.num_images,)).split(self.batch_size)
+            keys = ([*zip(part.tolist(), of.tolist(), strict=True)] for part, of in zip(parts, seeds, strict=True))
+            for batch in images.batches(keys):
+                yield batch.to(self.indices.device, non_blocking=True)
+            return
+        if not self.image_set.flip:
+            yield from self.image_set.take(parts)
+            return
+        # the paper's code draws once an image; torch.rand(n) draws the same numbers as n times torch.rand(1)
+        flipped = (torch.rand(self.num_images) < 0.5).to(self.indices.device).view(-1, 1, 1, 1).split(self.batch_size)
+        for batch, flips in zip(self.image_set.take(parts), flipped, strict=True):
+            yield torch.where(flips, batch.flip(-1), batch)

@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms import Normalize
 
 from checkpoint import has_digest
-from data import CIFAR10_STATISTICS, ImageSet, load_image_set
+from cifar import CIFAR10_STATISTICS
+from data import ImageSet, load_image_set
 from networks import SIGMA_ACT, construct_network
 from results import Results, read_results, write_atomically
 from settings import DEFAULTS, run_files
@@ -51,10 +52,9 @@ def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLik
         raise ValueError(f"{file} is not of a finished run")
     network = rebuild_network(run, weights_file or run_files(folder, settings["name"] or file.stem).best_weights)
     if settings["input_norm"] == "dataset":
-        if settings["dataset"] == "cifar10":
-            statistics = CIFAR10_STATISTICS
-        else:
-            image_set = load_image_set(settings["dataset"])
+        statistics = CIFAR10_STATISTICS
+        if settings["dataset"] != "cifar10":
+            image_set = load_image_set(settings["dataset"], folder / "images", image_size=settings["image_size"])
             statistics = image_set.mean, image_set.std
         network = nn.Sequential(Normalize(*statistics), network).eval()
     return network
@@ -227,7 +227,8 @@ def measure_run(run: Results, network: nn.Module, image_set: ImageSet, num_image
         image_set: its data set, on the CPU.
         num_images: how many test images to take.
     """
-    images = image_set.images[image_set.splits["test"][:num_images]].float() / 255
+    [images] = image_set.take([image_set.splits["test"][:num_images]])
+    images = images.float() / 255
     if (DEFAULTS | run.settings)["input_norm"] == "dataset":
         images = Normalize(image_set.mean, image_set.std)(images)
     return measure_normalized_values(network, images)
@@ -275,8 +276,10 @@ def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archiv
     found.weights.update({setting: batch_norm_arrays(network.state_dict()) for setting, network in trained.items()})
     save_batch_norms(archive, title, found.weights)
     try:
-        [dataset] = {(DEFAULTS | run.settings)["dataset"] for run in runs.values()}
-        image_set = load_image_set(dataset, networks.parent / "images", download=False)
+        [(dataset, image_size)] = {
+            tuple((DEFAULTS | run.settings)[name] for name in ("dataset", "image_size")) for run in runs.values()
+        }
+        image_set = load_image_set(dataset, networks.parent / "images", image_size=image_size, download=False)
         measured = {setting: measure_run(run, trained[setting], image_set) for setting, run in runs.items()}
         found.normalized_values.update(measured)
     except (OSError, ValueError) as error:

@@ -21,7 +21,7 @@ class Size(NamedTuple):
     pixels: int  # height and width of an image
 
 
-DATASETS = {"cifar10": Size(45_000, 32), "digits": Size(1_293, 8)}
+DATASETS = {"cifar10": Size(45_000, 32), "cifar100": Size(45_000, 32), "digits": Size(1_293, 8)}
 NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 SCHEDULES = ("cos", "none")
 STEMS = ("auto", "small", "own")
@@ -39,7 +39,14 @@ PAPER = {  # what it compares, by name
 }
 # from 1e-30 to 1e30: what float32 can hold, with room for a product of two
 positive = number("a number from 1e-30 to 1e30", lambda x: 1e-30 <= x <= 1e30)
-WITHOUT_EFFECT = ("path", "name", "device", "checkpoint_seconds", "restart")  # flags that leave a run's numbers alone
+WITHOUT_EFFECT = (
+    "path",
+    "name",
+    "device",
+    "checkpoint_seconds",
+    "restart",
+    "workers",
+)  # flags that leave a run's numbers alone
 
 
 def make_parser() -> Parser:
@@ -56,7 +63,8 @@ def make_parser() -> Parser:
 
     flag("--path", default="", type=folder, help="folder of images/, networks/, results/ (default: the current one)")
     flag("--name", default="", type=file_name, help="name of the run's files (default: made from the settings)")
-    flag("--dataset", default="cifar10", choices=DATASETS, help="images to train on (default: %(default)s)")
+    dataset_help = f"{', '.join(DATASETS)} or a folder in images/ with train/ and test/ (default: %(default)s)"
+    flag("--dataset", default="cifar10", type=file_name, help=dataset_help)
     flag("--network", default="resnet18", choices=NETWORKS, help="network to train (default: %(default)s)")
     flag("--batch_size", default=128, type=whole(1), help="images in a batch (default: %(default)s)")
     flag("--num_epochs", default=180, type=whole(1), help="passes over the training images (default: %(default)s)")
@@ -69,6 +77,9 @@ def make_parser() -> Parser:
     flag("--restart", action="store_true", help="start over, replacing what an earlier run of this name left")
     # not in the paper's script
     flag("--stem", default="auto", choices=STEMS, help="first layers: for small images or torchvision's own")
+    flag("--image_size", type=whole(1), help="pixels of an image (default: its own if small, else 224)")
+    flag("--no_flip", action="store_true", help="never mirror an image")
+    flag("--workers", type=whole(0), help="processes that decode large images (default: the cores)")
     flag("--precision", default="float32", choices=PRECISIONS, help="of products and layers (default: %(default)s)")
     flag("--compile", action="store_true", help="compile the network with torch.compile")
     # what the paper is about
@@ -88,14 +99,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Whether the device exists is not checked here: only torch can tell.
     """
     settings = make_parser().parse_args(argv)
-    num_train = DATASETS[settings.dataset].num_train
+    if settings.dataset in DATASETS:
+        check_batch_size(settings, DATASETS[settings.dataset].num_train)
+    settings.name = settings.name or default_name(settings)
+    return settings
+
+
+def check_batch_size(settings: argparse.Namespace, num_train: int) -> None:
+    """FlagError where there are fewer training images than a batch has."""
     if settings.batch_size > num_train:
         raise FlagError(
             f"argument --batch_size: {settings.dataset} has {num_train} training images,"
             f" fewer than a batch of {settings.batch_size}"
         )
-    settings.name = settings.name or default_name(settings)
-    return settings
 
 
 def named_setting(text: str) -> dict[str, dict[str, Value]]:

@@ -68,7 +68,18 @@ def train(
             return run.results
 
         make_deterministic(settings.seed)
-        image_set = load_image_set(settings.dataset, settings.path / "images", settings.device)
+        image_set = load_image_set(
+            settings.dataset,
+            settings.path / "images",
+            settings.device,
+            image_size=settings.image_size,
+            flip=not settings.no_flip,
+            workers=settings.workers,
+            statistics=settings.input_norm == "dataset",
+            report=report,
+            show_bar=show_bar,
+        )
+        flags.check_batch_size(settings, len(image_set.splits["train"]))
         train_batches, val_batches, test_batches = (
             Batches(image_set, split, settings.batch_size, normalize=settings.input_norm == "dataset")
             for split in ("train", "val", "test")
@@ -193,7 +204,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def prepare(settings: argparse.Namespace) -> argparse.Namespace:
     """The same settings, with a device. FlagError where they are wrong in a way that only torch can tell."""
     settings.device = find_device(settings.device)
-    size = flags.DATASETS[settings.dataset]
+    size = flags.DATASETS.get(settings.dataset)
+    if size is None:
+        folder = settings.path / "images" / settings.dataset
+        if not folder.is_dir():
+            built_in = ", ".join(flags.DATASETS)
+            raise FlagError(f"argument --dataset: {settings.dataset} is none of {built_in}, and there is no {folder}")
+        return settings
     one_left = (size.num_train - 1) % settings.batch_size == 0
     if one_left and not trains_on_one_image(settings.network, size.pixels, **network_arguments(settings)):
         raise FlagError(

@@ -14,8 +14,9 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import transforms
 
-import data
-from data import CIFAR10_STATISTICS, Batches, load_image_set
+import cifar
+from cifar import CIFAR10_STATISTICS
+from data import Batches, load_image_set
 from settings import DATASETS
 
 SEED_0 = int(hashlib.md5(b"0").hexdigest()[-8:], 16)
@@ -35,7 +36,7 @@ def no_network(monkeypatch):
     def fail(*_, **__):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(data, "download_and_extract_archive", fail)
+    monkeypatch.setattr(cifar, "download_and_extract_archive", fail)
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def forbidden_network(monkeypatch):
     def fail(*_, **__):
         pytest.fail("there was an attempt to use the network")
 
-    monkeypatch.setattr(data, "download_and_extract_archive", fail)
+    monkeypatch.setattr(cifar, "download_and_extract_archive", fail)
     monkeypatch.setattr(socket, "getaddrinfo", fail)
 
 
@@ -139,7 +140,7 @@ def test_cifar10_is_mended_by_a_download(small_cifar10, monkeypatch, name):
     file = small_cifar10 / "cifar-10-batches-py" / name
     content = file.read_bytes()
     file.unlink()
-    monkeypatch.setattr(data, "download_and_extract_archive", lambda *_, **__: file.write_bytes(content))
+    monkeypatch.setattr(cifar, "download_and_extract_archive", lambda *_, **__: file.write_bytes(content))
     assert load_image_set("cifar10", small_cifar10).classes[3] == "cat"
 
 
@@ -152,7 +153,7 @@ def test_file_in_place_of_the_folder(tmp_path, forbidden_network, download):
 
 def test_server_that_never_answers(tmp_path, monkeypatch):
     """As a proxy, so that every address leads to it."""
-    monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(cifar, "DOWNLOAD_TIMEOUT", 0.2)
     for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
     before = socket.getdefaulttimeout()
@@ -207,7 +208,9 @@ def test_split_leaves_the_generators_alone(small_cifar10):
 
 
 def test_unknown_data_set():
-    with pytest.raises(ValueError, match="one of cifar10, digits, not 'mnist'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no folder images.mnist, and mnist is none of cifar10, cifar100, digits"
+    ):
         load_image_set("mnist")
 
 

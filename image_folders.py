@@ -1,0 +1,210 @@
+"""Folders of images: found, read, brought to one size."""
+
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+from torchvision.transforms import v2
+from tqdm.contrib.concurrent import thread_map
+
+from results import write_atomically
+
+try:
+    import simplejpeg  # faster than PIL, to the same pixels
+except ImportError:
+    simplejpeg = None
+
+Size = tuple[int, int]  # height and width
+Images = Sequence[Path] | Tensor  # files, or uint8 (N, 3, H, W)
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, from 0 to 1
+
+KEPT = 64  # images of at most so many pixels in height and width are decoded once and kept
+ORIENTATION = 0x0112  # EXIF's tag for how the camera was held; from 5 on, height and width are exchanged
+
+
+@dataclass
+class FoundImages:
+    """The images of a data set as they are found.
+
+    Attributes:
+        images: the training images, then the test images.
+        labels: of each, from 0 on.
+        classes: the name of each label.
+        num_train: how many of them are training images, those for validation included.
+        folder: where they are.
+        files: those of the training images.
+        flip: whether an image and its mirror image are of the same class.
+        statistics: of the training images, where they are known already.
+    """
+
+    images: Images
+    labels: Sequence[int]
+    classes: list[str]
+    num_train: int
+    folder: Path = Path()
+    files: Sequence[Path] = ()
+    flip: bool = True
+    statistics: Statistics | None = None
+
+
+class Classes(ImageFolder):
+    """torchvision's ImageFolder without hidden folders and files."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        folders = (entry.name for entry in os.scandir(directory) if entry.is_dir())
+        classes = sorted(name for name in folders if not name.startswith("."))
+        return classes, {name: label for label, name in enumerate(classes)}
+
+
+def is_image(file: str) -> bool:
+    """Whether the name of a file is that of an image."""
+    return has_file_allowed_extension(file, IMG_EXTENSIONS) and not Path(file).name.startswith(".")
+
+
+def find_images(folder: Path) -> FoundImages:
+    """The images of `folder`/train/CLASS and `folder`/test/CLASS (or val/CLASS where there is no test/).
+
+    Classes and files are in the order of their names, as torchvision's ImageFolder has them.
+
+    Raises:
+        FileNotFoundError: one of these folders is missing, or has no image.
+        ValueError: there are fewer than two classes, or training and test images are not of the same.
+    """
+    parts = [folder / "train", folder / "test" if (folder / "test").exists() else folder / "val"]
+    for part in parts:
+        if not part.is_dir():
+            names = "train" if part.name == "train" else "test (or val)"
+            raise FileNotFoundError(
+                f"{folder} has no folder {names}: images belong into {folder}/train/CLASS and so on"
+            )
+    train, test = (Classes(part, is_valid_file=is_image, allow_empty=True) for part in parts)
+    for part, found in zip(parts, (train, test), strict=True):
+        if unlike := sorted(set(train.classes) ^ set(test.classes)):
+            raise ValueError(f"{parts[0]} and {parts[1]} must have the same classes; only one has {listed(unlike)}")
+        if len(found.classes) < 2:
+            raise ValueError(f"{part} must have a folder for each class, at least two; it has {len(found.classes)}")
+        labels = {label for _, label in found.samples}
+        if empty := [name for name, label in found.class_to_idx.items() if label not in labels]:
+            raise FileNotFoundError(
+                f"{part} has no image of {listed(empty)}: files end with {' '.join(IMG_EXTENSIONS)}"
+            )
+    samples = train.samples + test.samples
+    files, labels = [Path(file) for file, _ in samples], [label for _, label in samples]
+    num_train = len(train.samples)
+    return FoundImages(files, labels, train.classes, num_train, folder, files[:num_train])
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a line; of many, the first few."""
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def read_image(file: Path) -> Tensor:
+    """The image in a file, uint8 (3, H, W), upright, in red, green and blue as PIL converts it.
+
+    Of 16-bit grey the upper 8 bits are taken; transparency is ignored.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it does not hold a whole image, or its pixels have no common scale; the message names it.
+    """
+    content = file.read_bytes()
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            upright = opened.getexif().get(ORIENTATION, 1) == 1
+            if simplejpeg and opened.format == "JPEG" and opened.mode == "RGB" and upright:
+                return torch.from_numpy(simplejpeg.decode_jpeg(content)).permute(2, 0, 1)
+            image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # PIL would cut off at 255
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {image.mode} have no scale of their own: convert it")
+        elif "transparency" in image.info:
+            image = image.convert("RGBA")
+        return v2.functional.pil_to_tensor(image.convert("RGB"))
+    except Exception as error:  # which one depends on the format, and on where the damage is
+        raise unreadable(file, error) from error
+
+
+def own_size(files: Iterable[Path]) -> Size | None:
+    """Height and width that all these images have, upright, or None where they differ or are larger than `KEPT`."""
+    sizes = set()
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                width, height = image.size
+                turned = image.getexif().get(ORIENTATION, 1) >= 5
+        except Exception as error:
+            raise unreadable(file, error) from error
+        sizes.add((width, height) if turned else (height, width))
+        if len(sizes) > 1 or max(height, width) > KEPT:
+            return None
+    return sizes.pop()
+
+
+def unreadable(file: Path, error: Exception) -> ValueError:
+    """The error for a file that is not a whole image."""
+    reason = "it is not of a known kind" if isinstance(error, Image.UnidentifiedImageError) else error
+    return ValueError(f"{file} cannot be read as an image: {reason}")
+
+
+def resize(image: Tensor, size: Size, margin: float = 1) -> Tensor:
+    """The centre of an image whose shorter side is resized to `margin` times the height in `size`."""
+    if image.shape[1:] == size and margin == 1:
+        return image
+    image = v2.functional.resize(image, [round(size[0] * margin)], antialias=True)
+    return v2.functional.center_crop(image, list(size))
+
+
+def decode_all(images: Images, size: Size, workers: int, show_bar: bool = False) -> Tensor:
+    """All images in one tensor, uint8 (N, 3, H, W), decoded by `workers` threads; see `read_image`."""
+    decoded = torch.empty(len(images), 3, *size, dtype=torch.uint8)
+
+    def decode(index: int) -> None:
+        image = images[index]
+        decoded[index] = resize(image if isinstance(image, Tensor) else read_image(image), size)
+
+    options = {"max_workers": workers, "unit": "image", "disable": not show_bar, "leave": False}
+    thread_map(decode, range(len(images)), desc="decoding", **options)
+    return decoded
+
+
+def keep_statistics(
+    found: FoundImages, size: Size, compute: Callable[[], Statistics], report: Callable[[str], None]
+) -> Statistics:
+    """What `compute` returns, computed anew only where the files are others than those it was computed from last.
+
+    It is kept in the folder of the data set, as JSON, with the number of the files of its training images, their size
+    together and their newest change. Where nothing can be written there, `report` is given a line that says so.
+    """
+    stats = [file.stat() for file in found.files]
+    made_from = {"files": len(stats), "bytes": sum(s.st_size for s in stats), "newest": max(s.st_mtime for s in stats)}
+    file = found.folder / f"statistics-{size[0]}x{size[1]}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(file.read_text())
+        mean, std = (tuple(map(float, kept[name])) for name in ("mean", "std"))
+        if (
+            kept["made_from"] == made_from
+            and len(mean) == len(std) == 3
+            and min(std) > 0
+            and math.isfinite(sum(mean + std))
+        ):
+            return mean, std
+    mean, std = compute()
+    content = {"mean": mean, "std": std, "made_from": made_from}
+    try:
+        write_atomically(file, f"{json.dumps(content, indent=1)}\n".encode())
+    except OSError as error:
+        report(f"mean and standard deviation of the images are computed each time, as {error}")
+    return mean, std

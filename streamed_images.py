@@ -1,0 +1,142 @@
+"""Images that are too large to be kept decoded: streamed by several processes, ahead of time."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.util import Finalize
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+
+from command_line import STOP_SIGNALS
+from image_folders import Images, Size, read_image, resize
+
+Key = tuple[int, int | None]  # which image, and the seed of its augmentation, None for none
+
+MARGIN = 256 / 224  # for evaluation, images are resized by this much more before their centre is cropped
+
+
+class StreamedImages:
+    """Images that are decoded anew each time, ahead of time and by several processes.
+
+    For training, a random part of an image is resized (torchvision's RandomResizedCrop) and mirrored half of the time;
+    both follow the seed in its key alone, whichever process does it. For evaluation, an image is resized and its centre
+    cropped.
+
+    Args:
+        images: the files, or uint8 (N, 3, H, W).
+        size: height and width to give them.
+        flip: whether images are mirrored for training.
+        workers: how many processes decode; 0 for this one.
+        pin_memory: whether batches are put into memory from which a GPU copies faster.
+    """
+
+    def __init__(self, images: Images, size: Size, flip: bool, workers: int, pin_memory: bool = False) -> None:
+        self.images, self.size = images, size
+        self.plan = Plan()
+        if multiprocessing.current_process().daemon:  # such as one of a cluster may not have processes of its own
+            workers = 0
+        with warnings.catch_warnings(action="ignore"):  # of more processes than cores, which someone asked for
+            self.loader = DataLoader(
+                Decoder(images, size, flip),
+                batch_sampler=self.plan,
+                num_workers=workers,
+                collate_fn=stack,
+                pin_memory=pin_memory,
+                persistent_workers=workers > 0,
+                worker_init_fn=Follower(os.getpid()),
+                generator=torch.Generator(),  # it draws seeds for its processes, which nothing here depends on
+            )
+        Finalize(self, end_workers, [self.loader], exitpriority=0)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, keys: Iterable[Sequence[Key]]) -> Iterator[Tensor]:
+        """A batch for each of the `keys`, uint8 (n, 3, H, W), on the CPU.
+
+        Raises:
+            ValueError: a file does not hold a whole image.
+            ChildProcessError: a process that decodes was killed.
+        """
+        self.plan.keys = keys
+        try:
+            with warnings.catch_warnings(action="ignore"):  # the same
+                iterator = iter(self.loader)
+            for batch in iterator:
+                if isinstance(batch, str):
+                    raise ValueError(batch)
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ChildProcessError(
+                "a process that decodes images was killed, perhaps for lack of memory: give fewer --workers"
+            ) from error
+
+
+class Decoder(Dataset):
+    """What a process does with the key of an image; see `StreamedImages`."""
+
+    def __init__(self, images: Images, size: Size, flip: bool) -> None:
+        self.images, self.size = images, size
+        self.augment = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(0.5 * flip)])
+
+    def __getitem__(self, key: Key) -> Tensor | str:
+        """One image, uint8 (3, H, W), or what is wrong with it: errors would lose their form between processes."""
+        index, seed = key
+        try:
+            image = self.images[index]
+            image = image if isinstance(image, Tensor) else read_image(image)
+        except (OSError, ValueError) as error:
+            return str(error)
+        if seed is None:
+            return resize(image, self.size, MARGIN)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.augment(image)
+
+
+class Plan(Sampler):
+    """The keys of the batches to come, for a DataLoader that keeps its processes from one epoch to the next."""
+
+    keys: Iterable[Sequence[Key]] = ()
+
+    def __iter__(self) -> Iterator[Sequence[Key]]:
+        return iter(self.keys)
+
+
+def stack(items: Sequence[Tensor | str]) -> Tensor | str:
+    """The images of a batch in one tensor, or the first complaint."""
+    return next((item for item in items if isinstance(item, str)), None) or torch.stack(items)
+
+
+def end_workers(loader: DataLoader) -> None:
+    """End the processes of a DataLoader, which do not heed the signal by which Python would end them."""
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+        loader._iterator = None
+
+
+@dataclass
+class Follower:
+    """Lets a process leave signals to its parent, and end soon after it, however that ends."""
+
+    parent: int
+
+    def __call__(self, _: int) -> None:
+        def follow() -> None:
+            while os.getppid() == self.parent:
+                time.sleep(0.2)
+            os._exit(1)
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        threading.Thread(target=follow, daemon=True).start()

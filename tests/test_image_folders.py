@@ -1,0 +1,283 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from folders import CLASSES, make_folder, smooth_image
+from PIL import Image, ImageOps
+from torchvision.transforms import v2
+
+import image_folders
+from data import load_image_set
+from image_folders import find_images, own_size, read_image, resize
+
+RANDOM = np.random.default_rng(1)
+
+
+def pixels(file: Path) -> np.ndarray:
+    """What is in a file read by this project, in the order in which PIL has it."""
+    return read_image(file).permute(1, 2, 0).numpy()
+
+
+def test_files_classes_and_labels(tmp_path):
+    folder = make_folder(tmp_path / "beetles", num_train=7, num_test=4)
+    (folder / "train" / ".cache").mkdir()
+    (folder / "train" / "Käfer" / "._0.jpg").write_text("of another system")
+    (folder / "train" / "Käfer" / "Thumbs.db").write_text("of another system")
+    found = find_images(folder)
+    classes = sorted(CLASSES)
+    expected = [
+        (file, label)
+        for part in ("train", "test")
+        for label, name in enumerate(classes)
+        for file in sorted((folder / part / name).glob("[0-9]*.jpg"))
+    ]
+    assert list(zip(found.images, found.labels, strict=True)) == expected
+    assert found.classes == classes and found.num_train == 7
+    assert found.files == found.images[:7] and found.folder == folder
+
+
+def test_val_in_place_of_test(tmp_path):
+    folder = make_folder(tmp_path / "beetles", num_train=4, num_test=3)
+    (folder / "test").rename(folder / "val")
+    assert [file.parts[-3] for file in find_images(folder).images[4:]] == ["val"] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("rm -r test", "has no folder test .or val.: images belong into .*/train/CLASS"),
+        ("rm -r train", "has no folder train"),
+        ("mkdir train/empty test/empty", "train has no image of 'empty': files end with .jpg .jpeg"),
+        ("rm test/甲虫/*", "test has no image of '甲虫'"),
+        ("rm -r test/甲虫", "must have the same classes; only one has '甲虫'"),
+        ("mkdir test/other", "must have the same classes; only one has 'other'"),
+        ("rm -r */甲虫 */beetle*", "train must have a folder for each class, at least two; it has 1"),
+        ("for n in 1 2 3 4 5 6 7; do mkdir test/$n; done", "only one has '1', '2', '3', '4', '5' and 2 more"),
+    ],
+)
+def test_folders_that_cannot_be_used(tmp_path, change, message):
+    folder = make_folder(tmp_path / "beetles", num_train=3, num_test=3)
+    assert os.system(f"cd {folder} && {change}") == 0
+    with pytest.raises((FileNotFoundError, ValueError), match=message) as error:
+        find_images(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ending", ["png", "bmp", "tif", "webp", "ppm"])
+def test_lossless_files(tmp_path, ending):
+    values = RANDOM.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    file = tmp_path / f"image.{ending}"
+    Image.fromarray(values).save(file, **({"lossless": True} if ending == "webp" else {}))
+    assert (pixels(file) == values).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_jpeg_has_the_pixels_that_pil_finds(tmp_path, mode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / "image.jpg"
+    smooth_image(RANDOM, 50, 71).convert(mode).save(file, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(file)).convert("RGB"))
+    assert expected.shape == ((50, 71, 3) if orientation < 5 else (71, 50, 3))
+    assert (pixels(file) == expected).all()
+    assert own_size([file]) == (expected.shape[:2] if max(expected.shape) <= 64 else None)
+
+
+def test_grey_black_and_white_palette_and_transparency(tmp_path):
+    grey = RANDOM.integers(0, 256, (4, 6), dtype=np.uint8)
+    alpha = RANDOM.integers(0, 256, (4, 6), dtype=np.uint8)
+    three = np.stack([grey] * 3, axis=-1)
+    palette = Image.fromarray(grey, "P")
+    palette.putpalette([255 - n // 3 for n in range(768)])
+    images = {
+        "grey": (Image.fromarray(grey), three),
+        "grey and alpha": (Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)]), three),
+        "alpha": (Image.fromarray(np.dstack([three, alpha])), three),
+        "black and white": (Image.fromarray(grey > 128), (three > 128) * np.uint8(255)),
+        "palette": (palette, 255 - three),
+    }
+    for name, (image, expected) in images.items():
+        image.save(tmp_path / f"{name}.png")
+        assert (pixels(tmp_path / f"{name}.png") == expected).all(), name
+    palette.save(tmp_path / "transparent.png", transparency=bytes(range(256)))
+    assert (pixels(tmp_path / "transparent.png") == 255 - three).all()
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_16_bit_grey_keeps_its_upper_8_bits(tmp_path, ending):
+    values = np.array([[0, 255, 256, 12345, 65535]], dtype=np.uint16)
+    file = tmp_path / f"image.{ending}"
+    Image.fromarray(values).save(file)
+    assert pixels(file)[0].tolist() == [[0] * 3, [0] * 3, [1] * 3, [48] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("read", [read_image, lambda file: own_size([file])], ids=["read", "size"])
+@pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
+def test_file_that_is_no_image(tmp_path, content, read):
+    file = tmp_path / "image.jpg"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"image.jpg cannot be read as an image: it is not of a known kind$"):
+        read(file)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp", "bmp"])
+def test_file_that_is_cut_short(tmp_path, ending):
+    file = tmp_path / f"image.{ending}"
+    smooth_image(RANDOM, 60, 60).save(file)
+    content = file.read_bytes()
+    for length in (len(content) // 2, len(content) - 100):
+        file.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=rf"image.{ending} cannot be read as an image: \S") as error:
+            read_image(file)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_without_a_scale(tmp_path, dtype):
+    Image.fromarray(np.ones((3, 3), dtype)).save(tmp_path / "image.tif")
+    with pytest.raises(ValueError, match=r"image.tif .*have no scale of their own"):
+        read_image(tmp_path / "image.tif")
+
+
+def test_size_that_all_images_have(tmp_path):
+    folder = make_folder(tmp_path / "same", num_train=4, num_test=3, size=(20, 30))
+    files = find_images(folder).images
+    assert own_size(files) == (20, 30)
+    smooth_image(RANDOM, 30, 20).save(files[3])
+    assert own_size(files) is None
+    smooth_image(RANDOM, 65, 65).save(files[0])
+    assert own_size(files[:1]) is None
+    smooth_image(RANDOM, 64, 64).save(files[0])
+    assert own_size(files[:1]) == (64, 64)
+
+
+@pytest.mark.parametrize("shape", [(40, 70), (70, 40), (33, 33), (24, 24), (10, 300)])
+@pytest.mark.parametrize("margin", [1, 256 / 224])
+def test_resized_images_are_those_of_torchvision(shape, margin):
+    image = v2.functional.pil_to_tensor(smooth_image(RANDOM, *shape))
+    expected = v2.Compose([v2.Resize(round(24 * margin)), v2.CenterCrop(24)])(image)
+    assert torch.equal(resize(image, (24, 24), margin), expected)
+
+
+def test_images_of_one_small_size_are_kept_as_they_are(tmp_path):
+    folder = make_folder(tmp_path / "small", num_train=30, num_test=6, size=(16, 20))
+    image_set = load_image_set("small", tmp_path, workers=2)
+    files = [f for part in ("train", "test") for f in sorted((folder / part).rglob("*.png"), key=lambda f: (f.parts))]
+    assert image_set.images.shape == (36, 3, 16, 20) and image_set.size == (16, 20) and image_set.flip
+    for image, file in zip(image_set.images, files, strict=True):
+        assert (image.permute(1, 2, 0).numpy() == np.asarray(Image.open(file))).all()
+    assert [image_set.classes[label] for label in image_set.labels] == [file.parent.name for file in files]
+    parts = {name: indices.tolist() for name, indices in image_set.splits.items()}
+    assert {name: len(indices) for name, indices in parts.items()} == {"train": 27, "val": 3, "test": 6}
+    assert parts["test"] == list(range(30, 36)) and sorted(parts["train"] + parts["val"]) == list(range(30))
+    assert sorted(image_set.labels[image_set.splits["val"]].tolist()) == [0, 1, 2]
+
+    resized = load_image_set("small", tmp_path, image_size=8, flip=False)
+    assert resized.images.shape == (36, 3, 8, 8) and not resized.flip
+    assert torch.equal(resized.images[3], resize(image_set.images[3], (8, 8)))
+
+
+def test_built_in_images_of_another_size(small_cifar10):
+    as_they_are, resized = (load_image_set("cifar10", small_cifar10, image_size=size) for size in (None, 48))
+    assert resized.images.shape == (65, 3, 48, 48)
+    assert torch.equal(resized.images, v2.functional.resize(as_they_are.images, [48, 48]))
+    assert torch.equal(load_image_set("cifar10", small_cifar10, image_size=32).images, as_they_are.images)
+    large = load_image_set("cifar10", small_cifar10, image_size=70, workers=0)
+    [images] = large.take([torch.tensor([5, 7])])
+    expected = v2.Compose([v2.Resize(80), v2.CenterCrop(70)])(as_they_are.images[[5, 7]])
+    assert torch.equal(images, expected) and large.size == (70, 70)
+
+
+def test_too_few_images_to_split(tmp_path):
+    make_folder(tmp_path / "few", num_train=12, num_test=3, size=(8, 8))
+    with pytest.raises(ValueError, match="12 training images of 3 classes are too few for a validation split: every"):
+        load_image_set("few", tmp_path)
+
+
+def test_thousands_of_classes(tmp_path):
+    for part, number in (("train", 10), ("test", 1)):
+        for label in range(1500):
+            folder = tmp_path / "many" / part / f"n{label:05}"
+            folder.mkdir(parents=True)
+            for n in range(number):
+                (folder / f"{n}.png").symlink_to(tmp_path / "image.png")
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "image.png")
+    image_set = load_image_set("many", tmp_path, statistics=False)
+    assert len(image_set.classes) == 1500 and image_set.images.shape == (16_500, 3, 4, 4)
+    assert sorted(image_set.labels[image_set.splits["val"]].tolist()) == list(range(1500))
+
+
+class Reports(list):
+    def __call__(self, line: str) -> None:
+        self.append(line)
+
+
+@pytest.mark.parametrize("image_size", [None, 70], ids=["kept", "streamed"])
+def test_statistics_are_those_of_numpy_and_kept(tmp_path, monkeypatch, image_size):
+    folder = make_folder(tmp_path / "small", num_train=30, num_test=6, size=(16, 16))
+    image_set = load_image_set("small", tmp_path, image_size=image_size, workers=0)
+    [images] = image_set.take([torch.arange(30)])
+    values = images.double().numpy() / 255
+    assert image_set.mean == pytest.approx(values.mean(axis=(0, 2, 3)), rel=1e-12)
+    assert image_set.std == pytest.approx(values.std(axis=(0, 2, 3)), rel=1e-9)
+
+    size = image_size or 16
+    [file] = folder.glob("*.json")
+    assert file.name == f"statistics-{size}x{size}.json"
+    train_files = list((folder / "train").rglob("*.png"))
+    assert json.loads(file.read_text())["made_from"] == {
+        "files": 30,
+        "bytes": sum(f.stat().st_size for f in train_files),
+        "newest": max(f.stat().st_mtime for f in train_files),
+    }
+
+    def load():
+        image_set = load_image_set("small", tmp_path, image_size=image_size, workers=0)
+        return image_set.mean, image_set.std
+
+    kept = {**json.loads(file.read_text()), "mean": [0.1, 0.2, 0.3]}
+    file.write_text(json.dumps(kept))
+    assert load() == ((0.1, 0.2, 0.3), image_set.std)  # believed, and not computed again
+    os.utime(train_files[3], (2e9, 2e9))
+    assert load() == (image_set.mean, image_set.std)
+    for damaged in ("", "{}", "[]", '{"mean": 1, "std": 2}', json.dumps({**kept, "mean": [0.1]})):
+        file.write_text(damaged)
+        assert load() == (image_set.mean, image_set.std)
+    Image.new("RGB", (16, 16), "white").save(train_files[0])
+    assert load()[0] != image_set.mean
+    train_files[0].unlink()
+    assert json.loads(file.read_text())["made_from"]["files"] == 30
+    load()
+    assert json.loads(file.read_text())["made_from"]["files"] == 29
+
+
+def test_statistics_that_cannot_be_kept(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "small", num_train=30, num_test=6, size=(16, 16))
+
+    def refuse(file: Path, content: bytes) -> None:
+        raise PermissionError(13, "cannot write it: Permission denied", str(file))
+
+    monkeypatch.setattr(image_folders, "write_atomically", refuse)
+    reports = Reports()
+    image_set = load_image_set("small", tmp_path, report=reports)
+    assert len(image_set.mean) == 3 and not list(folder.glob("*.json"))
+    [line] = reports
+    assert "are computed each time" in line and "statistics-16x16.json" in line and "\n" not in line
+
+
+def test_statistics_are_computed_only_where_they_are_needed(tmp_path):
+    folder = make_folder(tmp_path / "small", num_train=30, num_test=6, size=(16, 16))
+    assert load_image_set("small", tmp_path, statistics=False).mean is None
+    assert not list(folder.glob("*.json"))
+
+
+def test_images_without_spread(tmp_path):
+    folder = make_folder(tmp_path / "small", num_train=30, num_test=6, size=(4, 4))
+    for file in folder.rglob("*.png"):
+        Image.new("RGB", (4, 4), "red").save(file)
+    with pytest.raises(ValueError, match="same value in a channel: use --input_norm bn"):
+        load_image_set("small", tmp_path)
