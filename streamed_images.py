@@ -1,5 +1,6 @@
 """Images that are too large to be kept decoded: streamed by several processes, ahead of time."""
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from image_folders import Images, Size, read_image, resize
 
 Key = tuple[int, int | None]  # which image, and the seed of its augmentation, None for none
 
+LOADERS: WeakSet[DataLoader] = WeakSet()
 MARGIN = 256 / 224  # for evaluation, images are resized by this much more before their centre is cropped
 
 
@@ -43,17 +46,13 @@ class StreamedImages:
         self.plan = Plan()
         if multiprocessing.current_process().daemon:  # such as one of a cluster may not have processes of its own
             workers = 0
+        options = {"batch_sampler": self.plan, "collate_fn": stack, "pin_memory": pin_memory}
+        options |= {"num_workers": workers, "persistent_workers": workers > 0}
+        options |= {"worker_init_fn": Follower(os.getpid())}
+        options |= {"generator": torch.Generator()}  # it draws seeds for its processes, which nothing here depends on
         with warnings.catch_warnings(action="ignore"):  # of more processes than cores, which someone asked for
-            self.loader = DataLoader(
-                Decoder(images, size, flip),
-                batch_sampler=self.plan,
-                num_workers=workers,
-                collate_fn=stack,
-                pin_memory=pin_memory,
-                persistent_workers=workers > 0,
-                worker_init_fn=Follower(os.getpid()),
-                generator=torch.Generator(),  # it draws seeds for its processes, which nothing here depends on
-            )
+            self.loader = DataLoader(Decoder(images, size, flip), **options)
+        LOADERS.add(self.loader)
         Finalize(self, end_workers, [self.loader], exitpriority=0)
 
     def __len__(self) -> int:
@@ -68,14 +67,12 @@ class StreamedImages:
         """
         self.plan.keys = keys
         try:
-            with warnings.catch_warnings(action="ignore"):  # the same
-                iterator = iter(self.loader)
-            for batch in iterator:
+            for batch in start(self.loader):
                 if isinstance(batch, str):
                     raise ValueError(batch)
                 yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise ChildProcessError(
                 "a process that decodes images was killed, perhaps for lack of memory: give fewer --workers"
@@ -118,11 +115,31 @@ def stack(items: Sequence[Tensor | str]) -> Tensor | str:
     return next((item for item in items if isinstance(item, str)), None) or torch.stack(items)
 
 
+def start(loader: DataLoader) -> Iterator[Tensor | str]:
+    """An iterator of a DataLoader that finds out about a dead process when it waits for it.
+
+    A handler of torch's would raise the news wherever the program is, in the middle of saving a run as well.
+    """
+    earlier = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    with warnings.catch_warnings(action="ignore"):  # as above
+        iterator = iter(loader)
+    if earlier is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, earlier)
+    return iterator
+
+
 def end_workers(loader: DataLoader) -> None:
     """End the processes of a DataLoader, which do not heed the signal by which Python would end them."""
     if loader._iterator is not None:
         loader._iterator._shutdown_workers()
         loader._iterator = None
+
+
+@atexit.register  # before torch's own function for the end, after which it leaves these processes to Python
+def end_all_workers() -> None:
+    """End the processes of all DataLoaders that are left."""
+    for loader in list(LOADERS):
+        end_workers(loader)
 
 
 @dataclass

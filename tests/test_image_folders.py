@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from folders import CLASSES, make_folder, smooth_image
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 import image_folders
 from data import load_image_set
+from folders import CLASSES, make_folder, smooth_image
 from image_folders import find_images, own_size, read_image, resize
 
 RANDOM = np.random.default_rng(1)
@@ -166,7 +166,7 @@ def test_resized_images_are_those_of_torchvision(shape, margin):
 def test_images_of_one_small_size_are_kept_as_they_are(tmp_path):
     folder = make_folder(tmp_path / "small", num_train=30, num_test=6, size=(16, 20))
     image_set = load_image_set("small", tmp_path, workers=2)
-    files = [f for part in ("train", "test") for f in sorted((folder / part).rglob("*.png"), key=lambda f: (f.parts))]
+    files = [f for part in ("train", "test") for f in sorted((folder / part).rglob("*.png"), key=lambda f: f.parts)]
     assert image_set.images.shape == (36, 3, 16, 20) and image_set.size == (16, 20) and image_set.flip
     for image, file in zip(image_set.images, files, strict=True):
         assert (image.permute(1, 2, 0).numpy() == np.asarray(Image.open(file))).all()
