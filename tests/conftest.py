@@ -34,26 +34,49 @@ def small_network(few_digits, monkeypatch):
     monkeypatch.setattr(observations, "construct_network", small.construct_small_network)
 
 
+def write_pickle(file: Path, content: dict) -> list[str]:
+    """Write a file of CIFAR; returns its name and MD5 sum, as torchvision lists them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(pickle.dumps(content))
+    return [file.name, hashlib.md5(file.read_bytes()).hexdigest()]
+
+
 @pytest.fixture
 def small_cifar10(tmp_path, monkeypatch) -> Path:
     """A folder with random images in the files of CIFAR-10: 45 to train on, 5 for validation, 15 for the test."""
     folder = tmp_path / "images"
     batches = folder / "cifar-10-batches-py"
-    batches.mkdir(parents=True)
     generator = np.random.default_rng(0)
-
-    def write(name: str, content: dict) -> str:
-        (batches / name).write_bytes(pickle.dumps(content))
-        return hashlib.md5((batches / name).read_bytes()).hexdigest()
 
     def images(number: int) -> dict:
         labels = [n % 5 for n in range(number)]
         return {"data": generator.integers(0, 256, (number, 3072), dtype=np.uint8), "labels": labels}
 
     cifar10 = torchvision.datasets.CIFAR10
-    meta = {"label_names": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]}
-    train_list = [[name := f"data_batch_{n}", write(name, images(10))] for n in range(1, 6)]
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    train_list = [write_pickle(batches / f"data_batch_{n}", images(10)) for n in range(1, 6)]
+    _, meta_md5 = write_pickle(batches / "batches.meta", {"label_names": names})
     monkeypatch.setattr(cifar10, "train_list", train_list)
-    monkeypatch.setattr(cifar10, "test_list", [["test_batch", write("test_batch", images(15))]])
-    monkeypatch.setattr(cifar10, "meta", {**cifar10.meta, "md5": write("batches.meta", meta)})
+    monkeypatch.setattr(cifar10, "test_list", [write_pickle(batches / "test_batch", images(15))])
+    monkeypatch.setattr(cifar10, "meta", {**cifar10.meta, "md5": meta_md5})
+    return folder
+
+
+@pytest.fixture
+def small_cifar100(tmp_path, monkeypatch) -> Path:
+    """A folder with random images of four classes in the files of CIFAR-100: 40 to train on and 4 for the test."""
+    folder = tmp_path / "images"
+    files = folder / "cifar-100-python"
+    generator = np.random.default_rng(0)
+
+    def images(number: int) -> dict:
+        labels = [n % 4 for n in range(number)]
+        values = generator.integers(0, 256, (number, 3072), dtype=np.uint8)
+        return {"data": values, "fine_labels": labels, "coarse_labels": [0] * number}
+
+    cifar100 = torchvision.datasets.CIFAR100
+    names = {"fine_label_names": ["apple", "bee", "cloud", "dolphin"], "coarse_label_names": ["thing"]}
+    monkeypatch.setattr(cifar100, "train_list", [write_pickle(files / "train", images(40))])
+    monkeypatch.setattr(cifar100, "test_list", [write_pickle(files / "test", images(4))])
+    monkeypatch.setattr(cifar100, "meta", {**cifar100.meta, "md5": write_pickle(files / "meta", names)[1]})
     return folder

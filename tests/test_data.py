@@ -70,6 +70,35 @@ def test_cifar10(small_cifar10):
     assert image_set.splits["test"].tolist() == list(range(50, 65))
 
 
+def test_cifar100(small_cifar100):
+    image_set = load_image_set("cifar100", small_cifar100)
+    assert image_set.images.shape == (44, 3, 32, 32) and image_set.flip
+    assert image_set.classes == ["apple", "bee", "cloud", "dolphin"]
+    assert image_set.labels.tolist() == [n % 4 for n in range(40)] + [n % 4 for n in range(4)]
+    raw = np.load(small_cifar100 / "cifar-100-python" / "train", allow_pickle=True)["data"].reshape(40, 3, 32, 32)
+    assert torch.equal(image_set.images[:40], torch.from_numpy(raw))
+    assert image_set.mean == pytest.approx((raw / 255).mean(axis=(0, 2, 3)))
+    assert image_set.std == pytest.approx((raw / 255).std(axis=(0, 2, 3)))
+    assert (small_cifar100 / "cifar-100-python" / "statistics-32x32.json").exists()
+
+    train, val = validation_split_of_the_paper(image_set.labels[:40].tolist())
+    assert image_set.splits["train"].tolist() == train.tolist()
+    assert image_set.splits["val"].tolist() == val.tolist()
+
+
+def test_cifar100_that_cannot_be_had(tmp_path, no_network):
+    message = r"CIFAR-100 is not in .*no route to host.*unpack cifar-100-python.tar.gz .*folder cifar-100-python,"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_image_set("cifar100", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_file_of_cifar100_is_named(small_cifar100, no_network):
+    (small_cifar100 / "cifar-100-python" / "test").write_bytes(b"")
+    with pytest.raises(OSError, match=r"CIFAR-100 in .*cifar-100-python is not whole.*: test is damaged"):
+        load_image_set("cifar100", small_cifar100)
+
+
 def test_cifar10_that_cannot_be_had(tmp_path, no_network):
     with pytest.raises(FileNotFoundError, match=r"no route to host.*cifar-10-batches-py.*digits"):
         load_image_set("cifar10", tmp_path)
@@ -197,7 +226,7 @@ def test_sizes_known_before_loading():
     image_set = load_image_set("digits")
     assert DATASETS["digits"] == (len(image_set.splits["train"]), image_set.images.shape[-1])
     train, _ = train_test_split(np.arange(50_000), test_size=0.1)
-    assert DATASETS["cifar10"] == (len(train), 32)
+    assert DATASETS["cifar10"] == DATASETS["cifar100"] == (len(train), 32)
 
 
 def test_split_leaves_the_generators_alone(small_cifar10):

@@ -14,6 +14,7 @@ from settings import PAPER
 
 ROOT = Path(__file__).parent.parent
 README, MODULES = ((ROOT / name).read_text() for name in ("README.md", "MODULES.md"))
+NOT_OF_THE_PAPER = {"stem", "image_size", "no_flip", "workers", "precision", "compile"}
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 EXAMPLES = [*EXAMPLE.findall(README), *EXAMPLE.findall(MODULES)]
 
@@ -68,7 +69,7 @@ def test_command_of_the_paper_has_every_flag():
     assert command[:2] == ["python", "train.py"]
     arguments = [argument.strip("'").replace("cuda:0", "cpu") for argument in command[2:]]
     given, default = vars(train.parse(arguments)), vars(train.parse(["--device", "cpu"]))
-    of_the_paper = set(default) - {"checkpoint_seconds", "restart", "stem", "precision", "compile"}
+    of_the_paper = set(default) - {"checkpoint_seconds", "restart", *NOT_OF_THE_PAPER}
     assert set(arguments[::2]) == {f"--{name}" for name in of_the_paper}
     assert {name for name in default if given[name] != default[name]} == {"name"}
 
