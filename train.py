@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from checkpoint import Run
 from data import Batch, Batches, load_image_set
-from networks import construct_network, speed_up, trains_on_one_image, use_precision
+from networks import check_images, construct_network, speed_up, try_images, use_precision
 from results import Results
-from seeds import make_deterministic
+from seeds import keep_random_states, make_deterministic
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 SETTLED = 100  # steps after which the running statistics of batch norm have forgotten where they started
@@ -194,13 +194,29 @@ def prepare(settings: argparse.Namespace) -> argparse.Namespace:
     """The same settings, with a device. FlagError where they are wrong in a way that only torch can tell."""
     settings.device = find_device(settings.device)
     size = flags.DATASETS[settings.dataset]
-    one_left = (size.num_train - 1) % settings.batch_size == 0
-    if one_left and not trains_on_one_image(settings.network, size.pixels, **network_arguments(settings)):
-        raise FlagError(
-            f"argument --batch_size: {settings.batch_size} leaves a last batch of one of the {size.num_train} training"
-            f" images of {settings.dataset}, where batch norm cannot train on one; take another size"
-        )
+    check_network(settings, size.num_train, (size.pixels, size.pixels), num_classes=10)
     return settings
+
+
+def check_network(settings: argparse.Namespace, num_train: int, size: tuple[int, int], num_classes: int) -> None:
+    """FlagError where there is no such network, or it cannot train on images of this height and width."""
+    try:
+        with keep_random_states():
+            network = construct_network(settings.network, num_classes, **network_arguments(settings))
+    except ValueError as error:
+        raise FlagError(f"argument --network: {error}") from error
+    try:
+        check_images(network, *size, num_classes)
+    except ValueError as error:
+        raise FlagError(f"argument --network: {settings.network} {error}") from error
+    if (num_train - 1) % settings.batch_size == 0:
+        try:
+            try_images(network, 1, *size)
+        except Exception as error:
+            raise FlagError(
+                f"argument --batch_size: {settings.batch_size} leaves a last batch of one of the {num_train} training"
+                f" images of {settings.dataset}, where {settings.network} cannot train on one; take another size"
+            ) from error
 
 
 def find_device(name: str | None) -> torch.device:
