@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 
 # The base is nn.BatchNorm2d's own base, not nn.BatchNorm2d: torchvision's constructors set γ to 1 in whatever is an
@@ -91,7 +91,7 @@ def initialize_scales(network: nn.Module, bn_weight: float) -> list[str]:
     if not layers:
         raise ValueError("there is no batch norm with a scale γ in the network")
     for name, layer in layers.items():
-        if isinstance(layer.weight, UninitializedParameter):
+        if is_lazy(layer.weight):
             raise ValueError(f"the batch norm {name!r} is lazy and has no γ yet: let the network compute a batch first")
         check_bn_weight(bn_weight, layer.weight.dtype)
     for layer in layers.values():

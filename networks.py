@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torchvision import models
 
 from batch_norm import ScaleBatchNorm2d, check_bn_weight, initialize_scales
@@ -157,6 +158,8 @@ def call_function(name: str, num_classes: int) -> nn.Module:
         raise ValueError(f"{name} cannot be called with num_classes={num_classes}: {in_one_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"{name} returns {type(network).__name__}, which is no torch.nn.Module")
+    if any(map(is_lazy, network.parameters())):
+        raise ValueError(f"{name} returns lazy layers, without weights as yet: let the network compute a batch first")
     return network
 
 
@@ -188,17 +191,18 @@ def check_images(network: nn.Module, height: int, width: int, num_classes: int) 
     """Check that a network can train on images of this size.
 
     Raises:
-        ValueError: it cannot compute a batch of two, with the smallest larger square size that works; or what it
+        ValueError: it cannot compute a batch of two, with the next square size that works; or what it
             computes are no logits (2, num_classes).
     """
     try:
         logits = try_images(network, 2, height, width)
     except Exception as error:
         pixels = find_size(network, min(height, width))
-        larger = "none that is larger and square works" if pixels is None else f"the smallest is {pixels}×{pixels}"
-        raise ValueError(
-            f"cannot train on images of {height}×{width} pixels, {larger} ({in_one_line(error)})"
-        ) from error
+        hint = (
+            f"the next size that works is {pixels}×{pixels}" if pixels else f"no square size up to {LARGEST_TRIED} does"
+        )
+        what = f"cannot train on images of {height}×{width} pixels; {hint}"
+        raise ValueError(f"{what} ({in_one_line(error)})") from error
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if shape != (2, num_classes):
         raise ValueError(f"computes {shape} for 2 images, not logits {(2, num_classes)}")
@@ -247,7 +251,8 @@ def speed_up(network: nn.Module, precision: str = "float32", compiled: bool = Fa
     """
     check_precision(precision)
     if precision == "bfloat16":
-        network.to(memory_format=torch.channels_last)
+        for weight in filter(lambda parameter: parameter.dim() == 4, network.parameters()):
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     if compiled:
         if not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
             raise FileNotFoundError("there is no C++ compiler here: install g++, let CXX name one, or do not compile")

@@ -205,7 +205,9 @@ def measure_normalized_values(network: nn.Module, images: Tensor) -> list[Normal
     measured, hooks = [], []
 
     def measure(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        normalized = F.batch_norm(inputs[0].float(), layer.running_mean, layer.running_var, eps=layer.eps).abs()
+        statistics = layer.running_mean, layer.running_var
+        of_batch = layer.running_mean is None
+        normalized = F.batch_norm(inputs[0].float(), *statistics, training=of_batch, eps=layer.eps).abs()
         share = (normalized > LARGE).float().mean().item()
         measured.append(NormalizedValues(name, share, normalized.max().item()))
 

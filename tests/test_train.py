@@ -374,7 +374,7 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
         (
             "--network",
             "googlenet",
-            "googlenet cannot train on images of 8×8 pixels, the smallest is 15×15 (RuntimeError",
+            "googlenet cannot train on images of 8×8 pixels; the next size that works is 15×15 (RuntimeError",
         ),
         ("--network", "my_networks:small", "my_networks cannot be imported: ModuleNotFoundError: No module named"),
         ("--scheduler", "", "choose from"),
