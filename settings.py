@@ -75,7 +75,7 @@ def make_parser() -> Parser:
     flag("--checkpoint_seconds", default=60.0, type=not_negative, help="between checkpoints (default: %(default)g)")
     flag("--restart", action="store_true", help="start over, replacing what an earlier run of this name left")
     # not in the paper's script
-    flag("--stem", default="auto", choices=STEMS, help="first layers: for small images or torchvision's own")
+    flag("--stem", default="auto", choices=STEMS, help="first layers of a ResNet: for small images or its own")
     flag("--precision", default="float32", choices=PRECISIONS, help="of products and layers (default: %(default)s)")
     flag("--compile", action="store_true", help="compile the network with torch.compile")
     # what the paper is about

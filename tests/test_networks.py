@@ -273,6 +273,16 @@ def test_speed_up_leaves_the_weights_alone(precision):
     assert in_channels_last == (precision == "bfloat16")
 
 
+def test_only_weights_of_convolutions_over_images_change_their_layout():
+    network = nn.ModuleList([nn.Conv1d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv3d(3, 4, 3), nn.LSTM(3, 4)])
+    expected = {name: value.clone() for name, value in network.state_dict().items()}
+    strides = {name: value.stride() for name, value in network.state_dict().items()}
+    speed_up(network, "bfloat16")
+    assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+    changed = {name for name, value in network.state_dict().items() if value.stride() != strides[name]}
+    assert changed == {"1.weight"}
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_copy_of_a_network_computes_with_its_own_weights(graphs, compiled):
     network = small_network()

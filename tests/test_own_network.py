@@ -15,7 +15,7 @@ import reproduce
 import train
 from data import load_image_set
 from networks import construct_network
-from observations import load_network, measure_run
+from observations import batch_norms, load_network, measure_normalized_values, measure_run
 from results import Results
 
 ROOT = Path(__file__).parent.parent
@@ -121,7 +121,7 @@ WRONG = {
     "def small(num_classes): 1 / 0": "^{0}:small cannot be called with num_classes=10: ZeroDivisionError: division by",
     "def small(num_classes): pass": r"^{0}:small returns NoneType, which is no torch\.nn\.Module$",
     "from torch import nn\ndef small(num_classes): return nn.Linear": "^{0}:small returns type, which is no ",
-    "from torch import nn\ndef small(num_classes): return nn.Linear(2, 2)": "^{0}:small: there is no batch norm with a ",
+    "from torch import nn\ndef small(num_classes): return nn.Linear(2, 2)": "^{0}:small: there is no batch norm with ",
     "from torch import nn\ndef small(num_classes): return nn.LazyBatchNorm2d()": "^{0}:small returns lazy layers",
 }
 
@@ -220,6 +220,21 @@ def test_run_that_draws_numbers_is_resumed_to_the_last_bit(write_module, few_dig
         right = (network(digits.images[test] / 255).argmax(1) == digits.labels[test]).double().mean().item()
     assert right * 100 == pytest.approx(run.test_accuracy)
     assert [layer.name for layer in measure_run(run, network, digits)] == ["0", "1.body.1", "1.body.6", "1.statistics"]
+
+
+def test_batch_norms_without_scales_or_statistics():
+    network = nn.Sequential(
+        nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3, bias=False)
+    )
+    network.append(nn.BatchNorm2d(3))
+    nn.init.constant_(network[-1].weight, 0.25)
+    [(_, scales, shifts)] = batch_norms(network.state_dict())
+    assert scales.tolist() == [0.25] * 3 and shifts.tolist() == [0] * 3
+    images = torch.rand(4, 3, 5, 5)
+    second = measure_normalized_values(network, images)[1]
+    centred = images - images.mean((0, 2, 3), keepdim=True)
+    expected = centred / centred.square().mean((0, 2, 3), keepdim=True).add(1e-5).sqrt()
+    assert second.name == "1" and second.maximum == pytest.approx(expected.abs().max().item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("network", ["mobilenet_v3_small", "efficientnet_b0"])
