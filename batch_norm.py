@@ -1,4 +1,4 @@
-"""Batch norm whose scale γ starts below 1 (Section 4 of the paper)."""
+"""Batch norm whose scale γ starts below 1 (Section 4 of the paper), in a layer and in any network."""
 
 from numbers import Integral, Real
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 
 # The base is nn.BatchNorm2d's own base, not nn.BatchNorm2d: torchvision's constructors set γ to 1 in whatever is an
@@ -49,11 +50,7 @@ class ScaleBatchNorm2d(_BatchNorm):
             raise TypeError(f"num_features must be an integer, the number of channels, not {channels!r}")
         if channels < 1:
             raise ValueError(f"num_features must be at least 1, not {channels!r}")
-        dtype = batch_norm_arguments.get("dtype") or torch.get_default_dtype()
-        held = torch.finfo(dtype)  # beyond this range, numbers become 0 or infinite, or lose digits
-        is_number = isinstance(bn_weight, Real) and not isinstance(bn_weight, bool)
-        if not (is_number and held.smallest_normal <= bn_weight <= held.max):
-            raise ValueError(f"bn_weight must be a finite number above 0 that {dtype} can hold, not {bn_weight!r}")
+        check_bn_weight(bn_weight, batch_norm_arguments.get("dtype") or torch.get_default_dtype())
         self.bn_weight = float(bn_weight)  # before the constructor of torch, which calls reset_parameters
         super().__init__(int(channels), eps, momentum, affine, **batch_norm_arguments)
 
@@ -69,3 +66,46 @@ class ScaleBatchNorm2d(_BatchNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bn_weight={self.bn_weight}"
+
+
+def initialize_scales(network: nn.Module, bn_weight: float) -> list[str]:
+    """Set γ to `bn_weight` and β to 0 in every batch norm of a network that has a γ. In place.
+
+    Batch norms are `nn.BatchNorm1d`, `nn.BatchNorm2d`, `nn.BatchNorm3d`, `nn.SyncBatchNorm` and all classes derived
+    from them; those at the end of residual blocks, whose γ some networks start at 0, are no exception. Running
+    statistics, all other layers, devices, types and `requires_grad` stay as they are.
+
+    Args:
+        network: any module.
+        bn_weight: where every element of γ starts. The paper proposes a value below 1, such as 0.1.
+
+    Returns:
+        The names of these batch norms, as in `network.named_modules()`.
+
+    Raises:
+        ValueError: there is no such batch norm; one is lazy, without parameters as yet; or `bn_weight` is not a finite
+            number above 0 that their types can hold. Nothing is changed then.
+    """
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, _BatchNorm)}
+    layers = {name: layer for name, layer in layers.items() if layer.weight is not None}
+    if not layers:
+        raise ValueError("there is no batch norm with a scale γ in the network")
+    for name, layer in layers.items():
+        if is_lazy(layer.weight):
+            raise ValueError(f"the batch norm {name!r} is lazy and has no γ yet: let the network compute a batch first")
+        check_bn_weight(bn_weight, layer.weight.dtype)
+    for layer in layers.values():
+        nn.init.constant_(layer.weight, bn_weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+        if isinstance(layer, ScaleBatchNorm2d):
+            layer.bn_weight = float(bn_weight)  # for reset_parameters
+    return list(layers)
+
+
+def check_bn_weight(bn_weight: float, dtype: torch.dtype) -> None:
+    """ValueError where this is not a finite number above 0 that the type can hold."""
+    held = torch.finfo(dtype)  # beyond this range, numbers become 0 or infinite, or lose digits
+    is_number = isinstance(bn_weight, Real) and not isinstance(bn_weight, bool)
+    if not (is_number and held.smallest_normal <= bn_weight <= held.max):
+        raise ValueError(f"bn_weight must be a finite number above 0 that {dtype} can hold, not {bn_weight!r}")

@@ -94,7 +94,10 @@ class Run:
         self.start = time.monotonic()
         if self.state is not None:
             for name, part in self.parts.items():
-                part.load_state_dict(self.state[name])
+                try:
+                    part.load_state_dict(self.state[name])
+                except (RuntimeError, ValueError):  # the message has a line for each weight
+                    raise ValueError(f"{self.files.checkpoint} is of a run with another {name}: {REMEDY}") from None
             for group in optimizer.param_groups:  # this goes with the device, which may be another one now
                 group["fused"] = optimizer.defaults["fused"]
             set_random_states(self.state["random"])

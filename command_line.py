@@ -129,6 +129,11 @@ def say(*lines: object) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def in_one_line(error: BaseException) -> str:
+    """The kind of an error and what it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def how_to_resume(again: str) -> str:
     """What to say where a signal stops a command that saves what it has done."""
     return f"stopped; the epochs that are done are saved: run the same command {again} to resume"

@@ -1,21 +1,29 @@
-"""The networks of the paper: torchvision's ResNets with scaled batch norms and a batch norm in front of them."""
+"""The networks: torchvision's and one's own, with scaled batch norms and a batch norm in front of them."""
 
+import copy
+import difflib
+import importlib
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torchvision import models
 
-from batch_norm import ScaleBatchNorm2d
-from settings import INPUT_NORMS, NETWORKS, PRECISIONS, STEMS
+from batch_norm import ScaleBatchNorm2d, check_bn_weight, initialize_scales
+from command_line import in_one_line
+from seeds import keep_random_states
+from settings import DATASETS, INPUT_NORMS, PRECISIONS, STEMS
 
-SMALL_IMAGE_DATASETS = ("cifar10", "digits")
+SMALL_IMAGE = 64  # pixels: up to here, 'auto' gives a ResNet the stem for small images
+LARGEST_TRIED = 512  # pixels of images that are tried where a network cannot take smaller ones
 SIGMA_ACT = 0.58  # standard deviation of a rectified standard normal variable, sqrt((1 - 1/π) / 2)
 
 
@@ -62,65 +70,167 @@ def construct_network(
     bn_weight: float = 1.0,
     input_norm: str = "bn",
     stem: str = "auto",
+    image_size: int | tuple[int, int] | None = None,
 ) -> nn.Module:
-    """Build a network of the paper with its initial weights, drawn from torch's global generator.
+    """Build a network with its initial weights, drawn from torch's global generator.
 
     Args:
-        network_name: one of `NETWORKS`.
+        network_name: a classification network of torchvision that has batch norms, whose weights are then drawn by
+            `reinit_network` and `zero_biases`; or 'package.module:function', for what your own
+            `function(num_classes=...)` returns, with the weights that it has there. The module is imported, from the
+            current folder too.
         num_classes: number of outputs.
         dataset: the images it is for.
-        bn_weight: where γ starts in every batch norm.
-        input_norm: 'bn' puts a batch norm in front that normalizes the images. Its γ starts at `bn_weight` · σ_act, as
-            if the images were rectified activations of a layer before; its β stays 0. The result is then
-            `nn.Sequential(input_norm, network)`, so that the names of all weights start with `0.` or `1.`.
-            'dataset' leaves normalization with the statistics of the data set to whoever prepares the images.
-        stem: the first layers. 'small': a 3×3 convolution with stride 1, and no max pooling; 'own': torchvision's own;
-            'auto': 'small' where the images are small (`SMALL_IMAGE_DATASETS`), 'own' for any other data set.
+        bn_weight: where γ starts in every batch norm, by `initialize_scales`.
+        input_norm: 'bn' puts a batch norm in front, by `prepend_input_norm`. 'dataset' leaves normalization with the
+            statistics of the data set to whoever prepares the images.
+        stem: the first layers of torchvision's ResNets, ResNeXts and Wide ResNets. 'small': a 3×3 convolution with
+            stride 1, and no max pooling; 'own': those it has; 'auto': 'small' for images of at most `SMALL_IMAGE`
+            pixels, unless the network is of a function of your own, and 'own' otherwise.
+        image_size: height and width of the images in pixels, one number where they are the same; by default those of
+            `dataset`, which counts as large where it is not in `DATASETS`.
 
     Returns:
         A module from images, float (N, 3, H, W) with values in [0, 1] ('bn') or normalized ('dataset'), to logits
         (N, num_classes).
 
     Raises:
-        ValueError: `network_name`, `input_norm`, `stem` or `bn_weight` is not among the choices.
+        ValueError: `input_norm`, `stem` or `bn_weight` is not among the choices; there is no network of that name, it
+            cannot be built, or it has no batch norm; or it has no such first layers as a 'small' stem replaces.
     """
-    if network_name not in NETWORKS:
-        raise ValueError(f"network_name must be one of {', '.join(NETWORKS)}, not {network_name!r}")
     if input_norm not in INPUT_NORMS:
         raise ValueError(f"input_norm must be one of {', '.join(INPUT_NORMS)}, not {input_norm!r}")
     if stem not in STEMS:
         raise ValueError(f"stem must be one of {', '.join(STEMS)}, not {stem!r}")
+    own = ":" in network_name
+    network = call_function(network_name, num_classes) if own else build_network(network_name, num_classes)
 
-    norm_layer = partial(ScaleBatchNorm2d, bn_weight=bn_weight)
-    network = models.get_model(network_name, num_classes=num_classes, norm_layer=norm_layer)
-    if stem == "small" or (stem == "auto" and dataset in SMALL_IMAGE_DATASETS):
-        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    if image_size is None:
+        image_size = DATASETS[dataset].pixels if dataset in DATASETS else math.inf
+    pixels = max(image_size) if isinstance(image_size, tuple) else image_size
+    is_resnet = isinstance(network, models.ResNet)
+    if stem == "small" and not is_resnet:
+        raise ValueError(f"{network_name} is none of torchvision's ResNets, for which alone there is a small stem")
+    if stem == "small" or (stem == "auto" and is_resnet and not own and pixels <= SMALL_IMAGE):
+        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
         network.maxpool = nn.Identity()
-    reinit_network(network)
-    zero_biases(network)
+    if not own:
+        reinit_network(network)
+        zero_biases(network)
+    try:
+        initialize_scales(network, bn_weight)
+    except ValueError as error:
+        raise ValueError(f"{network_name}: {error}") from error
+    return prepend_input_norm(network, bn_weight) if input_norm == "bn" else network
 
-    if input_norm == "bn":
-        input_layer = ScaleBatchNorm2d(3, bn_weight=bn_weight * SIGMA_ACT)
-        input_layer.bias.requires_grad = False
-        network = nn.Sequential(input_layer, network)
+
+def build_network(network_name: str, num_classes: int) -> nn.Module:
+    """A classification network of torchvision, without auxiliary heads. ValueError if unknown or without batch norm."""
+    names = models.list_models(module=models)
+    if network_name not in names:
+        close = difflib.get_close_matches(network_name.lower(), names, n=3)
+        hint = f"close are {', '.join(close)}" if close else "resnet18 is one, and MODULE:FUNCTION your own"
+        raise ValueError(f"torchvision has no classification network {network_name!r}: {hint}")
+    with_auxiliary_heads = network_name in ("googlenet", "inception_v3")
+    options = {"aux_logits": False, "init_weights": False} if with_auxiliary_heads else {}
+    with suppress(NotImplementedError), torch.device("meta"):  # RegNets, which all have some, cannot be built there
+        if not any(isinstance(m, _BatchNorm) for m in models.get_model(network_name, **options).modules()):
+            raise ValueError(f"{network_name} has no batch norm, which the method is about: take one that has some")
+    return models.get_model(network_name, num_classes=num_classes, **options)
+
+
+def call_function(name: str, num_classes: int) -> nn.Module:
+    """The network that a function 'package.module:function' returns. ValueError where there is none."""
+    module_name, _, function_name = name.partition(":")
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())  # last, so that nothing in it takes the place of another module
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{module_name} cannot be imported: {in_one_line(error)}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        file = getattr(module, "__file__", None) or "built in"
+        raise ValueError(f"{module_name} ({file}) has no function {function_name}")
+    try:
+        network = function(num_classes=num_classes)
+    except Exception as error:
+        raise ValueError(f"{name} cannot be called with num_classes={num_classes}: {in_one_line(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{name} returns {type(network).__name__}, which is no torch.nn.Module")
+    if any(map(is_lazy, network.parameters())):
+        raise ValueError(f"{name} returns lazy layers, without weights as yet: let the network compute a batch first")
     return network
 
 
-def trains_on_one_image(network_name: str, pixels: int, **arguments: Any) -> bool:
-    """Whether every batch norm of a network gets more than one value a channel from a batch of a single image.
+def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int = 3) -> nn.Sequential:
+    """Put a batch norm in front of a network that normalizes its images (Section 4 of the paper).
+
+    Its γ starts at `bn_weight` · σ_act, as if the images were rectified activations of a layer before; its β is frozen
+    at 0. It is made on the device and of the type of the network's first floating-point parameter.
 
     Args:
-        network_name: one of `NETWORKS`.
-        pixels: height and width of the image.
-        **arguments: further ones of `construct_network`.
+        network: any module.
+        bn_weight: where γ starts in the network itself.
+        num_channels: of the images, (N, num_channels, H, W).
+
+    Returns:
+        `nn.Sequential(input_norm, network)`, so that the names of all weights start with `0.` or `1.`.
+
+    Raises:
+        ValueError: `bn_weight` is not a finite number above 0 that the type can hold.
     """
-    with torch.device("meta"):  # shapes only: nothing is drawn or computed
-        network = construct_network(network_name, **arguments)
-        try:
-            network(torch.empty(1, 3, pixels, pixels))
-        except ValueError:
-            return False
-    return True
+    like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
+    check_bn_weight(bn_weight, like.dtype)
+    input_norm = ScaleBatchNorm2d(num_channels, bn_weight=bn_weight * SIGMA_ACT, device=like.device, dtype=like.dtype)
+    input_norm.bias.requires_grad = False
+    return nn.Sequential(input_norm, network)
+
+
+def check_images(network: nn.Module, height: int, width: int, num_classes: int) -> None:
+    """Check that a network can train on images of this size.
+
+    Raises:
+        ValueError: it cannot compute a batch of two, with the next square size that works; or what it
+            computes are no logits (2, num_classes).
+    """
+    try:
+        logits = try_images(network, 2, height, width)
+    except Exception as error:
+        pixels = find_size(network, min(height, width))
+        hint = (
+            f"the next size that works is {pixels}×{pixels}" if pixels else f"no square size up to {LARGEST_TRIED} does"
+        )
+        what = f"cannot train on images of {height}×{width} pixels; {hint}"
+        raise ValueError(f"{what} ({in_one_line(error)})") from error
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (2, num_classes):
+        raise ValueError(f"computes {shape} for 2 images, not logits {(2, num_classes)}")
+
+
+def find_size(network: nn.Module, minimum: int) -> int | None:
+    """The smallest height and width, from a minimum to `LARGEST_TRIED`, of images that a network can train on."""
+    shapes = copy.deepcopy(network).to("meta").train()  # computes nothing but shapes, which takes little time
+    for pixels in range(minimum, LARGEST_TRIED + 1):
+        with suppress(Exception):
+            compute_random_images(shapes, 2, pixels, pixels, "meta")
+            try_images(network, 2, pixels, pixels)
+            return pixels
+    return None
+
+
+def try_images(network: nn.Module, num_images: int, height: int, width: int) -> Any:
+    """What a network in training mode computes of random images (num_images, 3, height, width), on the CPU.
+
+    A copy of it does: the network, and the random generators too, stay as they are. Raises what the network raises.
+    """
+    return compute_random_images(copy.deepcopy(network).cpu().train(), num_images, height, width, "cpu")
+
+
+def compute_random_images(network: nn.Module, num_images: int, height: int, width: int, device: str) -> Any:
+    """What a network on that device computes of them, without gradients."""
+    with keep_random_states(), torch.no_grad(), torch.device(device):
+        return network(torch.rand(num_images, 3, height, width))
 
 
 def speed_up(network: nn.Module, precision: str = "float32", compiled: bool = False) -> None:
@@ -141,7 +251,8 @@ def speed_up(network: nn.Module, precision: str = "float32", compiled: bool = Fa
     """
     check_precision(precision)
     if precision == "bfloat16":
-        network.to(memory_format=torch.channels_last)
+        for weight in filter(lambda parameter: parameter.dim() == 4, network.parameters()):
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     if compiled:
         if not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
             raise FileNotFoundError("there is no C++ compiler here: install g++, let CXX name one, or do not compile")

@@ -19,6 +19,7 @@ from cifar import CIFAR10_STATISTICS
 from data import ImageSet, load_image_set
 from networks import SIGMA_ACT, construct_network
 from results import Results, read_results, write_atomically
+from seeds import keep_random_states
 from settings import DEFAULTS, run_files
 
 Weights = Mapping[str, Any]  # a state_dict, or arrays under the same names
@@ -71,15 +72,20 @@ def rebuild_network(run: Results, weights_file: str | os.PathLike) -> nn.Module:
     """
     settings = DEFAULTS | run.settings
     weights = load_weights(weights_file)
-    num_classes = next((value.numel() for name, value in reversed(weights.items()) if name.endswith("bias")), 1)
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # initial weights are drawn, but nobody sees them
-        network = construct_network(
-            settings["network"],
-            num_classes,
-            settings["dataset"],
-            input_norm=settings["input_norm"],
-            stem=settings["stem"],
-        )
+    arguments = {name: settings[name] for name in ("dataset", "input_norm", "stem")}
+    first = weights.get("conv1.weight", weights.get("1.conv1.weight"))
+    arguments["image_size"] = 32 if first is not None and first.shape[-1] == 3 else None  # 3×3: for small images
+    construct = partial(construct_network, settings["network"], **arguments)
+    with torch.device("cpu"), keep_random_states():  # initial weights are drawn, but nobody sees them
+        network = construct(10)
+        initial = network.state_dict()
+        unlike = {
+            value.shape[:1]
+            for name, value in weights.items()
+            if name in initial and value.shape[:1] != initial[name].shape[:1]
+        }
+        if len(unlike) == 1:  # the last layer alone, which has an output for each class
+            network = construct(*unlike.pop())
     try:
         network.load_state_dict(weights)
     except RuntimeError:  # its message has a line for each weight
@@ -118,6 +124,7 @@ def load_weights(file: str | os.PathLike) -> dict[str, Tensor]:
 def batch_norms(weights: Weights) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Depth, γ (C,) and β (C,) of every batch norm in a `state_dict`, in its order; see `first_depth`."""
     layers = [name.removesuffix(".running_mean") for name in weights if name.endswith(".running_mean")]
+    layers = [layer for layer in layers if {f"{layer}.weight", f"{layer}.bias"} <= weights.keys()]
     for depth, layer in enumerate(layers, start=first_depth(layers)):
         yield depth, np.asarray(weights[f"{layer}.weight"]), np.asarray(weights[f"{layer}.bias"])
 
@@ -200,7 +207,9 @@ def measure_normalized_values(network: nn.Module, images: Tensor) -> list[Normal
     measured, hooks = [], []
 
     def measure(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        normalized = F.batch_norm(inputs[0].float(), layer.running_mean, layer.running_var, eps=layer.eps).abs()
+        statistics = layer.running_mean, layer.running_var
+        of_batch = layer.running_mean is None
+        normalized = F.batch_norm(inputs[0].float(), *statistics, training=of_batch, eps=layer.eps).abs()
         share = (normalized > LARGE).float().mean().item()
         measured.append(NormalizedValues(name, share, normalized.max().item()))
 

@@ -26,6 +26,7 @@ from command_line import (
     file_name,
     folder,
     how_to_resume,
+    in_one_line,
     on_signals,
     one_line_endings,
     say,
@@ -110,9 +111,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # seed by seed, so that what is there after an interruption is a paired sample
     args.runs = [plan_run(args, name, seed, others) for seed in unique_seeds for name in args.settings]
     args.num_seeds = len(unique_seeds)
-    first = args.runs[0].settings
     args.path = flags.parse(args.runs[0].flags).path
-    args.name = args.name or flags.experiment_name(first)
+    args.name = args.name or flags.experiment_name(args.runs[0].settings)
     return args
 
 
@@ -136,7 +136,7 @@ from tqdm import tqdm
 from checkpoint import lock_run, read_finished
 from results import Results, read_table_size, write_table
 from t_test import NARROW_TABLE_COLUMNS, Comparison, compare_all, mixed_circumstances, table
-from workers import ClusterError, in_one_line, make_runs
+from workers import ClusterError, make_runs
 
 Runs = dict[str, dict[int, Results]]  # finished runs, by setting and seed
 

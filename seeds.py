@@ -3,6 +3,8 @@
 import hashlib
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
@@ -75,3 +77,13 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     for device in range(min(len(states["cuda"]), torch.cuda.device_count())):
         torch.cuda.set_rng_state(states["cuda"][device], device)
+
+
+@contextmanager
+def keep_random_states() -> Iterator[None]:
+    """Leave all global random generators as they are, whatever is drawn within."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)

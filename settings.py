@@ -22,7 +22,6 @@ class Size(NamedTuple):
 
 
 DATASETS = {"cifar10": Size(45_000, 32), "cifar100": Size(45_000, 32), "digits": Size(1_293, 8)}
-NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 SCHEDULES = ("cos", "none")
 STEMS = ("auto", "small", "own")
 INPUT_NORMS = ("bn", "dataset")
@@ -39,14 +38,15 @@ PAPER = {  # what it compares, by name
 }
 # from 1e-30 to 1e30: what float32 can hold, with room for a product of two
 positive = number("a number from 1e-30 to 1e30", lambda x: 1e-30 <= x <= 1e30)
-WITHOUT_EFFECT = (
-    "path",
-    "name",
-    "device",
-    "checkpoint_seconds",
-    "restart",
-    "workers",
-)  # flags that leave a run's numbers alone
+# flags that leave a run's numbers alone
+WITHOUT_EFFECT = ("path", "name", "device", "checkpoint_seconds", "restart", "workers")
+
+
+def network_name(text: str) -> str:
+    """The type of a flag that names a network. Whether there is such a one is not checked here: only torch can tell."""
+    if not re.fullmatch(r"\w+|\w+(\.\w+)*:\w+", text):
+        raise argparse.ArgumentTypeError(f"must be the name of a torchvision network or MODULE:FUNCTION, not {text!r}")
+    return text
 
 
 def make_parser() -> Parser:
@@ -65,7 +65,8 @@ def make_parser() -> Parser:
     flag("--name", default="", type=file_name, help="name of the run's files (default: made from the settings)")
     dataset_help = f"{', '.join(DATASETS)} or a folder in images/ with train/ and test/ (default: %(default)s)"
     flag("--dataset", default="cifar10", type=file_name, help=dataset_help)
-    flag("--network", default="resnet18", choices=NETWORKS, help="network to train (default: %(default)s)")
+    network_help = "a torchvision network, or MODULE:FUNCTION of your own (default: %(default)s)"
+    flag("--network", default="resnet18", type=network_name, help=network_help)
     flag("--batch_size", default=128, type=whole(1), help="images in a batch (default: %(default)s)")
     flag("--num_epochs", default=180, type=whole(1), help="passes over the training images (default: %(default)s)")
     flag("--learning_rate", default=0.1, type=positive, help="initial learning rate (default: %(default)s)")
@@ -76,7 +77,7 @@ def make_parser() -> Parser:
     flag("--checkpoint_seconds", default=60.0, type=not_negative, help="between checkpoints (default: %(default)g)")
     flag("--restart", action="store_true", help="start over, replacing what an earlier run of this name left")
     # not in the paper's script
-    flag("--stem", default="auto", choices=STEMS, help="first layers: for small images or torchvision's own")
+    flag("--stem", default="auto", choices=STEMS, help="first layers of a ResNet: for small images or its own")
     flag("--image_size", type=whole(1), help="pixels of an image (default: its own if small, else 224)")
     flag("--no_flip", action="store_true", help="never mirror an image")
     flag("--workers", type=whole(0), help="processes that decode large images (default: the cores)")
@@ -96,7 +97,7 @@ DEFAULTS = vars(make_parser().parse_args([]))
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The settings of a run from its flags, with a name. FlagError names the flag that is wrong.
 
-    Whether the device exists is not checked here: only torch can tell.
+    Whether the device and the network exist is not checked here: only torch can tell.
     """
     settings = make_parser().parse_args(argv)
     if settings.dataset in DATASETS:
@@ -166,7 +167,7 @@ def experiment_name(settings: argparse.Namespace) -> str:
         if name not in ("dataset", "network", "seed", *COMPARED) and value != DEFAULTS[name]
     }
     parts = [name if value is True else f"{name}={as_typed(value)}" for name, value in others.items()]
-    return "-".join((settings.dataset, settings.network, *parts))
+    return "-".join((settings.dataset, settings.network.replace(":", "."), *parts))
 
 
 def default_name(settings: argparse.Namespace) -> str:

@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from checkpoint import Run
 from data import Batch, Batches, load_image_set
-from networks import construct_network, speed_up, trains_on_one_image, use_precision
+from image_folders import Size
+from networks import check_images, construct_network, speed_up, try_images, use_precision
 from results import Results
-from seeds import make_deterministic
+from seeds import keep_random_states, make_deterministic
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 SETTLED = 100  # steps after which the running statistics of batch norm have forgotten where they started
@@ -79,13 +80,16 @@ def train(
             report=report,
             show_bar=show_bar,
         )
-        flags.check_batch_size(settings, len(image_set.splits["train"]))
+        if settings.dataset not in flags.DATASETS:  # of these, the images were known before
+            flags.check_batch_size(settings, len(image_set.splits["train"]))
+            check_network(settings, len(image_set.classes), image_set.size, len(image_set.splits["train"]))
         train_batches, val_batches, test_batches = (
             Batches(image_set, split, settings.batch_size, normalize=settings.input_norm == "dataset")
             for split in ("train", "val", "test")
         )
 
-        network = construct_network(settings.network, len(image_set.classes), **network_arguments(settings))
+        num_classes, arguments = len(image_set.classes), network_arguments(settings, image_set.size)
+        network = construct_network(settings.network, num_classes, **arguments)
         network.to(settings.device)
         speed_up(network, settings.precision, settings.compile)
         parameters = adjust_weight_decay_and_learning_rate(
@@ -119,9 +123,10 @@ def train(
         return run.results
 
 
-def network_arguments(settings: argparse.Namespace) -> dict[str, Any]:
-    """What `construct_network` is told of the flags."""
-    return {name: getattr(settings, name) for name in ("dataset", "bn_weight", "input_norm", "stem")}
+def network_arguments(settings: argparse.Namespace, size: Size | None) -> dict[str, Any]:
+    """What `construct_network` is told of the flags, and of the height and width of the images."""
+    arguments = {name: getattr(settings, name) for name in ("dataset", "bn_weight", "input_norm", "stem")}
+    return {**arguments, "image_size": size}
 
 
 def train_one_epoch(
@@ -204,20 +209,42 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def prepare(settings: argparse.Namespace) -> argparse.Namespace:
     """The same settings, with a device. FlagError where they are wrong in a way that only torch can tell."""
     settings.device = find_device(settings.device)
-    size = flags.DATASETS.get(settings.dataset)
-    if size is None:
-        folder = settings.path / "images" / settings.dataset
-        if not folder.is_dir():
-            built_in = ", ".join(flags.DATASETS)
-            raise FlagError(f"argument --dataset: {settings.dataset} is none of {built_in}, and there is no {folder}")
-        return settings
-    one_left = (size.num_train - 1) % settings.batch_size == 0
-    if one_left and not trains_on_one_image(settings.network, size.pixels, **network_arguments(settings)):
-        raise FlagError(
-            f"argument --batch_size: {settings.batch_size} leaves a last batch of one of the {size.num_train} training"
-            f" images of {settings.dataset}, where batch norm cannot train on one; take another size"
-        )
+    known = flags.DATASETS.get(settings.dataset)
+    folder = settings.path / "images" / settings.dataset
+    if not known and not folder.is_dir():
+        built_in = ", ".join(flags.DATASETS)
+        raise FlagError(f"argument --dataset: {settings.dataset} is none of {built_in}, and there is no {folder}")
+    if known:
+        pixels = settings.image_size or known.pixels
+        check_network(settings, num_classes=10, size=(pixels, pixels), num_train=known.num_train)
+    else:  # its images are not known yet
+        check_network(settings, num_classes=10)
     return settings
+
+
+def check_network(
+    settings: argparse.Namespace, num_classes: int, size: Size | None = None, num_train: int | None = None
+) -> None:
+    """FlagError where there is no such network, or it cannot train on so many images of this height and width."""
+    try:
+        with keep_random_states():
+            network = construct_network(settings.network, num_classes, **network_arguments(settings, size))
+    except ValueError as error:
+        raise FlagError(f"argument --network: {error}") from error
+    if size is None:
+        return
+    try:
+        check_images(network, *size, num_classes)
+    except ValueError as error:
+        raise FlagError(f"argument --network: {settings.network} {error}") from error
+    if (num_train - 1) % settings.batch_size == 0:
+        try:
+            try_images(network, 1, *size)
+        except Exception as error:
+            raise FlagError(
+                f"argument --batch_size: {settings.batch_size} leaves a last batch of one of the {num_train} training"
+                f" images of {settings.dataset}, where {settings.network} cannot train on one; take another size"
+            ) from error
 
 
 def find_device(name: str | None) -> torch.device:

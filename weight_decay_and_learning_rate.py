@@ -24,7 +24,8 @@ def adjust_weight_decay_and_learning_rate(
 
     1. biases, the scales of other normalization layers and whatever `skip_list` names: no weight decay, full rate;
     2. batch norm scales γ: no weight decay, rate `learning_rate / c`;
-    3. the rest (weights of convolutional and linear layers): `weight_decay`, full rate.
+    3. the rest (weights of convolutional and linear layers, and what some networks have besides, such as tokens,
+       tables of positions and scales of residual branches): `weight_decay`, full rate.
 
     What a parameter is follows from the type of the module that holds it, not from its shape. Frozen parameters
     (`requires_grad` is False) are left out, and one that several modules share appears once, in the group of the first.

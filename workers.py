@@ -21,7 +21,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import STOP_SIGNALS, interrupt, on_signals
+from command_line import STOP_SIGNALS, in_one_line, interrupt, on_signals
 from results import Results
 
 if TYPE_CHECKING:
@@ -112,11 +112,6 @@ def make_run(settings: argparse.Namespace, device: str | None, stops: list[int])
         return int(stop.args[0] if stop.args else signal.SIGINT)
     except Exception as error:  # whatever it is, the other runs go on
         return in_one_line(error)
-
-
-def in_one_line(error: BaseException) -> str:
-    """An error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def make_run_in_worker(

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
-from batch_norm import ScaleBatchNorm2d
+from batch_norm import ScaleBatchNorm2d, initialize_scales
 
 
 def test_starts_at_bn_weight_and_zero():
@@ -159,3 +160,97 @@ def test_converts_to_synchronized_batch_norm():
     network = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(ScaleBatchNorm2d(3, bn_weight=0.1)))
     assert isinstance(network[0], nn.SyncBatchNorm)
     assert torch.equal(network[0].weight, torch.full((3,), 0.1))
+
+
+def network_of_all_kinds() -> nn.Sequential:
+    """Batch norms of every kind with what must stay as it is; nothing is at 0 or 1."""
+    batch_norms = [nn.BatchNorm1d(3), nn.BatchNorm2d(3), nn.BatchNorm3d(3), nn.SyncBatchNorm(3), ScaleBatchNorm2d(3)]
+    without_scale = nn.BatchNorm2d(3, affine=False)
+    others = [nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.InstanceNorm2d(3, affine=True), nn.RMSNorm(3), nn.Conv2d(3, 3, 1)]
+    network = nn.Sequential(*batch_norms, nn.Sequential(nn.BatchNorm2d(3, bias=False)), without_scale, *others)
+    for value in network.state_dict().values():
+        value.copy_(torch.arange(7, 7 + value.numel()).view(value.shape))
+    return network
+
+
+def test_scales_of_every_kind_of_batch_norm_and_nothing_else():
+    network, before = network_of_all_kinds(), network_of_all_kinds().state_dict()
+    random_state = torch.get_rng_state()
+    assert initialize_scales(network, 0.1) == ["0", "1", "2", "3", "4", "5.0"]
+    assert torch.equal(torch.get_rng_state(), random_state)
+    after = network.state_dict()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        layer, _, kind = name.rpartition(".")
+        if layer in ("0", "1", "2", "3", "4", "5.0") and kind in ("weight", "bias"):
+            value = torch.full((3,), 0.1 if kind == "weight" else 0.0)
+        assert torch.equal(after[name], value), name
+    network[4].reset_parameters()
+    assert torch.equal(network[4].weight, torch.full((3,), 0.1)) and "bn_weight=0.1" in repr(network[4])
+
+
+def test_scales_that_a_network_starts_at_0():
+    network = torchvision.models.resnet18(zero_init_residual=True)
+    assert torch.count_nonzero(network.layer1[0].bn2.weight) == 0
+    names = initialize_scales(network, 0.2)
+    layers = [name.removesuffix(".running_mean") for name in network.state_dict() if name.endswith(".running_mean")]
+    assert names == layers and len(names) == 20
+    for name in names:
+        assert torch.all(network.get_parameter(f"{name}.weight") == 0.2)
+
+
+def test_frozen_scales_in_other_types_and_places():
+    network = nn.Sequential(
+        nn.BatchNorm2d(2, dtype=torch.float64), nn.BatchNorm1d(2, dtype=torch.float16), nn.BatchNorm2d(2, device="meta")
+    )
+    network[0].weight.requires_grad = network[1].bias.requires_grad = False
+    parameters = list(network.parameters())
+    initialize_scales(network, 0.25)
+    assert all(ours is before for ours, before in zip(network.parameters(), parameters, strict=True))
+    assert [p.requires_grad for p in parameters] == [False, True, True, False, True, True]
+    assert network[0].weight.dtype == torch.float64 and network[0].weight.tolist() == [0.25, 0.25]
+    assert network[1].weight.dtype == torch.float16 and network[1].weight.tolist() == [0.25, 0.25]
+    assert network[2].weight.is_meta
+
+
+def test_layer_that_is_used_twice():
+    layer = nn.BatchNorm2d(2)
+    assert initialize_scales(nn.Sequential(layer, nn.ReLU(), layer), 0.1) == ["0"]
+    assert initialize_scales(layer, 0.3) == [""]
+    assert layer.weight.tolist() == pytest.approx([0.3, 0.3])
+
+
+@pytest.mark.parametrize(
+    "network",
+    [nn.Linear(2, 2), nn.Sequential(), nn.BatchNorm2d(3, affine=False), nn.LayerNorm(3), FrozenBatchNorm2d(3)],
+    ids=repr,
+)
+def test_network_without_scales(network):
+    with pytest.raises(ValueError, match="there is no batch norm with a scale γ in the network"):
+        initialize_scales(network, 0.1)
+
+
+def test_lazy_batch_norm():
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.LazyBatchNorm2d()))
+    with pytest.raises(ValueError, match=r"the batch norm '1\.0' is lazy and has no γ yet: let the network compute a"):
+        initialize_scales(network, 0.1)
+    assert torch.equal(network[0].weight, torch.ones(3))
+    network(torch.rand(2, 3, 4, 4))
+    assert initialize_scales(network, 0.1) == ["0", "1.0"]
+
+
+@pytest.mark.parametrize("bn_weight", [0, -0.1, float("nan"), float("inf"), 1e-60, True, "0.1", None])
+def test_scales_that_there_cannot_be(bn_weight):
+    network = nn.BatchNorm2d(3)
+    with pytest.raises(
+        ValueError, match=r"bn_weight must be a finite number above 0 that torch\.float32 can hold, not"
+    ):
+        initialize_scales(network, bn_weight)
+    assert torch.equal(network.weight, torch.ones(3))
+
+
+def test_scale_that_one_of_the_layers_cannot_hold():
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"bn_weight must be .* above 0 that torch.float16 can hold, not 1e-09"):
+        initialize_scales(network, 1e-9)
+    assert torch.equal(network[0].weight, torch.ones(3))

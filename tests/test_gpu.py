@@ -144,7 +144,7 @@ def without_waiting(gpu) -> Iterator[Callable[[Iterable[Batch]], Iterator[Batch]
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("normalize", [False, True])
 def test_nothing_waits_for_the_gpu_within_an_epoch(gpu, without_waiting, small_network, small_cifar10, normalize):
-    settings = train.parse(["--batch_size", "10", "--device", gpu.type])
+    settings = train.parse(["--dataset", "digits", "--batch_size", "10", "--device", gpu.type])
     for image_set in (load_image_set("digits", device=gpu), load_image_set("cifar10", small_cifar10, gpu)):
         for split in image_set.splits:
             for _ in without_waiting(Batches(image_set, split, 2, normalize)):

@@ -1,21 +1,37 @@
+import inspect
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import nn
 from torch._dynamo.utils import counters
+from tqdm import tqdm
 
-from batch_norm import ScaleBatchNorm2d
-from networks import construct_network, reinit_network, speed_up, use_precision, zero_biases
-from settings import NETWORKS, PRECISIONS
+import train
+from networks import (
+    check_images,
+    construct_network,
+    prepend_input_norm,
+    reinit_network,
+    speed_up,
+    try_images,
+    use_precision,
+    zero_biases,
+)
+from seeds import make_deterministic
+from settings import PRECISIONS
 from small import construct_small_network
+from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 
 @pytest.mark.parametrize("input_norm", ["bn", "dataset"])
@@ -51,7 +67,7 @@ def test_initial_weights_are_those_of_the_paper(input_norm):
         assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["0.bias"]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 def test_every_network_runs(name):
     with torch.device("meta"):
         network = construct_network(name, num_classes=7)
@@ -62,17 +78,24 @@ def test_every_network_runs(name):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "stem", "small"),
+    ("arguments", "small"),
     [
-        ("digits", "auto", True),
-        ("cifar10", "auto", True),
-        ("imagenet", "auto", False),
-        ("cifar10", "own", False),
-        ("imagenet", "small", True),
+        ({"dataset": "digits"}, True),
+        ({"dataset": "cifar10"}, True),
+        ({"dataset": "imagenet"}, False),
+        ({"dataset": "imagenet", "image_size": 64}, True),
+        ({"dataset": "imagenet", "image_size": 65}, False),
+        ({"dataset": "imagenet", "image_size": (64, 48)}, True),
+        ({"dataset": "imagenet", "image_size": (48, 65)}, False),
+        ({"dataset": "cifar10", "image_size": 224}, False),
+        ({"dataset": "cifar10", "stem": "own"}, False),
+        ({"dataset": "imagenet", "stem": "small"}, True),
     ],
 )
-def test_stem(dataset, stem, small):
-    network = construct_network(dataset=dataset, input_norm="dataset", stem=stem)
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "wide_resnet50_2"])
+def test_stem(name, arguments, small):
+    with torch.device("meta"):
+        network = construct_network(name, input_norm="dataset", **arguments)
     assert network.conv1.bias is None
     if small:
         assert (network.conv1.kernel_size, network.conv1.stride, network.conv1.padding) == ((3, 3), (1, 1), (1, 1))
@@ -85,13 +108,22 @@ def test_stem(dataset, stem, small):
 def test_defaults():
     network = construct_network()
     assert network[1].fc.out_features == 10
-    assert all(torch.all(m.weight == 1) for m in network[1].modules() if isinstance(m, ScaleBatchNorm2d))
+    assert all(torch.all(m.weight == 1) for m in network[1].modules() if isinstance(m, nn.BatchNorm2d))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"network_name": "resnet19"}, "network_name must be one of resnet18, resnet34"),
+        ({"network_name": "resnet19"}, "torchvision has no classification network 'resnet19': close are resnet18, "),
+        ({"network_name": "ResNet34"}, "torchvision has no classification network 'ResNet34': close are resnet34, "),
+        ({"network_name": "best"}, "no classification network 'best': resnet18 is one, and MODULE:FUNCTION your own"),
+        ({"network_name": "alexnet"}, "alexnet has no batch norm, which the method is about: take one that has some"),
+        ({"network_name": "vgg19"}, "vgg19 has no batch norm"),
+        ({"network_name": "vit_h_14"}, "vit_h_14 has no batch norm"),
+        ({"network_name": "swin_v2_t"}, "swin_v2_t has no batch norm"),
+        ({"network_name": "convnext_tiny"}, "convnext_tiny has no batch norm"),
+        ({"network_name": "squeezenet1_1"}, "squeezenet1_1 has no batch norm"),
+        ({"network_name": "mobilenet_v2", "stem": "small"}, "mobilenet_v2 is none of torchvision's ResNets, for which"),
         ({"stem": "large"}, "stem must be one of auto, small, own"),
         ({"input_norm": "layer"}, "input_norm must be one of bn, dataset"),
         ({"bn_weight": 0}, "bn_weight must be a finite number above 0"),
@@ -101,6 +133,57 @@ def test_defaults():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         construct_network(**arguments)
+
+
+FAMILIES = {  # of each, the smallest network and the smallest images that it can train on
+    "densenet121": 29,
+    "efficientnet_b0": 1,
+    "efficientnet_v2_s": 1,
+    "googlenet": 15,
+    "inception_v3": 75,
+    "maxvit_t": 221,
+    "mnasnet0_5": 1,
+    "mobilenet_v2": 1,
+    "mobilenet_v3_small": 1,
+    "regnet_x_400mf": 1,
+    "regnet_y_400mf": 1,
+    "resnet18": 1,
+    "resnext50_32x4d": 1,
+    "shufflenet_v2_x0_5": 1,
+    "vgg11_bn": 32,
+    "wide_resnet50_2": 1,
+}
+
+
+def test_every_family_is_tested():
+    """All classes of torchvision's networks but those that have no batch norm."""
+
+    def classes(names: Iterable[str]) -> set[str]:
+        builders = map(torchvision.models.get_model_builder, names)
+        return {inspect.signature(builder).return_annotation.__name__ for builder in builders}
+
+    without = {"AlexNet", "ConvNeXt", "SqueezeNet", "SwinTransformer", "VisionTransformer"}
+    assert classes(FAMILIES) == classes(torchvision.models.list_models(module=torchvision.models)) - without
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_of_torchvision_trains(name):
+    """An epoch of two steps on 64 images, or on 4 where they must be large; of 8 pixels where 1 would do."""
+    torch.manual_seed(1)
+    pixels = max(FAMILIES[name], 8)
+    network = construct_network(name, 5, "imagenet", 0.1, image_size=pixels)
+    batch_size = 32 if pixels <= 75 else 2
+    settings = train.parse(["--batch_size", str(batch_size), "--device", "cpu"])
+    groups = adjust_weight_decay_and_learning_rate(network, learning_rate=0.01, c=100)
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    images, labels = torch.rand(2, batch_size, 3, pixels, pixels), torch.randint(5, (2, batch_size))
+    train.train_one_epoch(network, zip(images, labels, strict=True), optimizer, settings, 1, tqdm(disable=True))
+    for name, value in network.state_dict().items():
+        assert value.isfinite().all(), name
+        learned = value.is_floating_point() and name != "0.bias"
+        assert torch.equal(value, before[name]) != learned or name.endswith("num_batches_tracked"), name
+    assert network.eval()(images[0]).shape == (batch_size, 5)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +273,16 @@ def test_speed_up_leaves_the_weights_alone(precision):
     assert in_channels_last == (precision == "bfloat16")
 
 
+def test_only_weights_of_convolutions_over_images_change_their_layout():
+    network = nn.ModuleList([nn.Conv1d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv3d(3, 4, 3), nn.LSTM(3, 4)])
+    expected = {name: value.clone() for name, value in network.state_dict().items()}
+    strides = {name: value.stride() for name, value in network.state_dict().items()}
+    speed_up(network, "bfloat16")
+    assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+    changed = {name for name, value in network.state_dict().items() if value.stride() != strides[name]}
+    assert changed == {"1.weight"}
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_copy_of_a_network_computes_with_its_own_weights(graphs, compiled):
     network = small_network()
@@ -265,3 +358,108 @@ def test_use_precision_whatever_was_set_before(earlier, precision, expected):
 def test_unknown_precision(use):
     with pytest.raises(ValueError, match="precision must be one of float32, strict, tf32, bfloat16, not 'float16'"):
         use()
+
+
+# --- any network ----------------------------------------------------------------------------------------------------
+
+
+def test_input_norm_in_front():
+    network = nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+    whole = prepend_input_norm(network, 0.5, num_channels=4)
+    images = torch.rand(8, 4, 3, 3) * 7 + 5
+    normalized = (images - images.mean((0, 2, 3), keepdim=True)) / images.std((0, 2, 3), keepdim=True, correction=0)
+    torch.testing.assert_close(whole[0](images), normalized * 0.5 * 0.58, rtol=1e-3, atol=1e-4)
+    assert whole[1] is network and network[1].weight.tolist() == [1, 1]
+    assert [name for name, p in whole.named_parameters() if not p.requires_grad] == ["0.bias"]
+    assert torch.equal(whole[0].bias, torch.zeros(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_input_norm_is_like_the_network(dtype):
+    network = nn.Sequential(nn.Embedding(2, 2), nn.Conv2d(3, 2, 1, dtype=dtype, device="meta"))
+    network[0].weight = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+    [input_norm, _] = prepend_input_norm(network, 0.1)
+    assert input_norm.weight.dtype == dtype and input_norm.weight.is_meta
+    assert prepend_input_norm(nn.ReLU(), 0.1)[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bn_weight", [0, -1, "0.1", None, 1e-60, math.nan])
+def test_input_norm_with_a_scale_that_there_cannot_be(bn_weight):
+    with pytest.raises(ValueError, match=f"bn_weight must be a finite number above 0 that .* not {bn_weight!r}"):
+        prepend_input_norm(nn.ReLU(), bn_weight)
+
+
+class Picky(nn.Module):
+    """Computes logits of images whose sides are divisible by 7, in batches of more than one, and draws numbers."""
+
+    def __init__(self, logits: Callable[[torch.Tensor], Any] = lambda logits: logits) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm2d(3)
+        self.logits = logits
+
+    def forward(self, images: torch.Tensor) -> Any:
+        assert self.training and not torch.is_grad_enabled()
+        random.random(), np.random.rand(), torch.rand(3)
+        if images.shape[2] % 7 or images.shape[3] % 7:
+            raise ValueError("sides must be\ndivisible by 7")
+        return self.logits(self.batch_norm(images).mean((2, 3)))
+
+
+def test_image_size_that_a_network_can_take():
+    network = Picky().eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    make_deterministic(3)
+    numbers = random.random(), np.random.rand(), torch.rand(1)
+    make_deterministic(3)
+    check_images(network, 7, 14, 3)
+    for height, width, next_size in [(8, 8, 14), (7, 20, 7), (500, 500, 504)]:
+        with pytest.raises(ValueError) as error:
+            check_images(network, height, width, 3)
+        assert str(error.value) == (
+            f"cannot train on images of {height}×{width} pixels; the next size that works is {next_size}×{next_size}"
+            " (ValueError: sides must be divisible by 7)"
+        )
+    with pytest.raises(ValueError, match=r"of 512×512 pixels; no square size up to 512 does \(ValueError: sides"):
+        check_images(network, 512, 512, 3)
+    assert (random.random(), np.random.rand(), torch.rand(1)) == numbers and not network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("logits", "what"),
+    [
+        (lambda logits: logits[:, :2], r"\(2, 2\)"),
+        (lambda logits: logits[0], r"\(3,\)"),
+        (lambda logits: (logits, logits), "tuple"),
+    ],
+)
+def test_what_is_no_logits(logits, what):
+    with pytest.raises(ValueError, match=rf"computes {what} for 2 images, not logits \(2, 3\)"):
+        check_images(Picky(logits), 7, 7, 3)
+
+
+@pytest.mark.parametrize("name", [name for name, pixels in FAMILIES.items() if 1 < pixels < 75])
+def test_smallest_images_of_torchvision(name):
+    network = construct_network(name, 3, "imagenet")
+    check_images(network, FAMILIES[name], FAMILIES[name], 3)
+    with pytest.raises(ValueError, match=f"; the next size that works is {FAMILIES[name]}×{FAMILIES[name]} "):
+        check_images(network, FAMILIES[name] - 2, FAMILIES[name] - 2, 3)
+
+
+def test_size_that_torch_s_shapes_alone_do_not_tell():
+    """What depends on values cannot be computed without them."""
+
+    def needs_values(logits):
+        return logits if logits.is_meta or logits.isfinite().all() else None
+
+    check_images(Picky(needs_values), 7, 7, 3)
+    with pytest.raises(ValueError, match="the next size that works is 14×14"):
+        check_images(Picky(needs_values), 8, 8, 3)
+
+
+def test_images_are_tried_on_a_copy():
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        try_images(network, 1, 1, 1)
+    assert try_images(network, 1, 2, 3).shape == (1, 3, 2, 3)
+    assert network[0].num_batches_tracked == 0

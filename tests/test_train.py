@@ -360,9 +360,23 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
         ("--dataset", "", "choose from"),
         ("--dataset", "mnist", "choose from"),
         ("--dataset", "CIFAR10", "choose from"),
-        ("--network", "", "choose from"),
-        ("--network", "resnet19", "choose from"),
-        ("--network", "vgg16", "choose from"),
+        ("--network", "", "must be the name of a torchvision network or MODULE:FUNCTION, not "),
+        ("--network", "my networks:small", "must be the name of a torchvision network or MODULE:FUNCTION, not "),
+        ("--network", "my_networks.small", "must be the name of a torchvision network or MODULE:FUNCTION, not "),
+        ("--network", "../x:small", "must be the name of a torchvision network or MODULE:FUNCTION, not "),
+        (
+            "--network",
+            "resnet19",
+            "torchvision has no classification network 'resnet19': close are resnet18, resnet152",
+        ),
+        ("--network", "ResNet18", "torchvision has no classification network 'ResNet18': close are resnet18, resnet"),
+        ("--network", "vgg16", "vgg16 has no batch norm, which the method is about: take one that has some"),
+        (
+            "--network",
+            "googlenet",
+            "googlenet cannot train on images of 8×8 pixels; the next size that works is 15×15 (RuntimeError",
+        ),
+        ("--network", "my_networks:small", "my_networks cannot be imported: ModuleNotFoundError: No module named"),
         ("--scheduler", "", "choose from"),
         ("--scheduler", "cosine", "choose from"),
         ("--input_norm", "", "choose from"),
@@ -411,7 +425,7 @@ def test_only_whole_batches_are_compiled(small_network, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, mode, dynamic: whole(f, backend="aot_eager", dynamic=dynamic))
     torch._dynamo.reset()
     counters.clear()
-    settings = train.parse(["--device", "cpu", "--batch_size", "16", "--compile"])
+    settings = train.parse(["--dataset", "digits", "--device", "cpu", "--batch_size", "16", "--compile"])
     plain, fast = (train.construct_network("", 10, "digits", 0.1) for _ in range(2))
     fast.load_state_dict(plain.state_dict())
     speed_up(fast, compiled=True)
@@ -430,7 +444,7 @@ def test_logits_in_bfloat16(small_network):
     for precision in ("float32", "bfloat16"):
         torch.manual_seed(1)
         network = train.construct_network("", 10, "digits", 0.1)
-        settings = train.parse(["--device", "cpu", "--precision", precision])
+        settings = train.parse(["--dataset", "digits", "--device", "cpu", "--precision", precision])
         logits.append(train.compute_logits(network, torch.rand(16, 3, 8, 8), settings))
         logits[-1].logsumexp(1).sum().backward()
         gradients.append(network[1].weight.grad)

@@ -1,12 +1,16 @@
+from functools import partial
+
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn, optim
 
-from networks import construct_network
+from batch_norm import initialize_scales
+from networks import construct_network, prepend_input_norm
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 
@@ -223,3 +227,39 @@ def test_any_network_of_torchvision(constructor, capsys):
     assert len(grouped) == len(set(grouped)) == len(list(network.parameters()))
     optim.SGD(groups, lr=0.1)
     assert capsys.readouterr().out == ""
+
+
+TORCHVISION = (
+    *("densenet121", "efficientnet_b0", "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small"),
+    *("regnet_y_400mf", "resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5", "vgg11_bn"),
+)
+TIMM = ("efficientformer_l1", "ghostnet_050", "levit_128s", "mobilenetv3_small_050", "mobilevit_xxs", "resnet10t")
+
+
+@pytest.mark.parametrize(
+    "construct",
+    [partial(torchvision.models.get_model, name) for name in TORCHVISION]
+    + [partial(timm.create_model, name, pretrained=False) for name in TIMM],
+    ids=[*TORCHVISION, *TIMM],
+)
+def test_method_on_other_networks(construct):
+    """What is what follows from names and shapes: of the state_dict, of which types know nothing."""
+    network = construct(num_classes=7)
+    layers = [name.removesuffix(".running_mean") for name in network.state_dict() if name.endswith(".running_mean")]
+    assert initialize_scales(network, 0.1) == layers and len(layers) >= 8
+    network = prepend_input_norm(network, 0.1)
+    layers = ["0", *(f"1.{layer}" for layer in layers)]
+    state = network.state_dict()
+    for layer in layers:
+        assert torch.all(state[f"{layer}.weight"] == (0.1 if layer != "0" else torch.tensor(0.1 * 0.58)))
+        assert torch.all(state[f"{layer}.bias"] == 0)
+
+    no_decay, scales, decay = adjust_weight_decay_and_learning_rate(network, 1e-4, 0.1, 100)
+    assert sorted(names(network, scales)) == sorted(f"{layer}.weight" for layer in layers)
+    assert [group["lr"] for group in (no_decay, scales, decay)] == [0.1, 0.001, 0.1]
+    assert [group["weight_decay"] for group in (no_decay, scales, decay)] == [0, 0, 1e-4]
+    scales_of_branches = [name for name in state if name.endswith(".gamma")]  # timm's name, in networks with attention
+    expected_decay = {name for name, p in network.named_parameters() if p.dim() > 1 or name in scales_of_branches}
+    assert set(names(network, decay)) == expected_decay
+    others = {name for name, _ in network.named_parameters()} - expected_decay - {f"{layer}.weight" for layer in layers}
+    assert set(names(network, no_decay)) == others - {"0.bias"}

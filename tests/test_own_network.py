@@ -1,0 +1,291 @@
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import reproduce
+import train
+from data import load_image_set
+from networks import construct_network
+from observations import batch_norms, load_network, measure_normalized_values, measure_run
+from results import Results
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--dataset", "digits", "--num_epochs", "3", "--batch_size", "48", "--learning_rate", "0.02", "--device", "cpu"]
+NUMBERS = count()
+
+DROPOUT = """
+import random
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+
+class Jitter(nn.Module):
+    def forward(self, x):
+        return x + random.random() * torch.rand(1) if self.training else x
+
+
+def small(num_classes):
+    head = nn.Linear(72, num_classes)
+    unused = nn.BatchNorm1d(4, affine=False)
+    body = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(8, 8, 3, 2, 1), Jitter()]
+    layers = {"head": head, "body": nn.Sequential(*body, nn.BatchNorm2d(8), nn.Flatten()), "statistics": unused}
+    return Network(layers)
+
+
+class Network(nn.ModuleDict):
+    def forward(self, images):
+        features = self["body"](images)
+        self["statistics"](features[:, :4])
+        return self["head"](features)
+"""
+
+
+@pytest.fixture
+def write_module(tmp_path, monkeypatch) -> Callable[[str], str]:
+    """A function that writes a module into the current folder and returns its name, a new one at each call."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+
+    def write(code: str) -> str:
+        name = f"my_networks_{next(NUMBERS)}"
+        (tmp_path / f"{name}.py").write_text(code)
+        return name
+
+    return write
+
+
+def test_weights_are_those_of_the_function(write_module):
+    name = write_module(DROPOUT)
+    torch.manual_seed(3)
+    network = construct_network(f"{name}:small", 6, "digits", 0.1)
+    torch.manual_seed(3)
+    expected = importlib.import_module(name).small(num_classes=6).state_dict()
+    state = network[1].state_dict()
+    assert list(state) == list(expected)
+    for key, value in expected.items():
+        if key in ("body.1.weight", "body.6.weight"):
+            value = torch.full_like(value, 0.1)
+        assert torch.equal(state[key], value), key
+    assert state["body.0.bias"].abs().min() > 0  # only those of batch norms start at 0
+    assert torch.equal(network[0].weight, torch.full((3,), 1).mul(0.1 * 0.58))
+    plain = construct_network(f"{name}:small", 6, "digits", 0.1, input_norm="dataset")
+    assert list(plain.state_dict()) == list(expected)
+
+
+def test_current_folder_takes_the_place_of_nothing(write_module, tmp_path):
+    (tmp_path / "networks.py").write_text("def small(num_classes): pass")
+    (tmp_path / "torch.py").write_text("")
+    before = list(sys.path)
+    name = write_module(DROPOUT)
+    for _ in range(2):
+        construct_network(f"{name}:small")
+    assert sys.path == [*before, str(tmp_path)]
+    with pytest.raises(ValueError, match=rf"^networks \({re.escape(str(ROOT))}/networks\.py\) has no function small$"):
+        construct_network("networks:small")
+
+
+def test_module_in_a_package(write_module, tmp_path):
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "inner.py").write_text(DROPOUT)
+    network = construct_network("my_package.inner:small", 4)
+    assert network(torch.rand(2, 3, 8, 8)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("stem", ["auto", "own", "small"])
+def test_stem_of_a_resnet(write_module, stem):
+    code = "from torchvision import models\ndef wide(num_classes): return models.resnet18(num_classes=num_classes)"
+    network = construct_network(f"{write_module(code)}:wide", 10, "cifar10", input_norm="dataset", stem=stem)
+    assert network.conv1.kernel_size == ((3, 3) if stem == "small" else (7, 7))
+    assert isinstance(network.maxpool, nn.Identity) == (stem == "small")
+
+
+WRONG = {
+    "import torch\nimport no_such_module": "^{0} cannot be imported: ModuleNotFoundError: No module named 'no_such",
+    "def small(: pass": "^{0} cannot be imported: SyntaxError: ",
+    "raise OSError('two\\nlines')": "^{0} cannot be imported: OSError: two lines$",
+    "import sys; sys.exit(3)": "^{0} cannot be imported: SystemExit: 3$",
+    "": r"^{0} \(.*/{0}\.py\) has no function small$",
+    "small = 3": r"^{0} \(.*/{0}\.py\) has no function small$",
+    "def small(): pass": r"^{0}:small cannot be called with num_classes=10: TypeError: small\(\) got an unexpected",
+    "def small(num_classes): 1 / 0": "^{0}:small cannot be called with num_classes=10: ZeroDivisionError: division by",
+    "def small(num_classes): pass": r"^{0}:small returns NoneType, which is no torch\.nn\.Module$",
+    "from torch import nn\ndef small(num_classes): return nn.Linear": "^{0}:small returns type, which is no ",
+    "from torch import nn\ndef small(num_classes): return nn.Linear(2, 2)": "^{0}:small: there is no batch norm with ",
+    "from torch import nn\ndef small(num_classes): return nn.LazyBatchNorm2d()": "^{0}:small returns lazy layers",
+}
+
+
+@pytest.mark.parametrize("code", WRONG)
+def test_what_is_no_network(write_module, code):
+    name = write_module(code)
+    with pytest.raises(ValueError, match=WRONG[code].format(name)):
+        construct_network(f"{name}:small")
+
+
+CONVOLUTION = """
+from torch import nn
+def small(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 4, WIDTH), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, OUTPUTS))
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "flags", "message"),
+    [
+        ("", [], "argument --network: {0} (/"),
+        (DROPOUT, ["--stem", "small"], "argument --network: {0}:small is none of torchvision's ResNets"),
+        (CONVOLUTION.replace("WIDTH", "11"), [], "{0}:small cannot be called with num_classes=10: NameError"),
+        (
+            CONVOLUTION.replace("WIDTH", "11").replace("OUTPUTS", "10"),
+            [],
+            "argument --network: {0}:small cannot train on images of 8×8 pixels; the next size that works is 11×11 (Ru",
+        ),
+        (
+            CONVOLUTION.replace("WIDTH", "7").replace("OUTPUTS", "10"),
+            [],
+            "argument --network: {0}:small cannot train on images of 8×8 pixels; no square size up to 512 does (Runt",
+        ),
+        (CONVOLUTION.replace("WIDTH", "8").replace("OUTPUTS", "3"), [], "{0}:small computes (2, 3) for 2 images, not"),
+        (DROPOUT, ["--batch_size", "34"], "argument --batch_size: 34 leaves a last batch of one of the 1293"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "reproduce"])
+def test_bad_network_ends_a_command_in_one_line(write_module, tmp_path, capsys, code, flags, message, command):
+    name = write_module(code)
+    with pytest.raises(SystemExit) as stop:
+        {"train": train, "reproduce": reproduce}[command].main(
+            ["--dataset", "digits", "--network", f"{name}:small", "--device", "cpu", *flags]
+        )
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and message.format(name) in err
+    assert not (tmp_path / "results").exists() and not (tmp_path / "networks").exists()
+
+
+def stop_after_an_epoch(line: str) -> None:
+    """A `report` that ends a run."""
+    if line.startswith("epoch 1/"):
+        raise KeyboardInterrupt
+
+
+def run_and_weights(flags: list[str], path: Path, stop: bool = False) -> tuple[Results, dict[str, torch.Tensor]]:
+    """What comes of a run; with `stop`, of one that is stopped after its first epoch and resumed."""
+    settings = train.parse([*flags, "--path", str(path)])
+    if stop:
+        with pytest.raises(KeyboardInterrupt):
+            train.train(settings, stop_after_an_epoch)
+        torch.rand(7), np.random.rand(7)
+    results = train.train(settings)
+    return results, torch.load(path / "networks" / f"{settings.name}-last.pt", weights_only=True)["network"]
+
+
+def check_resumes(flags: list[str], path: Path) -> Results:
+    """A run that draws numbers while it trains: the same with its seed, stopped or not; another with another seed."""
+    (path / "images").mkdir(exist_ok=True)
+    paths = [path / name for name in ("once", "again", "other")]
+    for other in paths:
+        other.mkdir()
+        (other / "images").symlink_to(path / "images")
+    whole, weights = run_and_weights(flags, paths[0])
+    resumed, resumed_weights = run_and_weights(flags, paths[1], stop=True)
+    other, _ = run_and_weights([*flags, "--seed", "2"], paths[2])
+    for name, column in whole.columns.items():
+        assert column.tolist() == resumed.columns[name].tolist()
+    assert weights.keys() == resumed_weights.keys()
+    assert all(torch.equal(value, resumed_weights[name]) for name, value in weights.items())
+    assert whole.columns["train_loss"].tolist() != other.columns["train_loss"].tolist()
+    return whole
+
+
+def test_run_that_draws_numbers_is_resumed_to_the_last_bit(write_module, few_digits, tmp_path):
+    name = write_module(DROPOUT)
+    run = check_resumes([*QUICK, "--network", f"{name}:small"], tmp_path)
+    assert run.settings["network"] == f"{name}:small"
+    assert run.settings["name"].startswith(f"digits-{name}.small-batch_size=48-")
+    network = load_network(tmp_path / "once" / "results" / f"{run.settings['name']}.csv")
+    digits = load_image_set("digits")
+    test = digits.splits["test"]
+    with torch.no_grad():
+        right = (network(digits.images[test] / 255).argmax(1) == digits.labels[test]).double().mean().item()
+    assert right * 100 == pytest.approx(run.test_accuracy)
+    assert [layer.name for layer in measure_run(run, network, digits)] == ["0", "1.body.1", "1.body.6", "1.statistics"]
+
+
+def test_batch_norms_without_scales_or_statistics():
+    network = nn.Sequential(
+        nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3, bias=False)
+    )
+    network.append(nn.BatchNorm2d(3))
+    nn.init.constant_(network[-1].weight, 0.25)
+    [(_, scales, shifts)] = batch_norms(network.state_dict())
+    assert scales.tolist() == [0.25] * 3 and shifts.tolist() == [0] * 3
+    images = torch.rand(4, 3, 5, 5)
+    second = measure_normalized_values(network, images)[1]
+    centred = images - images.mean((0, 2, 3), keepdim=True)
+    expected = centred / centred.square().mean((0, 2, 3), keepdim=True).add(1e-5).sqrt()
+    assert second.name == "1" and second.maximum == pytest.approx(expected.abs().max().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("network", ["mobilenet_v3_small", "efficientnet_b0"])
+def test_torchvision_s_run_is_resumed_to_the_last_bit(small_cifar10, network):
+    """Dropout in the one, dropout and stochastic depth in the other."""
+    flags = ["--num_epochs", "2", "--batch_size", "16", "--learning_rate", "0.02", "--network", network]
+    run = check_resumes([*flags, "--device", "cpu"], small_cifar10.parent)
+    assert run.settings["name"].startswith(f"cifar10-{network}-")
+    assert load_network(small_cifar10.parent / "once" / "results" / f"{run.settings['name']}.csv")
+
+
+@pytest.mark.parametrize("name", ["googlenet", "maxvit_t", "mnasnet0_5", "shufflenet_v2_x0_5"])
+def test_trained_networks_of_torchvision(tmp_path, name):
+    """A last layer with a bias and without, of 7 classes; the other weights are not those of a new network."""
+    from test_observations import write_run
+
+    trained = construct_network(name, 7, "digits", 0.1)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.01)
+    file = write_run(tmp_path, trained.state_dict(), network=name, bn_weight=0.1)
+    loaded = load_network(file).state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in trained.state_dict().items())
+
+
+def test_function_that_has_changed(write_module, few_digits, tmp_path, capsys):
+    name = write_module(DROPOUT)
+    flags = [*QUICK, "--network", f"{name}:small", "--path", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        train.train(train.parse(flags), stop_after_an_epoch)
+    (tmp_path / f"{name}.py").write_text(DROPOUT.replace("8", "12").replace("72", "108") + "\n# of another size")
+    importlib.reload(sys.modules[name])
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    assert stop.value.code == 1
+    assert "-last.pt is of a run with another network: give --restart" in capsys.readouterr().err
+
+
+def test_own_network_in_several_processes(write_module, tmp_path, capsys):
+    name = write_module(DROPOUT)
+    reproduce.main([*QUICK, "--num_epochs", "1", "--network", f"{name}:small", "--seeds", "1", "--jobs", "2"])
+    assert len(list((tmp_path / "results").glob(f"digits-{name}.small-*-seed1.csv"))) == 2
+
+
+def test_example_of_the_page_of_modules(tmp_path):
+    """As printed, in a folder of its own."""
+    section = (ROOT / "MODULES.md").read_text().split("## `networks.py`")[1].split("\n## ")[0]
+    [example] = re.findall(r"^```\n(cat > my_networks\.py .*?)^```$", section, re.DOTALL | re.MULTILINE)
+    assert "python train.py --network my_networks:small" in example
+    command = example.replace("python train.py", f"{sys.executable} {ROOT / 'train.py'} --device cpu")
+    run = subprocess.run(["bash", "-ec", command], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0 and "best epoch" in run.stdout, run.stderr
+    [results] = (tmp_path / "results").glob("*.csv")
+    assert results.name.startswith("digits-my_networks.small-")
