@@ -42,6 +42,13 @@ positive = number("a number from 1e-30 to 1e30", lambda x: 1e-30 <= x <= 1e30)
 WITHOUT_EFFECT = ("path", "name", "device", "checkpoint_seconds", "restart", "workers")
 
 
+def dataset_name(text: str) -> str:
+    """The type of a flag that names a data set. Whether there is such a folder is not checked here."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"must be {', '.join(DATASETS)} or the name of a folder in images/")
+    return file_name(text)
+
+
 def network_name(text: str) -> str:
     """The type of a flag that names a network. Whether there is such a one is not checked here: only torch can tell."""
     if not re.fullmatch(r"\w+|\w+(\.\w+)*:\w+", text):
@@ -64,7 +71,7 @@ def make_parser() -> Parser:
     flag("--path", default="", type=folder, help="folder of images/, networks/, results/ (default: the current one)")
     flag("--name", default="", type=file_name, help="name of the run's files (default: made from the settings)")
     dataset_help = f"{', '.join(DATASETS)} or a folder in images/ with train/ and test/ (default: %(default)s)"
-    flag("--dataset", default="cifar10", type=file_name, help=dataset_help)
+    flag("--dataset", default="cifar10", type=dataset_name, help=dataset_help)
     network_help = "a torchvision network, or MODULE:FUNCTION of your own (default: %(default)s)"
     flag("--network", default="resnet18", type=network_name, help=network_help)
     flag("--batch_size", default=128, type=whole(1), help="images in a batch (default: %(default)s)")

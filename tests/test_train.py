@@ -357,9 +357,13 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
         ("--device", "xpu", "is not one of cpu ("),
         ("--device", "hpu", "is not one of cpu ("),
         ("--device", "mkldnn", "is not one of cpu ("),
-        ("--dataset", "", "choose from"),
-        ("--dataset", "mnist", "choose from"),
-        ("--dataset", "CIFAR10", "choose from"),
+        ("--dataset", "", "must be cifar10, cifar100, digits or the name of a folder in images/"),
+        ("--dataset", "mnist", "mnist is none of cifar10, cifar100, digits, and there is no "),
+        ("--dataset", "CIFAR10", "CIFAR10 is none of cifar10, cifar100, digits, and there is no "),
+        ("--dataset", "../images", "must be at most 200 letters"),
+        ("--image_size", "0", "whole number of at least 1"),
+        ("--image_size", "32x32", "whole number of at least 1"),
+        ("--workers", "-1", "whole number of at least 0"),
         ("--network", "", "must be the name of a torchvision network or MODULE:FUNCTION, not "),
         ("--network", "my networks:small", "must be the name of a torchvision network or MODULE:FUNCTION, not "),
         ("--network", "my_networks.small", "must be the name of a torchvision network or MODULE:FUNCTION, not "),
@@ -498,6 +502,7 @@ def test_default_names_differ_where_the_method_differs():
     flags = ["", "--seed 2", "--bn_weight 0.123456789", "--bn_weight 0.12345678", "--c 10", "--input_norm dataset"]
     flags += ["--dataset digits", "--network resnet34", "--batch_size 64", "--num_epochs 5", "--learning_rate 0.05"]
     flags += ["--scheduler none", "--momentum 0.5", "--weight_decay 0", "--stem own", "--compile"]
+    flags += ["--image_size 48", "--no_flip"]
     flags += ["--precision bfloat16", "--precision strict", "--precision tf32"]
     names = {train.parse(flag.split()).name for flag in flags}
     assert len(names) == len(flags)
