@@ -26,6 +26,7 @@ NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 SCHEDULES = ("cos", "none")
 STEMS = ("auto", "small", "own")
 INPUT_NORMS = ("bn", "dataset")
+SELECTIONS = ("best", "last")  # the epoch whose test accuracy counts: that of the best validation accuracy, the last
 PRECISIONS = ("float32", "strict", "tf32", "bfloat16")
 MAX_SEED = 88265  # from 0 to here, every seed makes draws of its own
 
