@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import fmean
 
 from command_line import as_typed
-from results import to_text, write_atomically
-from settings import Value, determining
+from results import from_text, to_text, write_atomically
+from settings import Value, determining, differences
 from table import markdown
 
 Accuracies = Mapping[int, float | None]  # by seed, validation accuracy in percent; None where the run has diverged
@@ -56,8 +56,8 @@ def explain_choice(tuning: Tuning, seeds: Sequence[int], left: int) -> list[str]
         return [f"The learning rates are not chosen yet: {left} of {num_runs} tuning runs are left."]
     any_diverged = any(None in accuracies.values() for rates in tuning.values() for accuracies in rates.values())
     lines = [
-        "Each setting has the learning rate with the best validation accuracy in the mean over the seeds"
-        f" {', '.join(map(str, seeds))}, the smaller one on a tie."
+        "The rates are chosen by the mean validation accuracy over the seeds"
+        f" {', '.join(map(str, seeds))}; on a tie, the smaller one is."
     ]
     return lines + ["A tuning run that diverged counts as 0 %."] * any_diverged
 
@@ -68,17 +68,17 @@ def divergence_file(folder: Path, settings: argparse.Namespace) -> Path:
 
 
 def note_divergence(folder: Path, settings: argparse.Namespace, reason: str) -> None:
-    """Write why a run has diverged, below the settings that determined it."""
-    write_atomically(divergence_file(folder, settings), f"{heading(settings)}{reason}\n".encode())
+    """Write why a run has diverged, in one line below the settings that determined it."""
+    lines = [f"# {name}: {to_text(value)}\n" for name, value in determining(settings).items()]
+    write_atomically(divergence_file(folder, settings), "".join((*lines, reason, "\n")).encode())
 
 
 def read_divergence(folder: Path, settings: argparse.Namespace) -> str | None:
     """Why a run has diverged; None where that is not known of a run with these settings. OSError as from reading."""
     file = divergence_file(folder, settings)
-    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-    return text.removeprefix(heading(settings)).strip() if text.startswith(heading(settings)) else None
-
-
-def heading(settings: argparse.Namespace) -> str:
-    """The settings that determine a run, as lines."""
-    return "".join(f"# {name}: {to_text(value)}\n" for name, value in determining(settings).items())
+    if not file.exists():
+        return None
+    *lines, reason = file.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    earlier = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
+    earlier = {name: from_text(value) for name, value in earlier.items()}
+    return None if differences(earlier, determining(settings)) else reason
