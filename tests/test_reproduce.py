@@ -1,5 +1,6 @@
 import argparse
 import fcntl
+import math
 import os
 import pty
 import re
@@ -161,7 +162,8 @@ def test_one_failure_does_not_stop_the_others(small_network, no_figures, tmp_pat
     captured = capsys.readouterr()
     assert captured.err == f"reproduce.py: {BASELINE}-seed2 failed: FloatingPointError: a loss is not finite\n"
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 5
-    rows = {line.split("|")[1].strip(): line for line in captured.out.splitlines() if line.startswith("|")}
+    table = captured.out.split("\n\n")[0]
+    rows = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("|")}
     assert " of 2 " in rows["proposed"] and "interim: 2 of 3 pairs" in rows["proposed"]
     line = "baseline: 2 of 3 seeds; seed 2 failed: FloatingPointError: a loss is not finite\n"
     assert (tmp_path / "results" / f"{EXPERIMENT}.md").read_text().endswith(f"|\n\n{line}")
@@ -266,7 +268,8 @@ VAL_ACCURACIES = {  # of the first epoch, by bn_weight and learning rate; 17 gai
 def fake_train(settings: argparse.Namespace, **_: Any) -> Results:
     """Results without a training: the first epoch is the best on validation, the second on the test."""
     val_accuracy = VAL_ACCURACIES[settings.bn_weight, settings.learning_rate] + settings.seed % 2
-    test_accuracy = 50 + (7 * settings.seed) % 5 + 3 * (settings.input_norm == "bn") + settings.seed / (9 + settings.c)
+    gain, order = (3, 21) if settings.input_norm == "bn" else (0, 7)
+    test_accuracy = 50 + gain + (order * settings.seed) % 5 + settings.seed / (9 + settings.c)
     columns = {"train_loss": [1.0, 0.5], "val_loss": [1.0, 1.0], "val_accuracy": [val_accuracy, 10.0]}
     columns |= {"epoch": [1, 2], "test_accuracy": [test_accuracy, 90 - test_accuracy / 2]}
     columns = {name: np.array(values) for name, values in columns.items()}
@@ -298,14 +301,8 @@ def accuracies_in(folder: Path, runs: str, epoch: int) -> list[float]:
 def test_contrasts(no_training, tmp_path, capsys):
     flags = ["--seeds", "1-4", "--settings", "baseline", "proposed", "init", "--contrast", "proposed", "init"]
     assert run(tmp_path, *flags) == 0
-    accuracies = {
-        name: accuracies_in(tmp_path / "results", f"{EXPERIMENT}-{runs}", epoch=1)
-        for name, runs in (
-            ("baseline", "weight1-c1-dataset"),
-            ("proposed", "weight0.1-c100-bn"),
-            ("init", "weight0.1-c1-bn"),
-        )
-    }
+    runs = {"baseline": BASELINE, "proposed": PROPOSED, "init": f"{EXPERIMENT}-weight0.1-c1-bn"}
+    accuracies = {name: accuracies_in(tmp_path / "results", of, epoch=1) for name, of in runs.items()}
     pairs = {"proposed": "baseline", "init": "baseline", "proposed vs init": "init"}
     summary = read_summary(tmp_path / "results" / f"{EXPERIMENT}.csv")
     assert summary["compared_with"].dropna().to_dict() == pairs
@@ -320,7 +317,7 @@ def test_contrasts(no_training, tmp_path, capsys):
     _, contrasts, certainty = text.split("\n\n")
     assert contrasts.splitlines()[2].startswith("| proposed vs init | 4 ")
     assert [line.split("|")[1].strip() for line in certainty.splitlines()[2:]] == list(pairs)
-    assert max(map(len, (contrasts + certainty).splitlines())) <= 120
+    assert max(map(len, f"{contrasts}\n{certainty}".splitlines())) <= 120
     capsys.readouterr()
     assert run(tmp_path, *flags, "--report") == 0  # reads its own table
     assert capsys.readouterr().out == text
@@ -333,9 +330,12 @@ def test_how_sure_it_is(no_training, tmp_path):
     differences = np.subtract(ours, theirs)
     assert row["effect_size"] == pytest.approx(differences.mean() / differences.std(ddof=1))
     assert row["sign_flip_p_value"] == 2**-4  # all are better
-    assert row["seeds_needed"] == 2
-    limit = differences.std(ddof=1) / 2 * (stats.t.ppf(0.95, 3) + 0.5)  # four seeds find more than this
-    assert limit < row["detectable_difference"] < 3 * limit
+
+    def power(effect: float, n: int) -> float:
+        return stats.nct.sf(stats.t.ppf(0.95, n - 1), n - 1, effect * math.sqrt(n))
+
+    assert row["seeds_needed"] == next(n for n in range(2, 99) if power(row["effect_size"], n) >= 0.8)
+    assert power(row["detectable_difference"] / differences.std(ddof=1), 4) == pytest.approx(0.8)
 
 
 def test_last_epoch_has_a_table_of_its_own(no_training, tmp_path, capsys):
@@ -364,10 +364,8 @@ def test_runs_are_reported_by_the_last_epoch(no_training, tmp_path, capsys):
 
 RATES = ("--learning_rates", "0.4", "0.01", "0.1", "--tuning_seeds", "16-17")
 TUNED = f"{EXPERIMENT}-learning_rates=0.01+0.1+0.4"
-CHOSEN_BASELINE, CHOSEN_PROPOSED = (
-    f"{EXPERIMENT}-learning_rate={rate}-{runs}"
-    for rate, runs in ((0.4, "weight1-c1-dataset"), (0.01, "weight0.1-c100-bn"))
-)
+CHOSEN_BASELINE = f"{EXPERIMENT}-learning_rate=0.4-weight1-c1-dataset"
+CHOSEN_PROPOSED = f"{EXPERIMENT}-learning_rate=0.01-weight0.1-c100-bn"
 
 
 def test_every_setting_is_compared_at_its_own_rate(no_training, tmp_path, capsys):
@@ -509,9 +507,11 @@ def test_nothing_is_chosen_where_a_tuning_run_fails(no_training, tmp_path, monke
 def test_figures_of_settings_at_different_rates(small_network, tmp_path, monkeypatch):
     monkeypatch.setitem(VAL_ACCURACIES, (0.1, 0.1), 99.0)
     whole = train.train
-    monkeypatch.setattr(
-        train, "train", lambda settings, **of: (fake_train if settings.seed > 2 else whole)(settings, **of)
-    )
+
+    def train_to_compare(settings, **options):
+        return (fake_train if settings.seed > 2 else whole)(settings, **options)
+
+    monkeypatch.setattr(train, "train", train_to_compare)
     assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
     made = {file.name for file in (tmp_path / "results").glob("*.png")}
     assert made == {f"{TUNED}-{name}.png" for name in FIGURES}
