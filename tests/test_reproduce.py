@@ -338,6 +338,20 @@ def test_how_sure_it_is(no_training, tmp_path):
     assert power(row["detectable_difference"] / differences.std(ddof=1), 4) == pytest.approx(0.8)
 
 
+def test_committed_table_is_what_its_command_reports(no_figures, tmp_path):
+    committed, copy = FOLDER.parent / "results" / "digits", tmp_path / "digits"
+    shutil.copytree(committed, copy, ignore=shutil.ignore_patterns("*.p*", "*.npz"))
+    name = "digits-resnet18-batch_size=64-num_epochs=5-learning_rate=0.05"
+    for kind in ("csv", "md"):
+        (copy / f"{name}.{kind}").unlink()
+    flags = "--dataset digits --num_epochs 5 --batch_size 64 --learning_rate 0.05"  # as in the README
+    settings = "--settings baseline proposed init rate input --seeds 1-15"
+    reproduce.main([*flags.split(), *settings.split(), "--report", str(copy)])
+    assert (copy / f"{name}.md").read_text() == (committed / f"{name}.md").read_text()
+    ours, theirs = (read_summary(folder / f"{name}.csv") for folder in (copy, committed))
+    pandas.testing.assert_frame_equal(ours, theirs)
+
+
 def test_last_epoch_has_a_table_of_its_own(no_training, tmp_path, capsys):
     assert run(tmp_path, "--seeds", "1-4") == 0
     best = [(tmp_path / "results" / f"{EXPERIMENT}.{kind}").read_bytes() for kind in ("csv", "md")]
