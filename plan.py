@@ -118,19 +118,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check_contrasts(args)
     plan_seeds(args)
     args.others = others
-    args.runs = [] if args.learning_rates else plan_runs(args)
     rates = args.learning_rates = sorted(set(args.learning_rates))
-    # seed by seed, like the runs to compare: whenever it ends, all rates have had about as many seeds
+    args.runs = [] if rates else plan_runs(args)
     args.tuning_runs = [plan_run(args, n, seed, x) for seed in args.tuning_seeds for x in rates for n in args.settings]
     first_run = (args.runs or args.tuning_runs)[0]
     args.first, args.path = first_run.settings, flags.parse(first_run.flags).path
     args.shared = {k: value for k, value in flags.determining(args.first).items() if k not in (*COMPARED, "seed")}
-    parts = [args.name or flags.experiment_name(args.first)]
-    if rates:
-        parts = [args.name or flags.experiment_name(with_default_rate(args.first))]
+    name_table(args)
+    return args
+
+
+def name_table(args: argparse.Namespace) -> None:
+    """Name the table by what sets it apart from others of the same runs, and put that into `args.shared`, too."""
+    at_default = argparse.Namespace(**{**vars(args.first), "learning_rate": DEFAULTS["learning_rate"]})
+    parts = [args.name or flags.experiment_name(at_default if args.learning_rates else args.first)]
+    if args.learning_rates:
         del args.shared["learning_rate"]
-        args.shared["learning_rates"] = "+".join(map(as_typed, rates))
-        args.shared["tuning_seeds"] = " ".join(map(str, args.tuning_seeds))
+        args.shared["learning_rates"] = "+".join(map(as_typed, args.learning_rates))
+        args.shared["tuning_seeds"] = " ".join(map(str, sorted(args.tuning_seeds)))
         parts.append(f"learning_rates={args.shared['learning_rates']}")
     if args.select != "best":
         args.shared["select"] = args.select
@@ -139,17 +144,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.table_name = file_name("-".join(parts))
     except argparse.ArgumentTypeError:
         raise FlagError("argument --name: the name of the table would be too long: give a shorter one") from None
-    return args
 
 
 def is_flag(argument: str, name: str) -> bool:
     """Whether a command's argument is the flag of this name, with or without its value."""
     return argument == f"--{name}" or argument.startswith(f"--{name}=")
-
-
-def with_default_rate(settings: argparse.Namespace) -> argparse.Namespace:
-    """The same settings at the default learning rate."""
-    return argparse.Namespace(**{**vars(settings), "learning_rate": DEFAULTS["learning_rate"]})
 
 
 def check_contrasts(args: argparse.Namespace) -> None:

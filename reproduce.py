@@ -27,7 +27,7 @@ from tqdm import tqdm
 from checkpoint import lock_run, read_finished
 from results import Results, read_table_size, write_table
 from t_test import compare_all, mixed_circumstances
-from table import NARROW_TABLE_COLUMNS, Comparison, selection_note, table, table_rows, tables
+from table import NARROW_TABLE_COLUMNS, Comparison, is_contrast, selection_note, table, table_rows, tables
 from tuning import (
     Tuning,
     choose_learning_rates,
@@ -127,7 +127,8 @@ def make_what_is_left(args: argparse.Namespace, planned: Sequence[PlannedRun], o
             divergence_file(args.path / "results", run.settings).unlink(missing_ok=True)
 
     def rows() -> list[str]:
-        return [] if tuning else table(compare_runs(args, outcomes, ()), NARROW_TABLE_COLUMNS).splitlines()
+        comparisons = [] if tuning else [c for c in compare_runs(args, outcomes) if not is_contrast(c)]
+        return table(comparisons, NARROW_TABLE_COLUMNS).splitlines() if comparisons else []
 
     made = make_runs([run.settings for run in left.values()], outcomes.stops, args.jobs, args.scheduler, args.device)
     display = Display(len(planned), len(planned) - len(left), rows())
@@ -173,9 +174,9 @@ def runs_by_setting(args: argparse.Namespace, outcomes: Outcomes) -> dict[str, d
     return runs
 
 
-def compare_runs(args: argparse.Namespace, outcomes: Outcomes, contrasts: Sequence[Sequence[str]]) -> list[Comparison]:
-    """Compare the finished runs."""
-    return compare_all(runs_by_setting(args, outcomes), len(args.seeds), contrasts)
+def compare_runs(args: argparse.Namespace, outcomes: Outcomes) -> list[Comparison]:
+    """Compare the finished runs, with the baseline and as `--contrast` asks for."""
+    return compare_all(runs_by_setting(args, outcomes), len(args.seeds), args.contrast)
 
 
 def tuning_so_far(args: argparse.Namespace, outcomes: Outcomes) -> Tuning:
@@ -256,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         finished = sum(map(len, runs.values()))
         if outcomes == Outcomes():
             raise ValueError(f"{folder} has no finished run of this experiment")
-        comparisons = compare_runs(args, outcomes, args.contrast)
+        comparisons = compare_runs(args, outcomes)
         texts = tables(comparisons) if args.runs else []
         text = "\n\n".join((*texts, *explained, *selection_note(args.select), *explain_failures(args, outcomes)))
         say(text, *mixed_circumstances(run for seeds in runs.values() for run in seeds.values()))
