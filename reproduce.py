@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = runs_by_setting(args, outcomes)
         finished = sum(map(len, runs.values()))
         if outcomes == Outcomes():
-            raise ValueError(f"{folder} has no finished run of this experiment")
+            raise ValueError(f"{folder} has no finished {'tuning ' * bool(explained)}run of this experiment")
         comparisons = compare_runs(args, outcomes)
         texts = tables(comparisons) if args.runs else []
         text = "\n\n".join((*texts, *explained, *selection_note(args.select), *explain_failures(args, outcomes)))

@@ -57,7 +57,7 @@ def explain_choice(tuning: Tuning, seeds: Sequence[int], left: int) -> list[str]
     any_diverged = any(None in accuracies.values() for rates in tuning.values() for accuracies in rates.values())
     lines = [
         "The rates are chosen by the mean validation accuracy over the seeds"
-        f" {', '.join(map(str, seeds))}; on a tie, the smaller one is."
+        f" {', '.join(map(str, seeds))}; a tie goes to the smaller one."
     ]
     return lines + ["A tuning run that diverged counts as 0 %."] * any_diverged
 

@@ -399,7 +399,7 @@ def test_every_setting_is_compared_at_its_own_rate(no_training, tmp_path, capsys
             assert re.search(row, (folder / f"{TUNED}.md").read_text())
     ours, theirs = accuracies_in(folder, CHOSEN_PROPOSED, epoch=1), accuracies_in(folder, CHOSEN_BASELINE, epoch=1)
     assert summary.loc["proposed", "p_value"] == pytest.approx(p_value(ours, theirs))
-    assert "over the seeds 16, 17; on a tie" in (folder / f"{TUNED}.md").read_text()
+    assert "over the seeds 16, 17; a tie goes" in (folder / f"{TUNED}.md").read_text()
     assert "# learning_rates: 0.01+0.1+0.4\n# tuning_seeds: 16 17\n" in (folder / f"{TUNED}.csv").read_text()
     assert not (folder / f"{EXPERIMENT}.csv").exists()
     shown = capsys.readouterr().out
@@ -445,6 +445,12 @@ def test_interrupted_tuning_goes_on(no_training, tmp_path, monkeypatch, capsys):
         patch.setattr(train, "train", None)
         assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
         assert run(tmp_path, "--seeds", "1-2", *RATES, "--report") == 0
+
+
+def test_report_without_tuning_runs(no_training, tmp_path, capsys):
+    assert run(tmp_path, "--seeds", "1") == 0
+    assert run(tmp_path, "--seeds", "1", *RATES, "--report") == 1
+    assert "results has no finished tuning run of this experiment" in capsys.readouterr().err
 
 
 def test_commands_of_a_tuned_experiment(no_training, tmp_path, monkeypatch, capsys):
