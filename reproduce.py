@@ -8,125 +8,16 @@ command: finished runs are not made again, the others continue from their checkp
 
 import argparse
 import itertools
-import re
 import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import settings as flags
-from command_line import (
-    FlagError,
-    Parser,
-    answer_at_once,
-    as_typed,
-    end,
-    file_name,
-    folder,
-    how_to_resume,
-    in_one_line,
-    on_signals,
-    one_line_endings,
-    say,
-    whole,
-)
-from settings import COMPARED, PAPER, SCHEDULES, Value, named_setting, seed_range
-
-
-@dataclass
-class PlannedRun:
-    """One run of the experiment.
-
-    Attributes:
-        setting: name of its setting.
-        flags: of train.py, without `--path` and `--device`.
-        settings: what `settings.parse` makes of them, with an absolute path.
-    """
-
-    setting: str
-    flags: list[str]
-    settings: argparse.Namespace
-
-
-def make_parser() -> Parser:
-    """The flags of the experiment itself."""
-    parser = Parser(
-        prog="reproduce.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="All other flags are those of train.py, see python train.py --help.",
-        allow_abbrev=False,
-    )
-    flag = parser.add_argument
-    settings_help = f"any of {', '.join(PAPER)}, or your own as NAME:bn_weight=0.2,c=50 (default: baseline proposed)"
-    seeds_help = "such as 1-15 or 1 2 5-7 (default: 1-15)"
-    default = [{name: PAPER[name]} for name in ("baseline", "proposed")]
-    flag("--settings", nargs="+", default=default, type=named_setting, metavar="SETTING", help=settings_help)
-    flag("--bn_weights", nargs="+", default=[], type=flags.positive, metavar="γ", help="proposed, with each of these")
-    flag("--seeds", nargs="+", default=[seed_range("1-15")], type=seed_range, metavar="SEEDS", help=seeds_help)
-    flag("--name", default="", type=file_name, help="beginning of all file names (default: made from the settings)")
-    flag("--jobs", default=1, type=whole(1), help="runs at a time on this machine (default: %(default)s)")
-    scheduler_help = "tcp://HOST:PORT of a Dask scheduler that gets the runs; cos and none are those of train.py"
-    flag("--scheduler", action="append", default=[], type=scheduler, help=scheduler_help)
-    flag("--device", help="device of every run (default: with --jobs, runs share out all GPUs; cpu without any)")
-    flag("--list", action="store_true", help="print the commands of all runs instead of making them")
-    report_help = "make no runs, only table and figures of the result files in FOLDER (default: results/ below --path)"
-    flag("--report", nargs="?", const=False, type=folder, metavar="FOLDER", help=report_help)
-    return parser
-
-
-def scheduler(text: str) -> str:
-    """The type of a flag that takes a schedule of train.py or the address of a Dask scheduler."""
-    address = re.fullmatch(r"tcp://(?:[\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})", text, re.ASCII)
-    if text not in SCHEDULES and not (address and 0 < int(address[1]) < 2**16):
-        raise argparse.ArgumentTypeError(
-            f"must be cos, none or the address of a Dask scheduler, tcp://HOST:PORT, not {text!r}"
-        )
-    return text
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags, with `runs`, all runs in the order in which they are to be made. FlagError says what is wrong."""
-    args, others = make_parser().parse_known_args(argv)
-    for name in (*COMPARED, "seed"):
-        if any(re.fullmatch(f"--{name}(=.*)?", other) for other in others):
-            raise FlagError(f"argument --{name}: the experiment sets it: give --settings, --bn_weights or --seeds")
-    others += [f"--scheduler={value}" for value in args.scheduler if value in SCHEDULES]
-    args.scheduler = next((value for value in reversed(args.scheduler) if value not in SCHEDULES), None)
-    if args.scheduler and args.jobs > 1:
-        raise FlagError("argument --jobs: the cluster has its own number of workers: leave it out with --scheduler")
-
-    names = [name for one in args.settings for name in one]
-    args.settings = {name: values for one in args.settings for name, values in one.items()}
-    for bn_weight in args.bn_weights:
-        values = {**PAPER["proposed"], "bn_weight": bn_weight}
-        if values not in args.settings.values():
-            args.settings[f"bn_weight {as_typed(bn_weight)}"] = values
-    distinct = {tuple(values.values()) for values in args.settings.values()}
-    if len(distinct) < len(args.settings) or len(set(names)) < len(names):
-        raise FlagError(f"argument --settings: two of {', '.join(names)} are the same")
-    unique_seeds = dict.fromkeys(itertools.chain.from_iterable(args.seeds))
-    # seed by seed, so that what is there after an interruption is a paired sample
-    args.runs = [plan_run(args, name, seed, others) for seed in unique_seeds for name in args.settings]
-    args.num_seeds = len(unique_seeds)
-    args.path = flags.parse(args.runs[0].flags).path
-    args.name = args.name or flags.experiment_name(args.runs[0].settings)
-    return args
-
-
-def plan_run(args: argparse.Namespace, name: str, seed: int, others: list[str]) -> PlannedRun:
-    """The run of a setting with a seed."""
-    compared = [text for key, value in args.settings[name].items() for text in (f"--{key}", as_typed(value))]
-    arguments = [*others, *compared, "--seed", str(seed)]
-    if args.name:
-        settings = flags.parse(arguments)
-        arguments += ["--name", f"{args.name}-{flags.setting_name(settings)}-seed{seed}"]
-    settings = flags.parse(arguments)
-    settings.path = settings.path.absolute()
-    return PlannedRun(name, arguments, settings)
-
+from command_line import answer_at_once, as_typed, end, how_to_resume, in_one_line, on_signals, one_line_endings, say
+from plan import PlannedRun, parse, plan_runs
 
 if __name__ == "__main__":
     answer_at_once("reproduce.py", parse)  # before torch and scipy are imported, which takes seconds
@@ -135,42 +26,77 @@ from tqdm import tqdm
 
 from checkpoint import lock_run, read_finished
 from results import Results, read_table_size, write_table
-from t_test import NARROW_TABLE_COLUMNS, Comparison, compare_all, mixed_circumstances, table
+from t_test import compare_all, mixed_circumstances
+from table import NARROW_TABLE_COLUMNS, Comparison, is_contrast, selection_note, table, table_rows, tables
+from tuning import (
+    Tuning,
+    choose_learning_rates,
+    divergence_file,
+    explain_choice,
+    note_divergence,
+    read_divergence,
+    tuning_columns,
+    tuning_table,
+)
 from workers import ClusterError, make_runs
 
-Runs = dict[str, dict[int, Results]]  # finished runs, by setting and seed
+
+@dataclass
+class Outcomes:
+    """What has come of an experiment so far.
+
+    Attributes:
+        finished: the results of runs, by name.
+        failed: why runs have failed, by name.
+        diverged: why runs of the tuning have diverged, by name; these have not failed.
+        stops: numbers of the signals that have arrived.
+    """
+
+    finished: dict[str, Results] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    diverged: dict[str, str] = field(default_factory=dict)
+    stops: list[int] = field(default_factory=list)
+
+    def left(self, planned: Sequence[PlannedRun]) -> list[PlannedRun]:
+        """Those of which nothing has come yet."""
+        known = (self.finished, self.failed, self.diverged)
+        return [run for run in planned if not any(run.settings.name in of for of in known)]
 
 
-def read_runs(planned: Sequence[PlannedRun], results_folder: Path, runs: Runs, failed: dict[str, str]) -> None:
-    """Put what is finished in a folder into `runs`; into `failed`, what is damaged or of another experiment."""
+def read_runs(args: argparse.Namespace, planned: Sequence[PlannedRun], folder: Path, outcomes: Outcomes) -> None:
+    """Find what is finished in a folder, and what is damaged or of another experiment."""
     for run in planned:
+        name = run.settings.name
         try:
-            results = read_finished(results_folder / f"{run.settings.name}.csv", run.settings)
+            results = read_finished(folder / f"{name}.csv", run.settings)
+            diverged = read_divergence(folder, run.settings) if run.for_tuning else None
         except (ValueError, OSError) as error:
-            failed[run.settings.name] = in_one_line(error)
+            outcomes.failed[name] = in_one_line(error)
             continue
         if results is not None:
-            runs[run.setting][run.settings.seed] = results
+            outcomes.finished[name] = replace(results, select=args.select)
+        elif diverged is not None:
+            outcomes.diverged[name] = diverged
 
 
 class Display:
     """A bar over the runs with the time left, under it the table; where there is no terminal, a line for each run."""
 
-    def __init__(self, num_runs: int, num_finished: int, comparisons: list[Comparison]) -> None:
+    def __init__(self, num_runs: int, num_finished: int, rows: Sequence[str]) -> None:
         self.on_terminal = sys.stderr.isatty()
         options = {"disable": not self.on_terminal, "leave": False, "dynamic_ncols": True, "mininterval": 0}
         self.bar = tqdm(total=num_runs, initial=num_finished, unit="run", smoothing=0, miniters=1, **options)
-        rows = enumerate(table(comparisons, NARROW_TABLE_COLUMNS).splitlines(), start=1)
-        self.lines = [tqdm(desc=row, bar_format="{desc}", position=position, **options) for position, row in rows]
+        numbered = enumerate(rows, start=1)
+        self.lines = [tqdm(desc=row, bar_format="{desc}", position=position, **options) for position, row in numbered]
         self.place = itertools.count(num_finished + 1)
 
-    def show(self, text: str, comparisons: list[Comparison], failed: bool) -> None:
+    def show(self, text: str, rows: Sequence[str], failed: bool) -> None:
         """Another run has ended, of which there is `text` to say; a terminal shows it where the run has failed."""
         place = f"{next(self.place)}/{self.bar.total}"
         if failed or not self.on_terminal:
             say(f"{place} {text}")
         self.bar.update()
-        for line, row in zip(self.lines, table(comparisons, NARROW_TABLE_COLUMNS).splitlines(), strict=True):
+        for line, row in zip(self.lines, rows, strict=True):
             line.set_description_str(row)
 
     def close(self) -> None:
@@ -179,42 +105,54 @@ class Display:
             line.close()
 
 
-def check_here(args: argparse.Namespace) -> None:
+def check_here(args: argparse.Namespace, planned: Sequence[PlannedRun]) -> None:
     """FlagError where this machine cannot make the runs of one of the settings."""
     from train import prepare  # networks are not needed where another machine makes the runs
 
-    for run in {run.setting: run for run in args.runs}.values():
+    for run in {run.setting: run for run in planned}.values():
         prepare(argparse.Namespace(**{**vars(run.settings), "device": args.device}))
 
 
-def complete(args: argparse.Namespace, runs: Runs, failed: dict[str, str]) -> list[int]:
-    """Make all runs that are neither finished nor failed; adds to both. Returns the signals that have arrived."""
-    left = {run.settings.name: run for run in args.runs if run.settings.seed not in runs[run.setting]}
-    left = {name: run for name, run in left.items() if name not in failed}
+def make_what_is_left(args: argparse.Namespace, planned: Sequence[PlannedRun], outcomes: Outcomes) -> None:
+    """Make all runs of which nothing has come yet."""
+    if not args.scheduler:
+        check_here(args, planned)
+    left = {run.settings.name: run for run in outcomes.left(planned)}
     if not left:
-        return []
-    if args.runs[0].settings.restart:
+        return
+    tuning = planned[0].for_tuning
+    if args.first.restart:
         remove([flags.run_files(run.settings.path, name) for name, run in left.items()])
-    stops: list[int] = []
-    outcomes = make_runs([run.settings for run in left.values()], stops, args.jobs, args.scheduler, args.device)
-    display = Display(len(args.runs), len(args.runs) - len(left), compare_all(runs, args.num_seeds))
-    with on_signals(stops.append), closing(display), closing(outcomes):
+        for run in left.values():
+            divergence_file(args.path / "results", run.settings).unlink(missing_ok=True)
+
+    def rows() -> list[str]:
+        comparisons = [] if tuning else [c for c in compare_runs(args, outcomes) if not is_contrast(c)]
+        return table(comparisons, NARROW_TABLE_COLUMNS).splitlines() if comparisons else []
+
+    made = make_runs([run.settings for run in left.values()], outcomes.stops, args.jobs, args.scheduler, args.device)
+    display = Display(len(planned), len(planned) - len(left), rows())
+    with on_signals(outcomes.stops.append), closing(display), closing(made):
         try:
-            for settings, outcome in outcomes:
-                run = left[settings.name]
+            for settings, outcome in made:
+                name = settings.name
                 if isinstance(outcome, int):
-                    stops.append(outcome)
+                    outcomes.stops.append(outcome)
                     continue
-                if isinstance(outcome, str):
-                    failed[settings.name] = outcome
-                    text = f"{settings.name} failed: {outcome}"
+                if isinstance(outcome, Results):
+                    results = outcomes.finished[name] = replace(outcome, select=args.select)
+                    accuracy = f"val accuracy {results.val_accuracy:.3f} %"
+                    text = f"{name} {accuracy if tuning else f'test accuracy {results.test_accuracy:.3f} %'}"
+                elif tuning and outcome.startswith(FloatingPointError.__name__):
+                    outcomes.diverged[name] = outcome
+                    note_divergence(args.path / "results", settings, outcome)
+                    text = f"{name} counts as 0 %: {outcome}"
                 else:
-                    runs[run.setting][settings.seed] = outcome
-                    text = f"{settings.name} test accuracy {outcome.test_accuracy:.3f} %"
-                display.show(text, compare_all(runs, args.num_seeds), failed=settings.name in failed)
+                    outcomes.failed[name] = outcome
+                    text = f"{name} failed: {outcome}"
+                display.show(text, rows(), failed=not isinstance(outcome, Results))
         except ClusterError as error:
-            failed["the experiment"] = str(error)
-    return stops
+            outcomes.failed["the experiment"] = str(error)
 
 
 def remove(all_files: Sequence[flags.RunFiles]) -> None:
@@ -227,71 +165,119 @@ def remove(all_files: Sequence[flags.RunFiles]) -> None:
                 file.unlink(missing_ok=True)
 
 
-def table_rows(args: argparse.Namespace, comparisons: list[Comparison]) -> list[dict[str, Value]]:
-    """The rows of the table with all digits; what a setting does not have, such as a p-value, is left out."""
-    rows = []
-    for c in comparisons:
-        row = {"setting": c.setting, **args.settings[c.setting], "seeds": len(c.accuracies), "mean": c.mean}
-        row |= {"standard_deviation": c.deviation}
-        if c.setting != "baseline":
-            row |= {"pairs": len(c.differences), "difference": c.difference, "lower": c.interval[0]}
-            row |= {"upper": c.interval[1], "p_value": c.p_value, "corrected_p_value": c.corrected_p_value}
-            row |= {"improved": c.improved, "verdict": c.verdict}
-        rows.append({name: value for name, value in row.items() if value == value})  # NaN is not
-    return rows
-
-
-def explain(args: argparse.Namespace, runs: Runs, failed: dict[str, str]) -> list[str]:
-    """A line for each run that has failed, with how many of its setting are finished."""
-    lines = []
+def runs_by_setting(args: argparse.Namespace, outcomes: Outcomes) -> dict[str, dict[int, Results]]:
+    """The finished runs to compare, by setting and seed."""
+    runs: dict[str, dict[int, Results]] = {name: {} for name in args.settings}
     for run in args.runs:
-        if reason := failed.get(run.settings.name):
-            seeds = f"{len(runs[run.setting])} of {args.num_seeds} seeds"
-            lines.append(f"{run.setting}: {seeds}; seed {run.settings.seed} failed: {reason}")
+        if run.settings.name in outcomes.finished:
+            runs[run.setting][run.settings.seed] = outcomes.finished[run.settings.name]
+    return runs
+
+
+def compare_runs(args: argparse.Namespace, outcomes: Outcomes) -> list[Comparison]:
+    """Compare the finished runs, with the baseline and as `--contrast` asks for."""
+    return compare_all(runs_by_setting(args, outcomes), len(args.seeds), args.contrast)
+
+
+def tuning_so_far(args: argparse.Namespace, outcomes: Outcomes) -> Tuning:
+    """The validation accuracies of the runs of the tuning that are there."""
+    tuning = {name: {rate: {} for rate in args.learning_rates} for name in args.settings}
+    for run in args.tuning_runs:
+        name, accuracies = run.settings.name, tuning[run.setting][run.settings.learning_rate]
+        if name in outcomes.finished:
+            accuracies[run.settings.seed] = outcomes.finished[name].val_accuracy
+        elif name in outcomes.diverged:
+            accuracies[run.settings.seed] = None
+    return tuning
+
+
+def explain_failures(args: argparse.Namespace, outcomes: Outcomes) -> list[str]:
+    """A line for each run that has failed, with how many runs of its kind are finished."""
+    lines = []
+    for run in (*args.tuning_runs, *args.runs):
+        if reason := outcomes.failed.get(run.settings.name):
+            rate = run.settings.learning_rate
+            alike = [one for one in (args.tuning_runs if run.for_tuning else args.runs) if one.setting == run.setting]
+            alike = [one.settings.name for one in alike if one.settings.learning_rate == rate]
+            kind = f"{run.setting} at learning rate {as_typed(rate)}" if run.for_tuning else run.setting
+            seeds = f"{len(outcomes.finished.keys() & alike)} of {len(alike)} seeds"
+            lines.append(f"{kind}: {seeds}; seed {run.settings.seed} failed: {reason}")
     return lines
+
+
+def read_and_make(args: argparse.Namespace, planned: Sequence[PlannedRun], folder: Path, outcomes: Outcomes) -> None:
+    """Find what has come of runs, and make the others unless only a report is asked for or a signal has arrived."""
+    if args.report is not None or not args.first.restart:
+        read_runs(args, planned, folder, outcomes)
+    if planned and args.report is None and not outcomes.stops:
+        make_what_is_left(args, planned, outcomes)
+
+
+def list_runs(args: argparse.Namespace, folder: Path) -> None:
+    """Print the commands of all runs that are known: of those to compare, once their learning rates are."""
+    outcomes = Outcomes()
+    read_runs(args, args.tuning_runs, folder, outcomes)
+    lines = choose(args, outcomes)
+    device = ["--device", args.device] if args.device else []
+    say(*(shlex.join(["python", "train.py", *run.flags, *device]) for run in (*args.tuning_runs, *args.runs)))
+    if not args.runs:
+        print(f"reproduce.py: {lines[-1]}", file=sys.stderr)
+
+
+def choose(args: argparse.Namespace, outcomes: Outcomes) -> list[str]:
+    """Choose the learning rates where they are tuned, once all tuning runs are there; returns the report of it.
+
+    This plans `args.runs`, and `args.tuned` is what the row of each setting in the table has of it.
+    """
+    args.tuned = {}
+    if not args.tuning_runs:
+        return []
+    tuning = tuning_so_far(args, outcomes)
+    left = sum(run.settings.name not in outcomes.finished | outcomes.diverged for run in args.tuning_runs)
+    chosen = {} if left else choose_learning_rates(tuning)
+    args.runs = plan_runs(args, chosen) if chosen else []
+    args.tuned = {name: tuning_columns(tuning[name], rate) for name, rate in chosen.items()}
+    return [tuning_table(tuning, chosen), *explain_choice(tuning, args.tuning_seeds, left)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `one_line_endings` for its exit codes, of which 1 also means that a run failed."""
     with one_line_endings("reproduce.py"):
         args = parse(argv)
+        folder = Path(args.report or args.path / "results")
         if args.list:
-            device = ["--device", args.device] if args.device else []
-            say(*(shlex.join(["python", "train.py", *run.flags, *device]) for run in args.runs))
+            list_runs(args, folder)
             return
-        results = Path(args.report or args.path / "results")
-        stem, restart = results / args.name, args.runs[0].settings.restart
-        runs, failed, stops = {name: {} for name in args.settings}, {}, []
-        shared = flags.determining(args.runs[0].settings)
-        shared = {name: value for name, value in shared.items() if name not in (*COMPARED, "seed")}
-        in_table = read_table_size(stem, shared)
-        if args.report is not None or not restart:
-            read_runs(args.runs, results, runs, failed)
-        if args.report is None:
-            if not args.scheduler:
-                check_here(args)
-            stops = complete(args, runs, failed)
+        stem, restart, outcomes = folder / args.table_name, args.first.restart, Outcomes()
+        in_table = read_table_size(stem, args.shared)
+        read_and_make(args, args.tuning_runs, folder, outcomes)
+        explained = choose(args, outcomes)
+        read_and_make(args, args.runs, folder, outcomes)
+        runs = runs_by_setting(args, outcomes)
         finished = sum(map(len, runs.values()))
-        if not finished and not failed and not stops:
-            raise ValueError(f"{results} has no finished run of this experiment")
-        comparisons = compare_all(runs, args.num_seeds)
-        lines = [table(comparisons), *explain(args, runs, failed)]
-        say(*lines, *mixed_circumstances(run for seeds in runs.values() for run in seeds.values()))
+        if outcomes == Outcomes():
+            raise ValueError(f"{folder} has no finished {'tuning ' * bool(explained)}run of this experiment")
+        comparisons = compare_runs(args, outcomes)
+        texts = tables(comparisons) if args.runs else []
+        text = "\n\n".join((*texts, *explained, *selection_note(args.select), *explain_failures(args, outcomes)))
+        say(text, *mixed_circumstances(run for seeds in runs.values() for run in seeds.values()))
         if 0 < finished < in_table and not restart:
             say(f"{stem}.csv keeps its table of {in_table} finished runs: remove it to have this one written")
         elif finished:
-            write_table(stem, shared, table_rows(args, comparisons), "\n\n".join(lines))
-            if not stops:
+            rows = table_rows(comparisons, args.settings)
+            rows = [row | args.tuned.get(row["setting"], {}) for row in rows]
+            write_table(stem, args.shared, rows, text)
+            if not outcomes.stops:
                 from figures import save_figures  # matplotlib is not needed where runs are made
 
-                _, missing = save_figures(stem, runs, results.parent / "networks")
+                _, missing = save_figures(stem, runs, folder.parent / "networks")
                 say(*missing)
-        for name, reason in failed.items():
+        for name, reason in outcomes.failed.items():
             print(f"reproduce.py: {name} failed: {reason}", file=sys.stderr)
-    if stops:
+    if outcomes.stops:
         again = "without --restart" if restart else "again"
-        end(128 + stops[0], how_to_resume(again), "reproduce.py")
-    if failed:
+        end(128 + outcomes.stops[0], how_to_resume(again), "reproduce.py")
+    if outcomes.failed:
         sys.exit(1)
 
 

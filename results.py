@@ -28,10 +28,12 @@ class Results:
         settings: the flags and what else produced the numbers, by name.
         columns: an array for each name in `COLUMNS`, an element an epoch. `epoch` counts from 1; the losses are
             cross-entropies, `train_loss` the mean over batches, `val_loss` over images; the accuracies are in percent.
+        select: the epoch of `test_accuracy`: "best" is that of the best validation accuracy, "last" the last one.
     """
 
     settings: dict[str, Value]
     columns: dict[str, np.ndarray]
+    select: str = "best"
 
     @property
     def num_epochs(self) -> int:
@@ -64,8 +66,8 @@ class Results:
 
     @property
     def test_accuracy(self) -> float:
-        """The headline number: test accuracy in percent at the epoch of the best validation accuracy."""
-        return float(self.columns["test_accuracy"][self.best_row])
+        """The headline number: test accuracy in percent at the epoch that `select` says."""
+        return float(self.columns["test_accuracy"][-1 if self.select == "last" else self.best_row])
 
 
 class DamagedFileError(ValueError):
@@ -139,7 +141,8 @@ def write_table(stem: Path, settings: Mapping[str, Value], rows: Sequence[Mappin
     Args:
         stem: the path of both files without their ending.
         settings: what all runs of the table share.
-        rows: for each setting its numbers by name; `seeds` is how many runs have been finished.
+        rows: for each setting its numbers by name; `seeds` is how many runs have been finished. There may be further
+            rows, without `seeds`.
         text: the table as it is shown.
 
     Raises:
@@ -147,7 +150,8 @@ def write_table(stem: Path, settings: Mapping[str, Value], rows: Sequence[Mappin
     """
     content = io.StringIO()
     content.writelines(f"# {name}: {to_text(value)}\n" for name, value in settings.items())
-    writer = csv.DictWriter(content, max(rows, key=len), restval="", lineterminator="\n")
+    names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    writer = csv.DictWriter(content, list(names), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(stem.with_name(f"{stem.name}.csv"), content.getvalue().encode())
@@ -166,7 +170,9 @@ def read_table_size(stem: Path, settings: Mapping[str, Value]) -> int:
     lines = file.read_text(errors="replace").splitlines()
     earlier = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
     try:
-        finished = sum(int(row["seeds"]) for row in csv.DictReader(line for line in lines if not line.startswith("#")))
+        finished = sum(
+            int(row["seeds"] or 0) for row in csv.DictReader(line for line in lines if not line.startswith("#"))
+        )
     except (KeyError, TypeError, ValueError, csv.Error):
         raise ValueError(f"{file} is not the table of an experiment, and is kept: give another --name") from None
     found = {name: from_text(earlier[name]) if name in earlier else DEFAULTS.get(name) for name in settings}

@@ -25,6 +25,7 @@ DATASETS = {"cifar10": Size(45_000, 32), "cifar100": Size(45_000, 32), "digits":
 SCHEDULES = ("cos", "none")
 STEMS = ("auto", "small", "own")
 INPUT_NORMS = ("bn", "dataset")
+SELECTIONS = ("best", "last")  # the epoch whose test accuracy counts: that of the best validation accuracy, the last
 PRECISIONS = ("float32", "strict", "tf32", "bfloat16")
 MAX_SEED = 88265  # from 0 to here, every seed makes draws of its own
 

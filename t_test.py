@@ -2,11 +2,11 @@
 
     python t_test.py --proposed results/*-weight0.1-c100-bn-*.csv --baseline results/*-weight1-c1-dataset-*.csv
 
-`evaluate` is the test itself; the rest pairs runs by their seeds and puts the outcome into a table.
+`evaluate` is the test itself; the rest pairs runs by their seeds, and corrects for the number of comparisons.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ def make_parser() -> Parser:
     flag = parser.add_argument
     flag("--proposed", nargs="+", type=Path, required=True, metavar="FILE", help="result files, one for each seed")
     flag("--baseline", nargs="+", type=Path, required=True, metavar="FILE", help="those to be improved on")
+    selection_help = "test accuracy at the epoch of the best validation accuracy, or at the last (default: %(default)s)"
+    flag("--select", default="best", choices=settings.SELECTIONS, help=selection_help)
     return parser
 
 
@@ -34,9 +36,11 @@ if __name__ == "__main__":
 import numpy as np
 from scipy.stats import ttest_rel
 
+from power import LEVEL as LEVEL  # whoever draws or prints verdicts has it from here, with the test
+from power import have_spread
 from results import Results, read_results
+from table import Comparison, selection_note, tables
 
-LEVEL = 0.05  # a p-value of at most this is called significant
 CIRCUMSTANCES = ("machine", "python", "torch", "torchvision")  # what else may change the numbers
 
 
@@ -82,61 +86,6 @@ def as_vector(values: Any, name: str) -> np.ndarray:
     return vector
 
 
-@dataclass
-class Comparison:
-    """One setting beside the baseline, seed by seed.
-
-    Attributes:
-        setting: what it is called.
-        accuracies: its test accuracies in percent, by seed.
-        differences: its accuracy minus the baseline's, by seed, for the seeds that both have.
-        interval: the 95 % confidence interval of the mean difference, two-sided.
-        p_value: of `evaluate`. Like the interval, NaN for fewer than two pairs and where all differences are equal.
-        corrected_p_value: the p-value after Holm's correction for all comparisons made together; NaN until
-            `apply_holm_correction` sets it.
-        planned: how many pairs are planned; 0 where it is not known.
-    """
-
-    setting: str
-    accuracies: dict[int, float]
-    differences: dict[int, float]
-    interval: tuple[float, float]
-    p_value: float
-    corrected_p_value: float = nan
-    planned: int = 0
-
-    @property
-    def mean(self) -> float:
-        """Mean of the accuracies."""
-        return float(np.mean(list(self.accuracies.values()))) if self.accuracies else nan
-
-    @property
-    def deviation(self) -> float:
-        """Sample standard deviation of the accuracies."""
-        return float(np.std(list(self.accuracies.values()), ddof=1)) if len(self.accuracies) > 1 else nan
-
-    @property
-    def difference(self) -> float:
-        """Mean of the differences."""
-        return float(np.mean(list(self.differences.values()))) if self.differences else nan
-
-    @property
-    def improved(self) -> int:
-        """The number of seeds with a better accuracy than the baseline's."""
-        return sum(difference > 0 for difference in self.differences.values())
-
-    @property
-    def verdict(self) -> str:
-        """What the corrected p-value says at the level of 0.05, or why it cannot say anything yet."""
-        if len(self.differences) < self.planned:
-            return f"interim: {len(self.differences)} of {self.planned} pairs"
-        if len(self.differences) < 2:
-            return f"no test: it takes two pairs with the baseline, not {len(self.differences)}"
-        if np.isnan(self.p_value):
-            return "no test: all differences are equal"
-        return "significantly better" if self.corrected_p_value <= LEVEL else "not significant"
-
-
 def compare(setting: str, proposed: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison:
     """Pair the test accuracies (percent, by seed) of a setting with the baseline's, and test the difference.
 
@@ -146,7 +95,7 @@ def compare(setting: str, proposed: Mapping[int, float], baseline: Mapping[int, 
     ours, theirs = [proposed[seed] for seed in seeds], [baseline[seed] for seed in seeds]
     differences = {seed: a - b for seed, a, b in zip(seeds, ours, theirs, strict=True)}
     interval, p_value = (nan, nan), nan
-    if len(seeds) > 1 and np.ptp(list(differences.values())) > 1e-9:  # without spread, a t-test would claim anything
+    if have_spread(list(differences.values())):
         p_value = evaluate(ours, theirs)
         interval = tuple(map(float, ttest_rel(ours, theirs).confidence_interval(0.95)))
     return Comparison(setting, dict(proposed), differences, interval, p_value)
@@ -166,61 +115,44 @@ def apply_holm_correction(comparisons: Iterable[Comparison]) -> None:
 
 
 def accuracy_by_seed(runs: Mapping[int, Results]) -> dict[int, float]:
-    """The test accuracy of each run, in percent, at the epoch of its best validation accuracy."""
+    """The test accuracy of each run, in percent, at the epoch that `Results.select` says."""
     return {seed: run.test_accuracy for seed, run in runs.items()}
 
 
-def compare_all(runs: Mapping[str, Mapping[int, Results]], planned: int = 0) -> list[Comparison]:
-    """Compare every setting with the one called 'baseline', and correct the p-values for the number of comparisons.
+def compare_all(
+    runs: Mapping[str, Mapping[int, Results]], planned: int = 0, contrasts: Iterable[Sequence[str]] = ()
+) -> list[Comparison]:
+    """Compare every setting with the one called 'baseline', and what else is asked for.
+
+    The p-values are corrected for the number of all these comparisons, contrasts included.
 
     Args:
         runs: the finished runs by setting and seed.
         planned: how many seeds are planned; until all are there, the verdict is "interim".
+        contrasts: pairs of settings, of which the first is tested to be better than the second.
 
     Returns:
-        A comparison for each setting, in the same order. The baseline's own has no pairs.
+        A comparison for each setting, in the same order, then one for each contrast. The baseline's own has no pairs.
     """
-    baseline = accuracy_by_seed(runs.get("baseline", {}))
-    comparisons = [
-        compare(name, accuracy_by_seed(seeds), {} if name == "baseline" else baseline) for name, seeds in runs.items()
-    ]
+    accuracies = {name: accuracy_by_seed(seeds) for name, seeds in runs.items()}
+    baseline = accuracies.get("baseline", {})
+    comparisons = [compare(name, ours, {} if name == "baseline" else baseline) for name, ours in accuracies.items()]
+    for one, other in contrasts:
+        contrast = compare(f"{one} vs {other}", accuracies[one], accuracies[other])
+        comparisons.append(replace(contrast, accuracies={}, reference=other))
     apply_holm_correction(comparisons)
     for comparison in comparisons:
         comparison.planned = planned
     return comparisons
 
 
-TABLE_COLUMNS = (
-    *("setting", "seeds", "test accuracy (%)", "pairs", "difference", "95 % interval"),
-    *("p", "p (Holm)", "improved", "verdict"),
-)
-NARROW_TABLE_COLUMNS = ("setting", "seeds", "test accuracy (%)", "difference", "p", "p (Holm)")
-
-
-def table(comparisons: Sequence[Comparison], columns: Sequence[str] = TABLE_COLUMNS, baseline: str = "baseline") -> str:
-    """The comparisons as a Markdown table with aligned columns. The baseline is compared with nothing."""
-    rows = [dict(zip(columns, columns, strict=True))]
-    for c in comparisons:
-        row = {"setting": c.setting, "seeds": f"{len(c.accuracies)}"}
-        row["test accuracy (%)"] = f"{c.mean:.2f} ± {c.deviation:.2f}".replace("nan", "–")
-        if c.setting != baseline:
-            numbers = {"difference": f"{c.difference:+.2f}", "95 % interval": "{:+.2f} to {:+.2f}".format(*c.interval)}
-            numbers |= {"p": f"{c.p_value:.2g}", "p (Holm)": f"{c.corrected_p_value:.2g}"}
-            row |= {name: "–" if "nan" in number else number for name, number in numbers.items()}
-            pairs = len(c.differences)
-            row |= {"pairs": f"{pairs}", "improved": f"{c.improved} of {pairs}", "verdict": c.verdict}
-        rows.append(row)
-    widths = {name: max(len(row.get(name, "")) for row in rows) for name in columns}
-    rows.insert(1, {name: "-" * width for name, width in widths.items()})
-    return "\n".join(f"| {' | '.join(row.get(name, '').ljust(widths[name]) for name in columns)} |" for row in rows)
-
-
-def read_by_seed(files: Iterable[Path], group: str) -> dict[int, Results]:
+def read_by_seed(files: Iterable[Path], group: str, select: str = "best") -> dict[int, Results]:
     """Read the finished runs of one setting, by seed.
 
     Args:
         files: their result files.
         group: what error messages call these files together.
+        select: which epoch's test accuracy counts, "best" or "last".
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -228,7 +160,7 @@ def read_by_seed(files: Iterable[Path], group: str) -> dict[int, Results]:
     """
     runs: dict[int, Results] = {}
     for file in files:
-        run = read_results(file)
+        run = replace(read_results(file), select=select)
         seed, num_epochs = run.settings.get("seed"), run.settings.get("num_epochs")
         if not isinstance(seed, int) or not isinstance(num_epochs, int):
             raise ValueError(f"{file} does not say with which seed and num_epochs it was made")
@@ -260,17 +192,18 @@ def mixed_circumstances(runs: Iterable[Results]) -> list[str]:
     return [f"not all runs have the same {name}: {'; '.join(values)}" for name, values in found.items() if values[1:]]
 
 
-def report(proposed_files: Sequence[Path], baseline_files: Sequence[Path]) -> str:
-    """The table of two groups of result files, and below it what to know about their pairs.
+def report(proposed_files: Sequence[Path], baseline_files: Sequence[Path], select: str = "best") -> str:
+    """The tables of two groups of result files, and below them what to know about their pairs.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the files cannot be compared.
     """
-    proposed, baseline = read_by_seed(proposed_files, "--proposed"), read_by_seed(baseline_files, "--baseline")
+    proposed = read_by_seed(proposed_files, "--proposed", select)
+    baseline = read_by_seed(baseline_files, "--baseline", select)
     first, second = next(iter(proposed.values())), next(iter(baseline.values()))
     check_alike(first, second, "the files of --proposed and --baseline")
-    lines = [table(compare_all({"baseline": baseline, "proposed": proposed}))]
+    lines = ["\n\n".join(tables(compare_all({"baseline": baseline, "proposed": proposed}))), *selection_note(select)]
     lines += mixed_circumstances([*proposed.values(), *baseline.values()])
     if alone := sorted(proposed.keys() ^ baseline.keys()):
         lines.append(f"seeds without a partner, which do not count: {', '.join(map(str, alone))}")
@@ -281,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line: compare two groups of result files; see `one_line_endings` for its exit codes."""
     with one_line_endings("t_test.py"):
         args = make_parser().parse_args(argv)
-        say(report(args.proposed, args.baseline))
+        say(report(args.proposed, args.baseline, args.select))
 
 
 if __name__ == "__main__":

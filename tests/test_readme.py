@@ -7,7 +7,7 @@ import pandas
 import pytest
 from scipy import stats
 
-import reproduce
+import plan
 import settings
 import train
 from settings import PAPER
@@ -43,7 +43,7 @@ def test_modules_import_only_what_stands_below_them():
         assert not imports & set(order[: place + 1]), name
 
 
-@pytest.mark.parametrize("parser", [settings.make_parser(), reproduce.make_parser()], ids=["train", "reproduce"])
+@pytest.mark.parametrize("parser", [settings.make_parser(), plan.make_parser()], ids=["train", "reproduce"])
 def test_every_flag_is_explained(parser):
     section = "The paper's training" if parser.prog == "train.py" else "The paper's experiment"
     text = re.search(rf"^## {section}\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]

@@ -1,4 +1,6 @@
+import argparse
 import fcntl
+import math
 import os
 import pty
 import re
@@ -24,7 +26,8 @@ import figures
 import reproduce
 import train
 from checkpoint import lock_run
-from settings import run_files
+from results import Results, read_results, write_results
+from settings import determining, run_files
 
 FOLDER = Path(__file__).parent
 FLAGS = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "2"]
@@ -42,52 +45,7 @@ def run(path: Path, *flags: str) -> int:
     return 0
 
 
-def planned(*flags: str) -> list[reproduce.PlannedRun]:
-    return reproduce.parse([*FLAGS, *flags]).runs
-
-
-# --- what is run ----------------------------------------------------------------------------------------------------
-
-
-def test_order_is_seed_by_seed():
-    assert [(run.setting, run.settings.seed) for run in planned("--seeds", "1-2", "7")] == [
-        (setting, seed) for seed in (1, 2, 7) for setting in ("baseline", "proposed")
-    ]
-    assert len(planned()) == 30
-
-
-def test_settings_of_the_paper():
-    found = {
-        run.setting: (run.settings.bn_weight, run.settings.c, run.settings.input_norm)
-        for run in planned("--settings", "baseline", "proposed", "init", "rate", "input", "--seeds", "1")
-    }
-    assert found == {
-        "baseline": (1, 1, "dataset"),
-        "proposed": (0.1, 100, "bn"),
-        "init": (0.1, 1, "bn"),
-        "rate": (1, 100, "bn"),
-        "input": (1, 1, "bn"),
-    }
-
-
-def test_own_settings_and_sweep():
-    found = planned("--settings", "proposed", "half:bn_weight=0.5,c=50", "--bn_weights", "0.01", "0.1", "--seeds", "3")
-    assert [(run.setting, run.settings.bn_weight, run.settings.c, run.settings.input_norm) for run in found] == [
-        ("proposed", 0.1, 100, "bn"),
-        ("half", 0.5, 50, "bn"),
-        ("bn_weight 0.01", 0.01, 100, "bn"),  # 0.1 is there already, as proposed
-    ]
-
-
-def test_names_of_runs_are_those_of_train():
-    for run in planned("--precision", "bfloat16", "--seeds", "1"):
-        assert run.settings.name == train.parse(["--device", "cpu", *run.flags]).name
-    assert (
-        reproduce.parse([*FLAGS, "--precision", "bfloat16"]).name
-        == "digits-resnet18-batch_size=48-num_epochs=2-precision=bfloat16"
-    )
-    named = planned("--name", "mine", "--seeds", "1")
-    assert [run.settings.name for run in named] == ["mine-weight1-c1-dataset-seed1", "mine-weight0.1-c100-bn-seed1"]
+# --- flags ----------------------------------------------------------------------------------------------------------
 
 
 def test_flags_of_train_pass_through(capsys):
@@ -204,7 +162,8 @@ def test_one_failure_does_not_stop_the_others(small_network, no_figures, tmp_pat
     captured = capsys.readouterr()
     assert captured.err == f"reproduce.py: {BASELINE}-seed2 failed: FloatingPointError: a loss is not finite\n"
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 5
-    rows = {line.split("|")[1].strip(): line for line in captured.out.splitlines() if line.startswith("|")}
+    table = captured.out.split("\n\n")[0]
+    rows = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("|")}
     assert " of 2 " in rows["proposed"] and "interim: 2 of 3 pairs" in rows["proposed"]
     line = "baseline: 2 of 3 seeds; seed 2 failed: FloatingPointError: a loss is not finite\n"
     assert (tmp_path / "results" / f"{EXPERIMENT}.md").read_text().endswith(f"|\n\n{line}")
@@ -291,6 +250,296 @@ def test_interrupted_experiment_goes_on(small_network, no_figures, tmp_path, mon
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 2
     assert run(tmp_path, "--seeds", "1-3") == 0
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 6
+
+
+# --- what is reported -----------------------------------------------------------------------------------------------
+
+
+VAL_ACCURACIES = {  # of the first epoch, by bn_weight and learning rate; 17 gains 1 on 16
+    (1.0, 0.01): 60.0,
+    (1.0, 0.1): 70.0,
+    (1.0, 0.4): 72.0,
+    (0.1, 0.01): 80.0,
+    (0.1, 0.1): 71.0,
+    (0.1, 0.4): 80.0,
+}
+
+
+def fake_train(settings: argparse.Namespace, **_: Any) -> Results:
+    """Results without a training: the first epoch is the best on validation, the second on the test."""
+    val_accuracy = VAL_ACCURACIES[settings.bn_weight, settings.learning_rate] + settings.seed % 2
+    gain, order = (3, 21) if settings.input_norm == "bn" else (0, 7)
+    test_accuracy = 50 + gain + (order * settings.seed) % 5 + settings.seed / (9 + settings.c)
+    columns = {"train_loss": [1.0, 0.5], "val_loss": [1.0, 1.0], "val_accuracy": [val_accuracy, 10.0]}
+    columns |= {"epoch": [1, 2], "test_accuracy": [test_accuracy, 90 - test_accuracy / 2]}
+    columns = {name: np.array(values) for name, values in columns.items()}
+    results = Results({**determining(settings), "name": settings.name}, columns)
+    write_results(run_files(settings.path, settings.name).results, results)
+    return results
+
+
+@pytest.fixture
+def no_training(monkeypatch, no_figures):
+    """Runs and figures take seconds."""
+    monkeypatch.setattr(train, "train", fake_train)
+
+
+def read_summary(file: Path) -> pandas.DataFrame:
+    """The table with all digits, by setting."""
+    return pandas.read_csv(file, comment="#").set_index("setting")
+
+
+def p_value(ours: list[float], theirs: list[float]) -> float:
+    return stats.ttest_1samp(np.subtract(ours, theirs), 0, alternative="greater").pvalue
+
+
+def accuracies_in(folder: Path, runs: str, epoch: int) -> list[float]:
+    """Test accuracies of the runs with the seeds 1 to 4 at an epoch."""
+    return [read_results(folder / f"{runs}-seed{seed}.csv").columns["test_accuracy"][epoch - 1] for seed in range(1, 5)]
+
+
+def test_contrasts(no_training, tmp_path, capsys):
+    flags = ["--seeds", "1-4", "--settings", "baseline", "proposed", "init", "--contrast", "proposed", "init"]
+    assert run(tmp_path, *flags) == 0
+    runs = {"baseline": BASELINE, "proposed": PROPOSED, "init": f"{EXPERIMENT}-weight0.1-c1-bn"}
+    accuracies = {name: accuracies_in(tmp_path / "results", of, epoch=1) for name, of in runs.items()}
+    pairs = {"proposed": "baseline", "init": "baseline", "proposed vs init": "init"}
+    summary = read_summary(tmp_path / "results" / f"{EXPERIMENT}.csv")
+    assert summary["compared_with"].dropna().to_dict() == pairs
+    p_values = {name: p_value(accuracies[name.split()[0]], accuracies[other]) for name, other in pairs.items()}
+    assert summary["p_value"].dropna().to_dict() == pytest.approx(p_values)
+    ordered = sorted(p_values.values())
+    for name, p in p_values.items():
+        holm = min(1, max((3 - j) * q for j, q in enumerate(ordered) if q <= p))
+        assert summary.loc[name, "corrected_p_value"] == pytest.approx(holm)
+    assert summary["seeds"].sum() == 12
+    text = (tmp_path / "results" / f"{EXPERIMENT}.md").read_text()
+    _, contrasts, certainty = text.split("\n\n")
+    assert contrasts.splitlines()[2].startswith("| proposed vs init | 4 ")
+    assert [line.split("|")[1].strip() for line in certainty.splitlines()[2:]] == list(pairs)
+    assert max(map(len, f"{contrasts}\n{certainty}".splitlines())) <= 120
+    capsys.readouterr()
+    assert run(tmp_path, *flags, "--report") == 0  # reads its own table
+    assert capsys.readouterr().out == text
+
+
+def test_how_sure_it_is(no_training, tmp_path):
+    assert run(tmp_path, "--seeds", "1-4") == 0
+    row = read_summary(tmp_path / "results" / f"{EXPERIMENT}.csv").loc["proposed"]
+    ours, theirs = (accuracies_in(tmp_path / "results", runs, epoch=1) for runs in (PROPOSED, BASELINE))
+    differences = np.subtract(ours, theirs)
+    assert row["effect_size"] == pytest.approx(differences.mean() / differences.std(ddof=1))
+    assert row["sign_flip_p_value"] == 2**-4  # all are better
+
+    def power(effect: float, n: int) -> float:
+        return stats.nct.sf(stats.t.ppf(0.95, n - 1), n - 1, effect * math.sqrt(n))
+
+    assert row["seeds_needed"] == next(n for n in range(2, 99) if power(row["effect_size"], n) >= 0.8)
+    assert power(row["detectable_difference"] / differences.std(ddof=1), 4) == pytest.approx(0.8)
+
+
+def test_committed_table_is_what_its_command_reports(no_figures, tmp_path):
+    committed, copy = FOLDER.parent / "results" / "digits", tmp_path / "digits"
+    shutil.copytree(committed, copy, ignore=shutil.ignore_patterns("*.p*", "*.npz"))
+    name = "digits-resnet18-batch_size=64-num_epochs=5-learning_rate=0.05"
+    for kind in ("csv", "md"):
+        (copy / f"{name}.{kind}").unlink()
+    flags = "--dataset digits --num_epochs 5 --batch_size 64 --learning_rate 0.05"  # as in the README
+    settings = "--settings baseline proposed init rate input --seeds 1-15"
+    reproduce.main([*flags.split(), *settings.split(), "--report", str(copy)])
+    assert (copy / f"{name}.md").read_text() == (committed / f"{name}.md").read_text()
+    ours, theirs = (read_summary(folder / f"{name}.csv") for folder in (copy, committed))
+    pandas.testing.assert_frame_equal(ours, theirs)
+
+
+def test_last_epoch_has_a_table_of_its_own(no_training, tmp_path, capsys):
+    assert run(tmp_path, "--seeds", "1-4") == 0
+    best = [(tmp_path / "results" / f"{EXPERIMENT}.{kind}").read_bytes() for kind in ("csv", "md")]
+    assert run(tmp_path, "--seeds", "1-4", "--report", "--select", "last") == 0
+    assert [(tmp_path / "results" / f"{EXPERIMENT}.{kind}").read_bytes() for kind in ("csv", "md")] == best
+    summary = read_summary(tmp_path / "results" / f"{EXPERIMENT}-last.csv")
+    ours, theirs = (accuracies_in(tmp_path / "results", runs, epoch=2) for runs in (PROPOSED, BASELINE))
+    assert summary["mean"].tolist() == pytest.approx([np.mean(theirs), np.mean(ours)])
+    assert summary.loc["proposed", "p_value"] == pytest.approx(p_value(ours, theirs))
+    note = "The test accuracies are those of the last epoch.\n"
+    assert (tmp_path / "results" / f"{EXPERIMENT}-last.md").read_text().endswith(note)
+    assert note not in best[1].decode()
+    assert "# select: last\n" in (tmp_path / "results" / f"{EXPERIMENT}-last.csv").read_text()
+
+
+def test_runs_are_reported_by_the_last_epoch(no_training, tmp_path, capsys):
+    assert run(tmp_path, "--seeds", "1", "--select", "last") == 0
+    accuracy = read_results(tmp_path / "results" / f"{BASELINE}-seed1.csv").columns["test_accuracy"][1]
+    assert f"{BASELINE}-seed1 test accuracy {accuracy:.3f} %" in capsys.readouterr().out
+
+
+# --- learning rates to choose from ----------------------------------------------------------------------------------
+
+
+RATES = ("--learning_rates", "0.4", "0.01", "0.1", "--tuning_seeds", "16-17")
+TUNED = f"{EXPERIMENT}-learning_rates=0.01+0.1+0.4"
+CHOSEN_BASELINE = f"{EXPERIMENT}-learning_rate=0.4-weight1-c1-dataset"
+CHOSEN_PROPOSED = f"{EXPERIMENT}-learning_rate=0.01-weight0.1-c100-bn"
+
+
+def test_every_setting_is_compared_at_its_own_rate(no_training, tmp_path, capsys):
+    assert run(tmp_path, "--seeds", "1-4", *RATES) == 0
+    folder = tmp_path / "results"
+    made = {file.name for file in folder.glob("*-seed[1-4].csv")}
+    assert made == {f"{name}-seed{n}.csv" for name in (CHOSEN_BASELINE, CHOSEN_PROPOSED) for n in range(1, 5)}
+    assert len(list(folder.glob("*-seed1[67].csv"))) == 12
+    summary = read_summary(folder / f"{TUNED}.csv")
+    assert summary["learning_rate"].to_dict() == {"baseline": 0.4, "proposed": 0.01}  # the smaller one on a tie
+    for bn_weight, setting in ((1.0, "baseline"), (0.1, "proposed")):
+        for rate in (0.01, 0.1, 0.4):
+            mean = VAL_ACCURACIES[bn_weight, rate] + 0.5
+            assert summary.loc[setting, f"val_accuracy_at_{rate}"] == mean
+            remark = "chosen" if summary.loc[setting, "learning_rate"] == rate else ""
+            row = rf"\| {setting} \| {rate} +\| 2 +\| {mean:.2f} +\| {remark} +\|\n"
+            assert re.search(row, (folder / f"{TUNED}.md").read_text())
+    ours, theirs = accuracies_in(folder, CHOSEN_PROPOSED, epoch=1), accuracies_in(folder, CHOSEN_BASELINE, epoch=1)
+    assert summary.loc["proposed", "p_value"] == pytest.approx(p_value(ours, theirs))
+    assert "over the seeds 16, 17; a tie goes" in (folder / f"{TUNED}.md").read_text()
+    assert "# learning_rates: 0.01+0.1+0.4\n# tuning_seeds: 16 17\n" in (folder / f"{TUNED}.csv").read_text()
+    assert not (folder / f"{EXPERIMENT}.csv").exists()
+    shown = capsys.readouterr().out
+    assert "1/12 " in shown and "1/8 " in shown and max(map(len, shown.split("\n\n", 2)[2].splitlines())) <= 120
+    assert not re.search(r"seed1[67] test accuracy", shown)  # they have no part in the choice
+
+
+def test_other_tuning_seeds_do_not_replace_the_table(no_training, tmp_path, capsys):
+    assert run(tmp_path, "--seeds", "1", *RATES) == 0
+    before = (tmp_path / "results" / f"{TUNED}.md").read_bytes()
+    assert run(tmp_path, "--seeds", "1", *RATES, "--tuning_seeds", "18") == 1
+    assert "is of other settings, and is kept: tuning_seeds 16 17, here 18" in capsys.readouterr().err
+    assert (tmp_path / "results" / f"{TUNED}.md").read_bytes() == before
+
+
+def test_tuned_experiment_shares_runs_at_the_default_rate(no_training, tmp_path, monkeypatch):
+    assert run(tmp_path, "--seeds", "1-2") == 0
+    flags = ["--learning_rates", "0.1", "--tuning_seeds", "16", "--seeds", "1-2"]
+    assert run(tmp_path, *flags, "--seeds", "1-2") == 0
+    assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 6
+    assert (tmp_path / "results" / f"{EXPERIMENT}-learning_rates=0.1.csv").exists()
+
+
+def test_interrupted_tuning_goes_on(no_training, tmp_path, monkeypatch, capsys):
+    def interrupted(settings, **options):
+        if settings.seed == 17:
+            raise KeyboardInterrupt(signal.SIGTERM)
+        return fake_train(settings, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", interrupted)
+        assert run(tmp_path, "--seeds", "1-2", *RATES) == 143
+    captured = capsys.readouterr()
+    assert captured.err.startswith("reproduce.py: stopped;")
+    assert "The learning rates are not chosen yet: 6 of 12 tuning runs are left.\n" in captured.out
+    assert "| chosen" not in captured.out and "test accuracy" not in captured.out
+    assert len(list((tmp_path / "results").iterdir())) == 6
+    assert run(tmp_path, "--seeds", "1-2", *RATES, "--report") == 0
+    assert "6 of 12 tuning runs are left" in capsys.readouterr().out
+    assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
+    assert capsys.readouterr().out.startswith("7/12 ")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", None)
+        assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
+        assert run(tmp_path, "--seeds", "1-2", *RATES, "--report") == 0
+
+
+def test_report_without_tuning_runs(no_training, tmp_path, capsys):
+    assert run(tmp_path, "--seeds", "1") == 0
+    assert run(tmp_path, "--seeds", "1", *RATES, "--report") == 1
+    assert "results has no finished tuning run of this experiment" in capsys.readouterr().err
+
+
+def test_commands_of_a_tuned_experiment(no_training, tmp_path, monkeypatch, capsys):
+    flags = ["--seeds", "1-2", *RATES]
+    assert run(tmp_path, *flags, "--list") == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == captured.out.count("python train.py") == 12
+    assert captured.err == "reproduce.py: The learning rates are not chosen yet: 12 of 12 tuning runs are left.\n"
+    for line in captured.out.splitlines():
+        fake_train(train.parse(shlex.split(line)[2:]))
+    assert run(tmp_path, *flags, "--list") == 0
+    captured = capsys.readouterr()
+    assert (captured.out.count("\n"), captured.err) == (16, "")
+    names = [train.parse(shlex.split(line)[2:]).name for line in captured.out.splitlines()[12:]]
+    assert names == [f"{name}-seed{n}" for n in (1, 2) for name in (CHOSEN_BASELINE, CHOSEN_PROPOSED)]
+
+
+def diverging(settings: argparse.Namespace, **options: Any) -> Results:
+    """The runs of the baseline's best rate diverge with seed 17."""
+    if (settings.bn_weight, settings.learning_rate, settings.seed) == (1.0, 0.4, 17):
+        raise FloatingPointError("the loss at epoch 1, step 2 is nan")
+    return fake_train(settings, **options)
+
+
+def test_diverged_tuning_run_counts_as_nothing(no_training, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train", diverging)
+    assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "seed17 counts as 0 %: FloatingPointError: the loss at epoch 1, step 2 is nan\n" in captured.out
+    text = (tmp_path / "results" / f"{TUNED}.md").read_text()
+    assert re.search(r"\| baseline \| 0.4 +\| 2 +\| 36.00 +\| 1 diverged +\|", text)  # of 72 and 0
+    assert "A tuning run that diverged counts as 0 %." in text
+    summary = read_summary(tmp_path / "results" / f"{TUNED}.csv")
+    assert summary["learning_rate"].to_dict() == {"baseline": 0.1, "proposed": 0.01}
+    monkeypatch.setattr(train, "train", None)  # it is known now, elsewhere too
+    (tmp_path / "results").rename(tmp_path / "elsewhere")
+    assert run(tmp_path, "--seeds", "1-2", *RATES, "--report", str(tmp_path / "elsewhere")) == 0
+    assert (tmp_path / "elsewhere" / f"{TUNED}.md").read_text() == text
+    (tmp_path / "elsewhere").rename(tmp_path / "results")
+    monkeypatch.setattr(train, "train", fake_train)
+    assert run(tmp_path, "--seeds", "1-2", *RATES, "--restart") == 0
+    assert read_summary(tmp_path / "results" / f"{TUNED}.csv").loc["baseline", "learning_rate"] == 0.4
+    assert not list((tmp_path / "results").glob("*diverged*"))
+
+
+def test_run_that_diverged_with_other_settings_is_made(no_training, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train", diverging)
+    flags = ["--seeds", "1", *RATES, "--name", "mine"]
+    assert run(tmp_path, *flags) == 0
+    for file in (tmp_path / "results").glob("*.csv"):
+        file.unlink()
+    monkeypatch.setattr(train, "train", fake_train)
+    assert run(tmp_path, *flags, "--momentum", "0.5") == 0
+    summary = read_summary(tmp_path / "results" / "mine-learning_rates=0.01+0.1+0.4.csv")
+    assert summary.loc["baseline", "learning_rate"] == 0.4
+
+
+def test_nothing_is_chosen_where_a_tuning_run_fails(no_training, tmp_path, monkeypatch, capsys):
+    def fails(settings, **options):
+        if (settings.learning_rate, settings.seed) == (0.1, 17):
+            raise OSError("no space left")
+        return fake_train(settings, **options)
+
+    monkeypatch.setattr(train, "train", fails)
+    assert run(tmp_path, "--seeds", "1-2", *RATES) == 1
+    captured = capsys.readouterr()
+    assert "The learning rates are not chosen yet: 2 of 12 tuning runs are left.\n" in captured.out
+    assert "baseline at learning rate 0.1: 1 of 2 seeds; seed 17 failed: OSError: no space left\n" in captured.out
+    assert captured.err.count("failed: OSError: no space left") == 2
+    assert not list((tmp_path / "results").glob("*-seed[12].csv"))
+
+
+def test_figures_of_settings_at_different_rates(small_network, tmp_path, monkeypatch):
+    monkeypatch.setitem(VAL_ACCURACIES, (0.1, 0.1), 99.0)
+    whole = train.train
+
+    def train_to_compare(settings, **options):
+        return (fake_train if settings.seed > 2 else whole)(settings, **options)
+
+    monkeypatch.setattr(train, "train", train_to_compare)
+    assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
+    made = {file.name for file in (tmp_path / "results").glob("*.png")}
+    assert made == {f"{TUNED}-{name}.png" for name in FIGURES}
+    rates = {read_results(file).settings["learning_rate"] for file in (tmp_path / "results").glob("*-seed1.csv")}
+    assert rates == {0.1, 0.4}
+
+
+# --- in other processes ---------------------------------------------------------------------------------------------
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (FOLDER.parent, FOLDER)))}

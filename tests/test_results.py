@@ -1,5 +1,6 @@
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pandas
@@ -84,6 +85,9 @@ def test_pandas_reads_it_as_it_is(tmp_path):
 def test_headline_number_is_at_the_best_validation_accuracy():
     results = make_results()
     assert (results.best_epoch, results.val_accuracy, results.test_accuracy) == (2, 90.25, 89.5)
+    last = replace(results, select="last")
+    assert (last.best_epoch, last.val_accuracy, last.test_accuracy) == (2, 90.25, results.columns["test_accuracy"][-1])
+    assert last.test_accuracy != results.test_accuracy
 
 
 def test_no_epochs_yet(tmp_path):

@@ -1,3 +1,4 @@
+import itertools
 import math
 import signal
 import subprocess
@@ -13,7 +14,8 @@ from scipy import stats
 
 import t_test
 from results import Results, write_results
-from t_test import Comparison, apply_holm_correction, compare, compare_all, evaluate, main, table
+from t_test import apply_holm_correction, compare, compare_all, evaluate, main
+from table import Comparison, table
 
 PROPOSED = [95.1, 94.8, 95.3, 95.0, 95.2]
 BASELINE = [94.6, 94.7, 94.9, 95.1, 95.1]
@@ -195,8 +197,17 @@ def test_files(tmp_path, capsys):
     settings = {"bn_weight": 1.0, "c": 1.0, "input_norm": "dataset", "device": "cuda:0", "torch": "2.11"}
     baseline = write_runs(tmp_path, BASELINE[:4], **settings)
     main(["--proposed", *reversed(proposed), "--baseline", *baseline])
-    *_, line, versions, alone = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    *_, line, versions, alone = lines
+    assert max(map(len, lines[5:])) <= 120
+    differences = np.subtract(PROPOSED[:4], BASELINE[:4])
+    effect = differences.mean() / differences.std(ddof=1)
+    flipped = [np.dot(signs, differences) for signs in itertools.product((1, -1), repeat=4)]
+    p_value = np.mean(np.array(flipped) >= differences.sum() - 1e-9)
+    n = next(n for n in range(2, 99) if stats.nct.sf(stats.t.ppf(0.95, n - 1), n - 1, effect * n**0.5) >= 0.8)
     fields = [field.strip() for field in line.strip("|").split("|")]
+    assert fields[:4] == ["proposed", f"{p_value:.2g}", f"{effect:.2f}", f"{n}"]
+    fields = [field.strip() for field in lines[3].strip("|").split("|")]
     assert fields[:3] == ["proposed", "5", f"{np.mean(PROPOSED):.2f} ± {np.std(PROPOSED, ddof=1):.2f}"]
     assert fields[6] == f"{by_hand(PROPOSED[:4], BASELINE[:4]):.2g}"
     assert versions == "not all runs have the same torch: 2.11; None"
@@ -232,13 +243,42 @@ def test_what_files_lack_is_at_its_default(tmp_path, capsys):
     assert f"{by_hand(PROPOSED, BASELINE):.2g}" in capsys.readouterr().out
 
 
+def test_test_accuracy_of_the_last_epoch(tmp_path, capsys):
+    proposed, baseline = write_runs(tmp_path, PROPOSED, bn_weight=0.1), write_runs(tmp_path, BASELINE)
+    main(["--proposed", *proposed, "--baseline", *baseline, "--select", "last"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[3].strip() for line in lines[2:4]] == ["99.90 ± 0.00"] * 2
+    assert lines[3].endswith("| no test: all differences are equal |")
+    assert lines[-1] == "The test accuracies are those of the last epoch."
+
+
+def runs(accuracies: list[float]) -> dict[int, Results]:
+    """Runs of one epoch, with seeds from 1 on."""
+    columns = [{"val_accuracy": np.array([90.0]), "test_accuracy": np.array([accuracy])} for accuracy in accuracies]
+    return {seed: Results({}, of_run) for seed, of_run in enumerate(columns, start=1)}
+
+
+def test_contrasts_are_compared_and_corrected_with_the_others():
+    settings = {"baseline": runs(BASELINE), "proposed": runs(PROPOSED), "init": runs(BASELINE[::-1]), "none": {}}
+    contrasts = [("proposed", "init"), ("init", "none")]
+    comparisons = compare_all(settings, planned=5, contrasts=contrasts)
+    assert [(c.setting, c.reference) for c in comparisons[-2:]] == [
+        ("proposed vs init", "init"),
+        ("init vs none", "none"),
+    ]
+    ours, nothing = comparisons[-2:]
+    pairs = [(PROPOSED, BASELINE), (BASELINE[::-1], BASELINE), (PROPOSED, BASELINE[::-1])]
+    p_values = [by_hand(*pair) for pair in pairs]
+    assert [c.p_value for c in (*comparisons[1:3], ours)] == pytest.approx(p_values)
+    assert [c.corrected_p_value for c in (*comparisons[1:3], ours)] == pytest.approx(holm(p_values))
+    differences = np.subtract(PROPOSED, BASELINE[::-1])
+    assert ours.interval == pytest.approx(stats.t.interval(0.95, 4, differences.mean(), stats.sem(differences)))
+    assert nothing.verdict == "interim: 0 of 5 pairs"
+    nothing.planned = 0
+    assert nothing.verdict == "no test: it takes two pairs with none, not 0"
+
+
 def test_all_settings_are_compared_with_the_baseline():
-    def run(accuracy: float) -> Results:
-        return Results({}, {"val_accuracy": np.array([90.0]), "test_accuracy": np.array([accuracy])})
-
-    def runs(accuracies: list[float]) -> dict[int, Results]:
-        return {seed: run(accuracy) for seed, accuracy in enumerate(accuracies, start=1)}
-
     comparisons = compare_all({"proposed": runs(PROPOSED), "baseline": runs(BASELINE), "init": runs(BASELINE[::-1])})
     assert [c.setting for c in comparisons] == ["proposed", "baseline", "init"]
     assert [len(c.differences) for c in comparisons] == [5, 0, 5]

@@ -1,0 +1,205 @@
+"""The plan of an experiment: its flags, and the runs that they ask for.
+
+Nothing here takes long to import, so that `--help` and a wrong flag are answered at once.
+"""
+
+import argparse
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import settings as flags
+from command_line import FlagError, Parser, as_typed, file_name, folder, whole
+from settings import COMPARED, DEFAULTS, PAPER, SCHEDULES, SELECTIONS, named_setting, seed_range
+
+DESCRIPTION = """The paper's experiment: settings × seeds, one run of train.py each, and a paired t-test over the seeds.
+
+    python reproduce.py --dataset digits --num_epochs 5 --batch_size 64 --learning_rate 0.05 --seeds 1-15 --jobs 2
+
+A stopped experiment is resumed by the same command."""
+
+
+@dataclass
+class PlannedRun:
+    """One run of the experiment.
+
+    Attributes:
+        setting: name of its setting.
+        flags: of train.py, without `--path` and `--device`.
+        settings: what `settings.parse` makes of them, with an absolute path.
+        for_tuning: whether it is there to choose a learning rate, not to be compared.
+    """
+
+    setting: str
+    flags: list[str]
+    settings: argparse.Namespace
+    for_tuning: bool
+
+
+def make_parser() -> Parser:
+    """The flags of the experiment itself."""
+    parser = Parser(
+        prog="reproduce.py",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="All other flags are those of train.py, see python train.py --help.",
+        allow_abbrev=False,
+    )
+    flag = parser.add_argument
+    settings_help = f"any of {', '.join(PAPER)}, or your own as NAME:bn_weight=0.2,c=50 (default: baseline proposed)"
+    seeds_help = "such as 1-15 or 1 2 5-7 (default: 1-15)"
+    default = [{name: PAPER[name]} for name in ("baseline", "proposed")]
+    flag("--settings", nargs="+", default=default, type=named_setting, metavar="SETTING", help=settings_help)
+    flag("--bn_weights", nargs="+", default=[], type=flags.positive, metavar="γ", help="proposed, with each of these")
+    flag("--seeds", nargs="+", default=[seed_range("1-15")], type=seed_range, metavar="SEEDS", help=seeds_help)
+    contrast = {"action": "append", "nargs": 2, "default": [], "metavar": ("SETTING", "OTHER")}
+    flag("--contrast", **contrast, help="test whether SETTING is better than OTHER, too; may be given several times")
+    selection_help = "test accuracy at the epoch of the best validation accuracy, or at the last (default: %(default)s)"
+    flag("--select", default="best", choices=SELECTIONS, help=selection_help)
+    rates = {"nargs": "+", "default": [], "type": flags.positive, "metavar": "RATE"}
+    flag("--learning_rates", **rates, help="choose each setting's learning rate among these, on the tuning seeds")
+    tuning_help = "seeds to choose on, none of --seeds (default: 16-20)"
+    flag("--tuning_seeds", nargs="+", type=seed_range, metavar="SEEDS", help=tuning_help)
+    flag("--name", default="", type=file_name, help="beginning of all file names (default: made from the settings)")
+    flag("--jobs", default=1, type=whole(1), help="runs at a time on this machine (default: %(default)s)")
+    scheduler_help = "tcp://HOST:PORT of a Dask scheduler that gets the runs; cos and none are those of train.py"
+    flag("--scheduler", action="append", default=[], type=scheduler, help=scheduler_help)
+    flag("--device", help="device of every run (default: with --jobs, runs share out all GPUs; cpu without any)")
+    flag("--list", action="store_true", help="print the commands of all runs instead of making them")
+    report_help = "make no runs, only table and figures of the result files in FOLDER (default: results/ below --path)"
+    flag("--report", nargs="?", const=False, type=folder, metavar="FOLDER", help=report_help)
+    return parser
+
+
+def scheduler(text: str) -> str:
+    """The type of a flag that takes a schedule of train.py or the address of a Dask scheduler."""
+    address = re.fullmatch(r"tcp://(?:[\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})", text, re.ASCII)
+    if text not in SCHEDULES and not (address and 0 < int(address[1]) < 2**16):
+        raise argparse.ArgumentTypeError(
+            f"must be cos, none or the address of a Dask scheduler, tcp://HOST:PORT, not {text!r}"
+        )
+    return text
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of the experiment, and its plan. FlagError says what is wrong.
+
+    Returns:
+        The flags, with `settings` by name, `seeds` and `tuning_seeds` as lists, and besides
+
+        - `runs`: all runs to compare, in the order in which they are to be made. With `--learning_rates` there are none
+          until `plan_runs` is called with the rates that are chosen.
+        - `tuning_runs`: the runs on which the rates are chosen.
+        - `first`: the settings of one of all these runs.
+        - `shared`: what determines the numbers of all runs to compare, by name.
+        - `table_name`: how the names of the table and the figures begin.
+    """
+    args, others = make_parser().parse_known_args(argv)
+    given = [name for name in (*COMPARED, "seed", "learning_rate") for other in others if is_flag(other, name)]
+    if set(given) - {"learning_rate"}:
+        raise FlagError(f"argument --{given[0]}: the experiment sets it: give --settings, --bn_weights or --seeds")
+    if given and args.learning_rates:
+        raise FlagError("argument --learning_rate: --learning_rates has the rates: leave it out")
+    others += [f"--scheduler={value}" for value in args.scheduler if value in SCHEDULES]
+    args.scheduler = next((value for value in reversed(args.scheduler) if value not in SCHEDULES), None)
+    if args.scheduler and args.jobs > 1:
+        raise FlagError("argument --jobs: the cluster has its own number of workers: leave it out with --scheduler")
+
+    names = [name for one in args.settings for name in one]
+    args.settings = {name: values for one in args.settings for name, values in one.items()}
+    for bn_weight in args.bn_weights:
+        values = {**PAPER["proposed"], "bn_weight": bn_weight}
+        if values not in args.settings.values():
+            args.settings[f"bn_weight {as_typed(bn_weight)}"] = values
+    distinct = {tuple(values.values()) for values in args.settings.values()}
+    if len(distinct) < len(args.settings) or len(set(names)) < len(names):
+        raise FlagError(f"argument --settings: two of {', '.join(names)} are the same")
+    check_contrasts(args)
+    plan_seeds(args)
+    args.others = others
+    rates = args.learning_rates = sorted(set(args.learning_rates))
+    args.runs = [] if rates else plan_runs(args)
+    args.tuning_runs = [plan_run(args, n, seed, x) for seed in args.tuning_seeds for x in rates for n in args.settings]
+    first_run = (args.runs or args.tuning_runs)[0]
+    args.first, args.path = first_run.settings, flags.parse(first_run.flags).path
+    args.shared = {k: value for k, value in flags.determining(args.first).items() if k not in (*COMPARED, "seed")}
+    name_table(args)
+    return args
+
+
+def name_table(args: argparse.Namespace) -> None:
+    """Name the table by what sets it apart from others of the same runs, and put that into `args.shared`, too."""
+    at_default = argparse.Namespace(**{**vars(args.first), "learning_rate": DEFAULTS["learning_rate"]})
+    parts = [args.name or flags.experiment_name(at_default if args.learning_rates else args.first)]
+    if args.learning_rates:
+        del args.shared["learning_rate"]
+        args.shared["learning_rates"] = "+".join(map(as_typed, args.learning_rates))
+        args.shared["tuning_seeds"] = " ".join(map(str, sorted(args.tuning_seeds)))
+        parts.append(f"learning_rates={args.shared['learning_rates']}")
+    if args.select != "best":
+        args.shared["select"] = args.select
+        parts.append(args.select)
+    try:
+        args.table_name = file_name("-".join(parts))
+    except argparse.ArgumentTypeError:
+        raise FlagError("argument --name: the name of the table would be too long: give a shorter one") from None
+
+
+def is_flag(argument: str, name: str) -> bool:
+    """Whether a command's argument is the flag of this name, with or without its value."""
+    return argument == f"--{name}" or argument.startswith(f"--{name}=")
+
+
+def check_contrasts(args: argparse.Namespace) -> None:
+    """FlagError where a contrast is not one of two settings, or is asked for twice."""
+    for number, (one, other) in enumerate(args.contrast):
+        for name in (one, other):
+            if name not in args.settings:
+                raise FlagError(f"argument --contrast: {name!r} is none of {', '.join(args.settings)}: see --settings")
+        if one == other or other == "baseline":
+            why = "every setting is compared with it anyway" if one != other else "there is nothing to compare"
+            raise FlagError(f"argument --contrast: {one} and {other}: {why}")
+        if [one, other] in args.contrast[:number]:
+            raise FlagError(f"argument --contrast: {one} and {other} are given twice")
+
+
+def plan_seeds(args: argparse.Namespace) -> None:
+    """Make lists of distinct seeds of both flags. FlagError where seeds to choose on are among those to compare."""
+    if args.tuning_seeds and not args.learning_rates:
+        raise FlagError("argument --tuning_seeds: there is nothing to choose without --learning_rates")
+    if args.learning_rates and not args.tuning_seeds:
+        args.tuning_seeds = [seed_range("16-20")]
+    args.seeds = list(dict.fromkeys(itertools.chain.from_iterable(args.seeds)))
+    args.tuning_seeds = list(dict.fromkeys(itertools.chain.from_iterable(args.tuning_seeds or [])))
+    if both := set(args.seeds) & set(args.tuning_seeds):
+        listed = ", ".join(map(str, sorted(both)))
+        raise FlagError(
+            f"argument --tuning_seeds: {listed} must not be among --seeds too: a rate chosen on them suits them"
+        )
+
+
+def plan_runs(args: argparse.Namespace, learning_rates: Mapping[str, float] | None = None) -> list[PlannedRun]:
+    """The runs to compare, seed by seed, so that what is there after an interruption is a paired sample.
+
+    Args:
+        args: what `parse` returns.
+        learning_rates: that of each setting, where they have been chosen.
+    """
+    rates = learning_rates or {}
+    return [plan_run(args, name, seed, rates.get(name)) for seed in args.seeds for name in args.settings]
+
+
+def plan_run(args: argparse.Namespace, name: str, seed: int, learning_rate: float | None = None) -> PlannedRun:
+    """The run of a setting with a seed, at a learning rate of its own where there is one."""
+    rate = [] if learning_rate is None else ["--learning_rate", as_typed(learning_rate)]
+    compared = [text for key, value in args.settings[name].items() for text in (f"--{key}", as_typed(value))]
+    arguments = [*args.others, *rate, *compared, "--seed", str(seed)]
+    if args.name:
+        settings = flags.parse(arguments)
+        unusual = rate and learning_rate != DEFAULTS["learning_rate"]  # as in default names
+        parts = [f"learning_rate={rate[1]}"] if unusual else []
+        arguments += ["--name", "-".join((args.name, *parts, flags.setting_name(settings), f"seed{seed}"))]
+    settings = flags.parse(arguments)
+    settings.path = settings.path.absolute()
+    return PlannedRun(name, arguments, settings, for_tuning=seed in args.tuning_seeds)

@@ -1,0 +1,84 @@
+"""Fair tuning: every setting at its own learning rate, chosen on seeds that are not compared.
+
+A rate is judged by the mean over the tuning seeds of the best validation accuracy of a run. A run that diverges has
+none: it counts as 0 %. Test accuracies have no part in it.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from math import nan
+from pathlib import Path
+from statistics import fmean
+
+from command_line import as_typed
+from results import from_text, to_text, write_atomically
+from settings import Value, determining, differences
+from table import markdown
+
+Accuracies = Mapping[int, float | None]  # by seed, validation accuracy in percent; None where the run has diverged
+Tuning = Mapping[str, Mapping[float, Accuracies]]  # by setting and rate
+
+
+def mean_accuracy(accuracies: Accuracies) -> float:
+    """What a rate is judged by, in percent; NaN without runs. Rounded to nine digits, so that ties are ties."""
+    return round(fmean(accuracy or 0.0 for accuracy in accuracies.values()), 9) if accuracies else nan
+
+
+def choose_learning_rates(tuning: Tuning) -> dict[str, float]:
+    """For each setting, the rate with the best mean validation accuracy over the seeds; the smallest one on a tie."""
+    means = {setting: {rate: mean_accuracy(of) for rate, of in rates.items()} for setting, rates in tuning.items()}
+    return {setting: max(sorted(rates), key=rates.get) for setting, rates in means.items()}
+
+
+def tuning_table(tuning: Tuning, chosen: Mapping[str, float]) -> str:
+    """All rates with their mean validation accuracies, as a Markdown table."""
+    rows = []
+    for setting, rates in tuning.items():
+        for rate, accuracies in rates.items():
+            diverged = sum(accuracy is None for accuracy in accuracies.values())
+            remarks = [f"{diverged} diverged"] * bool(diverged) + ["chosen"] * (rate == chosen.get(setting))
+            row = {"setting": setting, "learning rate": as_typed(rate), "tuning seeds": f"{len(accuracies)}"}
+            row["val accuracy (%)"] = f"{mean_accuracy(accuracies):.2f}".replace("nan", "–")
+            rows.append({**row, "remark": ", ".join(remarks)})
+    return markdown(rows, list(rows[0]))
+
+
+def tuning_columns(rates: Mapping[float, Accuracies], chosen: float) -> dict[str, Value]:
+    """What the row of a setting has of its tuning: its rate, and the mean validation accuracies of all."""
+    means = {f"val_accuracy_at_{as_typed(rate)}": mean_accuracy(accuracies) for rate, accuracies in rates.items()}
+    return {"learning_rate": chosen, **means}
+
+
+def explain_choice(tuning: Tuning, seeds: Sequence[int], left: int) -> list[str]:
+    """Lines on how the rates are chosen, or on what is left to make before they are."""
+    num_runs = sum(len(seeds) for rates in tuning.values() for _ in rates)
+    if left:
+        return [f"The learning rates are not chosen yet: {left} of {num_runs} tuning runs are left."]
+    any_diverged = any(None in accuracies.values() for rates in tuning.values() for accuracies in rates.values())
+    lines = [
+        "The rates are chosen by the mean validation accuracy over the seeds"
+        f" {', '.join(map(str, seeds))}; a tie goes to the smaller one."
+    ]
+    return lines + ["A tuning run that diverged counts as 0 %."] * any_diverged
+
+
+def divergence_file(folder: Path, settings: argparse.Namespace) -> Path:
+    """Where it is noted that a run of the tuning has diverged, so that it is not made again."""
+    return folder / f"{settings.name}-diverged.txt"
+
+
+def note_divergence(folder: Path, settings: argparse.Namespace, reason: str) -> None:
+    """Write why a run has diverged, in one line below the settings that determined it."""
+    lines = [f"# {name}: {to_text(value)}\n" for name, value in determining(settings).items()]
+    write_atomically(divergence_file(folder, settings), "".join((*lines, reason, "\n")).encode())
+
+
+def read_divergence(folder: Path, settings: argparse.Namespace) -> str | None:
+    """Why a run has diverged; None where that is not known of a run with these settings. OSError as from reading."""
+    file = divergence_file(folder, settings)
+    if not file.exists():
+        return None
+    *lines, reason = file.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    earlier = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
+    earlier = {name: from_text(value) for name, value in earlier.items()}
+    return None if differences(earlier, determining(settings)) else reason
