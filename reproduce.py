@@ -31,7 +31,7 @@ from command_line import (
     say,
     whole,
 )
-from settings import COMPARED, PAPER, SCHEDULES, Value, named_setting, seed_range
+from settings import COMPARED, PAPER, SCHEDULES, Value, named_setting, scheduler, seed_range
 
 
 @dataclass
@@ -74,16 +74,6 @@ def make_parser() -> Parser:
     report_help = "make no runs, only table and figures of the result files in FOLDER (default: results/ below --path)"
     flag("--report", nargs="?", const=False, type=folder, metavar="FOLDER", help=report_help)
     return parser
-
-
-def scheduler(text: str) -> str:
-    """The type of a flag that takes a schedule of train.py or the address of a Dask scheduler."""
-    address = re.fullmatch(r"tcp://(?:[\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})", text, re.ASCII)
-    if text not in SCHEDULES and not (address and 0 < int(address[1]) < 2**16):
-        raise argparse.ArgumentTypeError(
-            f"must be cos, none or the address of a Dask scheduler, tcp://HOST:PORT, not {text!r}"
-        )
-    return text
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -133,20 +123,27 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from checkpoint import lock_run, read_finished
-from results import Results, read_table_size, write_table
+from checkpoint import read_finished
+from lock import lock_run
+from results import DamagedFileError, Results, read_table_size, write_table
 from t_test import NARROW_TABLE_COLUMNS, Comparison, compare_all, mixed_circumstances, table
 from workers import ClusterError, in_one_line, make_runs
 
 Runs = dict[str, dict[int, Results]]  # finished runs, by setting and seed
 
 
-def read_runs(planned: Sequence[PlannedRun], results_folder: Path, runs: Runs, failed: dict[str, str]) -> None:
-    """Put what is finished in a folder into `runs`; into `failed`, what is damaged or of another experiment."""
-    for run in planned:
+def read_runs(args: argparse.Namespace, results_folder: Path, runs: Runs, failed: dict[str, str]) -> None:
+    """Put what is finished in a folder into `runs`; into `failed`, what is damaged or of another experiment.
+
+    A damaged file beside a checkpoint is left to the run itself, which mends it.
+    """
+    for run in args.runs:
+        checkpoint = flags.run_files(run.settings.path, run.settings.name).checkpoint
         try:
             results = read_finished(results_folder / f"{run.settings.name}.csv", run.settings)
         except (ValueError, OSError) as error:
+            if isinstance(error, DamagedFileError) and args.report is None and checkpoint.exists():
+                continue
             failed[run.settings.name] = in_one_line(error)
             continue
         if results is not None:
@@ -219,10 +216,11 @@ def complete(args: argparse.Namespace, runs: Runs, failed: dict[str, str]) -> li
 
 def remove(all_files: Sequence[flags.RunFiles]) -> None:
     """Remove the files of runs, of all of them or, where another process is at work on one, of none."""
-    with ExitStack() as locks:
-        for files in all_files:
-            locks.enter_context(lock_run(files))
-        for files in all_files:
+    for files in all_files:  # one after the other, as a process may not have so many files open at a time
+        with lock_run(files):
+            pass
+    for files in all_files:
+        with lock_run(files):
             for file in (files.results, files.best_weights, files.checkpoint):
                 file.unlink(missing_ok=True)
 
@@ -253,7 +251,7 @@ def explain(args: argparse.Namespace, runs: Runs, failed: dict[str, str]) -> lis
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `one_line_endings` for its exit codes, of which 1 also means that a run failed."""
-    with one_line_endings("reproduce.py"):
+    with one_line_endings("reproduce.py"), ExitStack() as handlers:
         args = parse(argv)
         if args.list:
             device = ["--device", args.device] if args.device else []
@@ -266,11 +264,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         shared = {name: value for name, value in shared.items() if name not in (*COMPARED, "seed")}
         in_table = read_table_size(stem, shared)
         if args.report is not None or not restart:
-            read_runs(args.runs, results, runs, failed)
+            read_runs(args, results, runs, failed)
         if args.report is None:
             if not args.scheduler:
                 check_here(args)
-            stops = complete(args, runs, failed)
+            if stops := complete(args, runs, failed):
+                handlers.enter_context(on_signals(stops.append))  # another one is no reason to lose the table
         finished = sum(map(len, runs.values()))
         if not finished and not failed and not stops:
             raise ValueError(f"{results} has no finished run of this experiment")

@@ -23,7 +23,7 @@ from scipy import stats
 import figures
 import reproduce
 import train
-from checkpoint import lock_run
+from lock import lock_run
 from settings import run_files
 
 FOLDER = Path(__file__).parent

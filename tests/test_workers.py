@@ -22,9 +22,10 @@ import light
 import settings
 import train
 import workers
-from checkpoint import load_checkpoint, lock_run
+from checkpoint import load_checkpoint
 from cluster import ENVIRONMENT, TESTS, Cluster, cluster
 from light import light_run, process_of
+from lock import lock_run
 from results import read_results
 from settings import run_files
 from small import train_small
