@@ -137,6 +137,11 @@ def how_to_resume(again: str) -> str:
     return f"stopped; the epochs that are done are saved: run the same command {again} to resume"
 
 
+def in_one_line(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def end(code: int, message: str, program: str) -> NoReturn:
     """End the program with one line on standard error."""
     with suppress(OSError):  # a closed terminal

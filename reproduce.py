@@ -26,6 +26,7 @@ from command_line import (
     file_name,
     folder,
     how_to_resume,
+    in_one_line,
     on_signals,
     one_line_endings,
     say,
@@ -127,7 +128,7 @@ from checkpoint import read_finished
 from lock import lock_run
 from results import DamagedFileError, Results, read_table_size, write_table
 from t_test import NARROW_TABLE_COLUMNS, Comparison, compare_all, mixed_circumstances, table
-from workers import ClusterError, in_one_line, make_runs
+from workers import ClusterError, make_runs
 
 Runs = dict[str, dict[int, Results]]  # finished runs, by setting and seed
 

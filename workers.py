@@ -5,8 +5,10 @@ so that what torch has compiled for one run serves the next.
 """
 
 import argparse
+import atexit
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -14,14 +16,13 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent import futures
-from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import STOP_SIGNALS, interrupt, on_signals
+from command_line import STOP_SIGNALS, in_one_line, interrupt, on_signals
 from results import Results
 
 if TYPE_CHECKING:
@@ -114,22 +115,17 @@ def make_run(settings: argparse.Namespace, device: str | None, stops: list[int])
         return in_one_line(error)
 
 
-def in_one_line(error: BaseException) -> str:
-    """An error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 def make_run_in_worker(
     make: Callable[..., Outcome], run: argparse.Namespace, device: str | None, experiment: str, num_threads: int | None
 ) -> Outcome:
     """Call `make_run` in a worker. With `num_threads`, it is one of several on this machine: they share its GPUs."""
     if num_threads is not None:
         import torch
-        from distributed import get_worker
+        from distributed import get_worker, process
 
+        process.os = argparse.Namespace(_exit=save_and_exit)  # Dask calls it where the experiment is gone
         torch.set_num_threads(num_threads)
-        num_gpus = torch.cuda.device_count()
-        if num_gpus and device in (None, "cuda"):
+        if device in (None, "cuda") and (num_gpus := torch.cuda.device_count()):
             device = f"cuda:{get_worker().name % num_gpus}"  # processes of this machine have numbers from 0 on as names
     stops = STOPS.setdefault(experiment, [])
     while not ONE_RUN.acquire(timeout=POLL_SECONDS):
@@ -140,6 +136,15 @@ def make_run_in_worker(
         return make(run, device, stops)
     finally:
         ONE_RUN.release()
+
+
+def save_and_exit(code: int) -> None:
+    """In place of `os._exit`: first let the run at work in this process, if any, be saved."""
+    for stops in STOPS.values():
+        stops.append(signal.SIGTERM)
+    atexit.register(ONE_RUN.acquire)  # Dask may let the process come to its end by itself while this waits
+    with ONE_RUN:
+        os._exit(code)
 
 
 def stop_runs(experiment: str, number: int) -> list[str]:
@@ -206,7 +211,7 @@ def outcome_of(future: "Future") -> Outcome | None:
         return future.result(timeout=CONNECT_SECONDS)
     except (KilledWorker, TimeoutError):  # TimeoutError: the process was lost before it could hand over its results
         return None
-    except CancelledError:
+    except futures.CancelledError:
         raise
     except Exception as error:
         return in_one_line(error)
@@ -230,7 +235,7 @@ def connect(jobs: int, scheduler: str | None, stops: list[int]) -> "Iterator[Cli
             options = {"timeout": CONNECT_SECONDS, "set_as_default": False}
             client = ask(Client, cluster, **options, seconds=CONNECT_SECONDS + 1, stops=stops)
             yield stack.enter_context(client)
-        except (CancelledError, OSError) as error:
+        except (futures.CancelledError, OSError) as error:
             message = f"no Dask scheduler answers at {scheduler}: start it, then run the same command again"
             raise ClusterError(message) from error
 
@@ -258,7 +263,8 @@ def ask(
     answer = futures.Future()
 
     def call() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        if hasattr(signal, "pthread_sigmask"):  # not on Windows
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             answer.set_result(function(*arguments, **options))
         except Exception as error:
@@ -283,14 +289,11 @@ def find_problem(client: "Client", workers: Collection[str], path: Path) -> str 
         seen = ask(client.run, Path.exists, probe, workers=list(workers), on_error="return")
     finally:
         probe.unlink(missing_ok=True)
-    blind = [address for address, sees in seen.items() if sees is not True]
-    if blind:
+    if blind := [address for address, sees in seen.items() if sees is not True]:
         return f"{path} must be a folder that all workers share; not so for {', '.join(blind)}"
-    module = Path(__file__).stem
+    folder, module = Path(__file__).parent, Path(__file__).stem
     found = ask(client.run, find_spec, module, workers=list(workers), on_error="return")
     found[client.scheduler.address] = ask(client.run_on_scheduler, find_spec, module)
-    lost = [address for address, spec in found.items() if getattr(spec, "loader", None) is None]
-    if lost:
-        variable = f"PYTHONPATH={Path(__file__).parent}"
-        return f"start scheduler and workers with {variable}: {', '.join(lost)} cannot import {module}"
+    if lost := [address for address, spec in found.items() if getattr(spec, "loader", None) is None]:
+        return f"start scheduler and workers with PYTHONPATH={folder}: {', '.join(lost)} cannot import {module}"
     return None

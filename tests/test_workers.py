@@ -27,7 +27,7 @@ from cluster import ENVIRONMENT, TESTS, Cluster, cluster
 from light import light_run, process_of
 from lock import lock_run
 from results import read_results
-from settings import run_files
+from settings import RunFiles, run_files
 from small import train_small
 from workers import ClusterError, Outcome, make_runs
 
@@ -292,6 +292,33 @@ def test_processes_do_not_outlive_the_experiment(numbers, tmp_path):
     assert experiment.end() == (-numbers[-1], [])
     psutil.wait_procs(processes, timeout=10)
     assert not any(process.is_running() for process in processes)
+    assert all((tmp_path / "begun" / f"{name} saved").exists() for name in ("slow", "slow too"))
+
+
+def test_killed_experiment_loses_no_epoch(tmp_path):
+    """Its processes save all that they have done since the last checkpoint, which was after the first epoch."""
+    flags = ["--num_epochs", "1000000", "--checkpoint_seconds", "1e9", "--device", "cpu"]
+    baseline = small_run(tmp_path, *flags, "--bn_weight", "1", "--c", "1", "--input_norm", "dataset")
+    runs = [baseline, small_run(tmp_path, *flags)]
+    all_files = [run_files(tmp_path, run.name) for run in runs]
+    command = [sys.executable, TESTS / "small_experiment.py", "--jobs", "2", "--seeds", "1", "--path", tmp_path]
+    command += ["--dataset", "digits", "--batch_size", "48", *flags]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=ENVIRONMENT, **quiet) as experiment:
+        for files in all_files:
+            wait_until(lambda file=files.results: file.exists() and read_results(file).num_epochs > 10)
+        experiment.kill()
+    for files, run in zip(all_files, runs, strict=True):
+        wait_until(lambda files=files: is_free(files), seconds=10)
+        state = load_checkpoint(files.checkpoint)
+        assert state["columns"] == numbers(run) and len(state["columns"]["epoch"]) > 10
+
+
+def is_free(files: RunFiles) -> bool:
+    """Whether no process is at work on a run."""
+    with suppress(BlockingIOError), lock_run(files):
+        return True
+    return False
 
 
 # --- on a cluster ---------------------------------------------------------------------------------------------------
