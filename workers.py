@@ -5,7 +5,6 @@ so that what torch has compiled for one run serves the next.
 """
 
 import argparse
-import atexit
 import logging
 import math
 import os
@@ -142,7 +141,6 @@ def save_and_exit(code: int) -> None:
     """In place of `os._exit`: first let the run at work in this process, if any, be saved."""
     for stops in STOPS.values():
         stops.append(signal.SIGTERM)
-    atexit.register(ONE_RUN.acquire)  # Dask may let the process come to its end by itself while this waits
     with ONE_RUN:
         os._exit(code)
 
