@@ -70,6 +70,8 @@ open({file!r}, "w").write("done")
 
 @pytest.mark.parametrize("how", ["{} >&-", "{} 2>&-", "{} >&- 2>&-", "{} > /dev/full", "{} | head -n 1"])
 def test_nobody_reads_what_is_said(tmp_path, how):
+    if "/dev/full" in how and not Path("/dev/full").exists():
+        pytest.skip("this system has no device that is always full")
     file = tmp_path / "file"
     (tmp_path / "x.py").write_text(SAY.format(folder=str(ROOT), file=str(file), between="import time; time.sleep(0.2)"))
     command = how.format(f"{sys.executable} {tmp_path / 'x.py'}")
@@ -126,6 +128,7 @@ def test_signal_ends_a_command_in_one_line(capsys, number):
     assert capsys.readouterr().err == "x.py: stopped; come again\n"
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no terminals that are closed")
 def test_signal_that_is_ignored_stays_so():
     """As under nohup."""
     earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
