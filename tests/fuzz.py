@@ -46,7 +46,7 @@ Numbers = dict[str, Any]  # what a command has found out, by what it is
 drawn: Numbers = {}  # the numbers in the figures that a command has made
 
 
-class Finding(Exception):
+class FindingError(Exception):
     """A command has done what it must not do."""
 
 
@@ -54,7 +54,7 @@ class Finding(Exception):
 
 
 def end_of(main: Callable, *argv: object) -> tuple[int, str, str]:
-    """The exit code of a command, and what it has printed; Finding where it ends in another way than with a line."""
+    """The exit code of a command, and what it has printed. FindingError where neither it nor a line is its end."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -63,9 +63,9 @@ def end_of(main: Callable, *argv: object) -> tuple[int, str, str]:
         except SystemExit as stop:
             code = stop.code
         except BaseException:
-            raise Finding(traceback.format_exc()) from None
+            raise FindingError(traceback.format_exc()) from None
     if code and not re.fullmatch(r"\w+\.py: [^\n]+\n", err.getvalue()):
-        raise Finding(f"it ended with code {code} and not with one line: {err.getvalue()!r}")
+        raise FindingError(f"it ended with code {code} and not with one line: {err.getvalue()!r}")
     return code, out.getvalue(), err.getvalue()
 
 
@@ -127,11 +127,11 @@ def use_cifar10(path: Path) -> Numbers | None:
 
 
 def all_numbers(file: Path) -> list:
-    """What is in a result file. Finding where a command has left one that is damaged."""
+    """What is in a result file. FindingError where a command has left one that is damaged."""
     try:
         results = read_results(file)
     except DamagedFileError as error:
-        raise Finding(f"it finished, and left this behind: {error}") from None
+        raise FindingError(f"it finished, and left this behind: {error}") from None
     return [values.tolist() for values in results.columns.values()]
 
 
@@ -170,7 +170,7 @@ def damage(content: bytes, others: list[bytes], draw: random.Random) -> tuple[st
         "another file": lambda: draw.choice(others),
         "a folder": lambda: None,
     }
-    kind = draw.choice(list(kinds))
+    kind = draw.choice([*kinds, *["a digit"] * 6])  # which is the hardest to notice
     return kind, kinds[kind]()
 
 
@@ -215,9 +215,10 @@ class Folder:
                 if any(found[name] != expected[name] for name in found) or not (
                     drawn_less or len(found) == len(expected)
                 ):
-                    raise Finding(f"other numbers: {found}\nand not {expected}")
-            counts["one line" if found is None else "same numbers"] += 1
-        except Finding as finding:
+                    raise FindingError(f"other numbers: {found}\nand not {expected}")
+            end = "one line" if found is None else "same numbers" if len(found) == len(expected) else "fewer figures"
+            counts[end] += 1
+        except FindingError as finding:
             counts["FOUND"] += 1
             print(f"{use.__name__}, {file.name}, {kind}: {finding}", flush=True)
 
@@ -225,14 +226,13 @@ class Folder:
 def make_folders(path: Path) -> Iterator[tuple[str, Folder, str, list[Callable], int]]:
     """What is damaged: its name, the folder, a pattern of file names, what reads them, and a share of all draws."""
     experiment = path / "experiment"
-    for setting in ("baseline", "proposed"):
-        assert use_experiment(experiment) and use_figures(experiment), setting
+    assert use_experiment(experiment) and use_figures(experiment)
     whole = Folder(experiment)
     yield "result files", whole, r"-seed\d\.csv$", [use_t_test, use_figures, use_report, use_experiment], 30
     yield "tables", whole, r"num_epochs=2\.csv$", [use_report, use_experiment], 10
     yield "best weights", whole, r"-seed1-best\.pt$", [use_figures], 10
     yield "checkpoints of an experiment", whole, r"-last\.pt$", [use_experiment], 5
-    yield "archives of γ and β", Folder(experiment, without=r"\.pt$"), r"\.npz$", [use_figures], 10
+    yield "archives of γ and β", Folder(experiment, without=r"\.pt$"), r"^figure.*\.npz$", [use_figures], 10
 
     finished, stopped = path / "finished", path / "stopped"
     assert use_train(finished)
@@ -256,43 +256,16 @@ def make_folders(path: Path) -> Iterator[tuple[str, Folder, str, list[Callable],
 # --- flags ----------------------------------------------------------------------------------------------------------
 
 BAD = ["", " ", "-", "--", "nan", "inf", "-inf", "-1", "0", "-0.0", "1.5", "1e999", "1e-999", "1_0", "0x10", "٣", "½"]
-BAD += [
-    "9" * 400,
-    "-" + "9" * 30,
-    "a\nb",
-    "a\0b",
-    "\ud800",
-    "γ/β",
-    "..",
-    "/",
-    "~nobody",
-    "x" * 5000,
-    "None",
-    "true",
-    "'",
-]
-BAD += [
-    "cpu:99",
-    "cuda:99",
-    "meta",
-    "mps",
-    "tcp://x",
-    "tcp://:0",
-    "1-",
-    "3-1",
-    "1,,2",
-    "baseline:c=1",
-    "a:c=",
-    "a:c=nan",
-]
-BAD += ["/dev/null", "/dev/null/x", "/proc/x", "{}", "%s", "*", "resnet18 ", "CIFAR10"]
+BAD += ["9" * 400, "-" + "9" * 30, "a\nb", "a\0b", "\ud800", "γ/β", "..", "/", "~nobody", "x" * 5000, "None", "true"]
+BAD += ["cpu:99", "cuda:99", "meta", "mps", "tcp://x", "tcp://:0", "1-", "3-1", "1,,2", "baseline:c=1", "a:c="]
+BAD += ["a:c=nan", "a:bn_weight=1e999", "/dev/null", "/dev/null/x", "/proc/x", "{}", "%s", "*", "resnet18 ", "CIFAR10"]
 
 
 def try_flags(path: Path, draw: random.Random, number: int, counts: Counter) -> None:
     """Give the flags of all commands bad values. Nothing is trained: runs are finished, or not begun."""
-    results = train.main([*SMALL, "--num_epochs", "1", "--path", str(path)])
+    results = train.train(train.parse([*SMALL, "--num_epochs", "1", "--path", str(path)]))
     train.train, whole_train = lambda *_, **__: results, train.train
-    reproduce.make_runs, make_runs = lambda *_, **__: iter(()), reproduce.make_runs
+    reproduce.make_runs, make_runs = lambda *_, **__: (_ for _ in ()), reproduce.make_runs
     [file] = (path / "results").glob("*.csv")
     bases = {
         train: ([*SMALL, "--path", path], train.flags.make_parser()),
@@ -307,7 +280,7 @@ def try_flags(path: Path, draw: random.Random, number: int, counts: Counter) -> 
         try:
             code, _, _ = end_of(command.main, *bases[command][0], flag, value)
             counts["one line" if code else "finished"] += 1
-        except Finding as finding:
+        except FindingError as finding:
             counts["FOUND"] += 1
             print(f"{command.__name__}.py {flag} {value!r}: {finding}", flush=True)
     train.train, reproduce.make_runs = whole_train, make_runs
@@ -324,6 +297,11 @@ def note_figure(figure: Figure, stem: Path) -> list[Path]:
         shown += [np.ma.getdata(c.get_array()).tolist() for c in panel.collections if c.get_array() is not None]
     drawn[stem.name] = shown
     return [stem]
+
+
+def refuse_to_download(*_: Any, **__: Any) -> None:
+    """In place of what would use the network."""
+    raise OSError("there is no network")
 
 
 def construct_network(network_name: str, num_classes: int, *arguments: Any, **options: Any) -> nn.Module:
@@ -343,7 +321,7 @@ def main() -> None:
     draw, found = random.Random(args.draws), 0
     small.train_small()
     train.construct_network = observations.construct_network = construct_network
-    data.download_and_extract_archive = None  # whatever is missing, nothing is downloaded
+    data.download_and_extract_archive = refuse_to_download
     figures.save = note_figure
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
@@ -354,8 +332,7 @@ def main() -> None:
             print(f"{name}: {dict(counts)}", flush=True)
             found += counts["FOUND"]
         counts = Counter()
-        with contextlib.redirect_stdout(sys.stdout):
-            try_flags(Path(folder) / "flags", draw, args.values, counts)
+        try_flags(Path(folder) / "flags", draw, args.values, counts)
         print(f"flags: {dict(counts)}", flush=True)
         found += counts["FOUND"]
     sys.exit(found > 0)
