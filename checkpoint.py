@@ -1,4 +1,4 @@
-"""A run as a thing on disk: its files, its lock, what is saved when, and what an earlier process has left behind.
+"""A run as a thing on disk: its files, what is saved when, and what an earlier process has left behind.
 
 Checkpoints and weights are what `torch.save` writes, followed by its SHA-256: torch itself notices a file that is cut
 short, but not a changed byte in a weight. `torch.load` reads them as they are.
@@ -12,19 +12,27 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import filelock
 import numpy as np
 import torch
 from torch import nn, optim
 
 from circumstances import code_version, describe_run
 from command_line import on_signals
-from results import COLUMNS, DamagedFileError, Results, read_results, write_atomically, write_results
+from lock import lock_run
+from results import (
+    COLUMNS,
+    DamagedFileError,
+    Results,
+    read_results,
+    remove_temporaries,
+    write_atomically,
+    write_results,
+)
 from seeds import random_states, set_random_states
 from settings import RunFiles, determining, differences, run_files
 
@@ -46,7 +54,8 @@ class Run:
             process are added to it.
 
     Raises:
-        BlockingIOError: another process works on the same run (on entry, like the others).
+        BlockingIOError: another process works on the same run. (All come on entry; this one also later, where somebody
+            has removed the lock's file: then the other process goes on with the run, and this one writes nothing.)
         ValueError: the files are of a run with other settings, or one is damaged; the message says what to do.
         FileExistsError: there is the result file of an unfinished run, but no checkpoint.
         OSError: a file cannot be read or written.
@@ -64,7 +73,17 @@ class Run:
 
     def __enter__(self) -> "Run":
         with ExitStack() as contexts:
-            contexts.enter_context(lock_run(self.files))
+            try:
+                self.keep_lock = contexts.enter_context(lock_run(self.files))
+            except OSError as error:
+                if isinstance(error, BlockingIOError) or self.settings.restart:
+                    raise
+                self.results = read_finished(self.files.results, self.settings)
+                if self.results is None:
+                    raise
+                return self  # a run that is finished needs no lock, and its folder need not be one that can be written
+            for file in self.files:
+                remove_temporaries(file)
             code_version()  # as it is now: it may be changed while the run goes on
             if not self.settings.restart:
                 self.results, self.state = recover_run(self.files, self.settings)
@@ -75,6 +94,7 @@ class Run:
     def __exit__(self, *_: object) -> None:
         with self.contexts:
             if self.saved_state is not self.state:
+                self.keep_lock()
                 save_run(self.files, self.state)
 
     @property
@@ -110,6 +130,7 @@ class Run:
         for batch in batches:
             if self.stops:
                 raise KeyboardInterrupt(self.stops[0])
+            self.keep_lock()
             yield batch
 
     def record(self, *numbers: float) -> None:
@@ -118,6 +139,7 @@ class Run:
         The result file is written after every epoch; the checkpoint after the first one, when `checkpoint_seconds` have
         passed since the last, and at the end.
         """
+        self.keep_lock()
         earlier = self.results.columns if self.results else dict.fromkeys(COLUMNS, np.array([], dtype=int))
         columns = {name: np.append(earlier[name], value) for name, value in zip(COLUMNS, numbers, strict=True)}
         self.results = Results(describe_run(self.settings, time.monotonic() - self.start, self.results), columns)
@@ -141,23 +163,6 @@ class Run:
             self.saved_state, self.last_save = self.state, time.monotonic()
         else:
             write_results(self.files.results, self.results)
-
-
-@contextmanager
-def lock_run(files: RunFiles) -> Iterator[None]:
-    """Keep every other process from working on the same run. The lock is free again when the process ends.
-
-    Raises:
-        BlockingIOError: another process has it.
-    """
-    files.lock.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(files.lock, timeout=0):
-            yield
-    except filelock.Timeout:
-        raise BlockingIOError(
-            f"another process is at work on the run of {files.results}: wait for it, or give another --name"
-        ) from None
 
 
 def save_run(files: RunFiles, state: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ from typing import NoReturn
 # what ends a command: Ctrl-C, a polite request, and, where there are terminals, one that was closed
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
+BEGUN: list[str] = []  # the commands that handle signals, or have
+
 
 class FlagError(ValueError):
     """A flag is wrong; the message names it."""
@@ -93,8 +95,9 @@ def answer_at_once(program: str, parse: Callable[[], object]) -> None:
     """
 
     def end_now(number: int, _: FrameType | None) -> None:
-        os.write(2, f"{program}: stopped before it began\n".encode())
-        os._exit(128 + number)
+        if not BEGUN:  # or else it has ended: all is done and said
+            os.write(2, f"{program}: stopped before it began\n".encode())
+            os._exit(128 + number)
 
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is for a command in the background of a script
         signal.signal(signal.SIGINT, end_now)
@@ -160,6 +163,7 @@ def one_line_endings(program: str, stopped: Callable[[], str] = lambda: "stopped
     open_streams()
     try:
         with on_signals(interrupt):
+            BEGUN.append(program)
             yield
     except KeyboardInterrupt as stop:
         end(128 + (stop.args[0] if stop.args else signal.SIGINT), stopped(), program)

@@ -5,13 +5,12 @@ Nothing here takes long to import, so that `--help` and a wrong flag are answere
 
 import argparse
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import settings as flags
 from command_line import FlagError, Parser, as_typed, file_name, folder, whole
-from settings import COMPARED, DEFAULTS, PAPER, SCHEDULES, SELECTIONS, named_setting, seed_range
+from settings import COMPARED, DEFAULTS, PAPER, SCHEDULES, SELECTIONS, named_setting, scheduler, seed_range
 
 DESCRIPTION = """The paper's experiment: settings × seeds, one run of train.py each, and a paired t-test over the seeds.
 
@@ -70,16 +69,6 @@ def make_parser() -> Parser:
     report_help = "make no runs, only table and figures of the result files in FOLDER (default: results/ below --path)"
     flag("--report", nargs="?", const=False, type=folder, metavar="FOLDER", help=report_help)
     return parser
-
-
-def scheduler(text: str) -> str:
-    """The type of a flag that takes a schedule of train.py or the address of a Dask scheduler."""
-    address = re.fullmatch(r"tcp://(?:[\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})", text, re.ASCII)
-    if text not in SCHEDULES and not (address and 0 < int(address[1]) < 2**16):
-        raise argparse.ArgumentTypeError(
-            f"must be cos, none or the address of a Dask scheduler, tcp://HOST:PORT, not {text!r}"
-        )
-    return text
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

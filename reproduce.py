@@ -24,8 +24,9 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from checkpoint import lock_run, read_finished
-from results import Results, read_table_size, write_table
+from checkpoint import read_finished
+from lock import lock_run
+from results import DamagedFileError, Results, read_table_size, write_table
 from t_test import compare_all, mixed_circumstances
 from table import NARROW_TABLE_COLUMNS, Comparison, is_contrast, selection_note, table, table_rows, tables
 from tuning import (
@@ -64,13 +65,19 @@ class Outcomes:
 
 
 def read_runs(args: argparse.Namespace, planned: Sequence[PlannedRun], folder: Path, outcomes: Outcomes) -> None:
-    """Find what is finished in a folder, and what is damaged or of another experiment."""
+    """Find what is finished in a folder, and what is damaged or of another experiment.
+
+    A damaged file beside a checkpoint is left to the run itself, which mends it.
+    """
     for run in planned:
         name = run.settings.name
+        checkpoint = flags.run_files(run.settings.path, name).checkpoint
         try:
             results = read_finished(folder / f"{name}.csv", run.settings)
             diverged = read_divergence(folder, run.settings) if run.for_tuning else None
         except (ValueError, OSError) as error:
+            if isinstance(error, DamagedFileError) and args.report is None and checkpoint.exists():
+                continue
             outcomes.failed[name] = in_one_line(error)
             continue
         if results is not None:
@@ -157,10 +164,11 @@ def make_what_is_left(args: argparse.Namespace, planned: Sequence[PlannedRun], o
 
 def remove(all_files: Sequence[flags.RunFiles]) -> None:
     """Remove the files of runs, of all of them or, where another process is at work on one, of none."""
-    with ExitStack() as locks:
-        for files in all_files:
-            locks.enter_context(lock_run(files))
-        for files in all_files:
+    for files in all_files:  # one after the other, as a process may not have so many files open at a time
+        with lock_run(files):
+            pass
+    for files in all_files:
+        with lock_run(files):
             for file in (files.results, files.best_weights, files.checkpoint):
                 file.unlink(missing_ok=True)
 
@@ -242,7 +250,7 @@ def choose(args: argparse.Namespace, outcomes: Outcomes) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `one_line_endings` for its exit codes, of which 1 also means that a run failed."""
-    with one_line_endings("reproduce.py"):
+    with one_line_endings("reproduce.py"), ExitStack() as handlers:
         args = parse(argv)
         folder = Path(args.report or args.path / "results")
         if args.list:
@@ -253,6 +261,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         read_and_make(args, args.tuning_runs, folder, outcomes)
         explained = choose(args, outcomes)
         read_and_make(args, args.runs, folder, outcomes)
+        if outcomes.stops:
+            handlers.enter_context(on_signals(outcomes.stops.append))  # another one is no reason to lose the table
         runs = runs_by_setting(args, outcomes)
         finished = sum(map(len, runs.values()))
         if outcomes == Outcomes():

@@ -1,15 +1,19 @@
 """Files of numbers: a run's, an experiment's table, and the one way in which all files are written.
 
-The result file of a run is CSV: its settings as `# key: value` lines, then its numbers, one line an epoch.
+The result file of a run is CSV: its settings as `# key: value` lines, then its numbers, one line an epoch. The last of
+the `#` lines holds the SHA-256 of all others, so that a changed number is noticed; older
+files lack it.
 """
 
 import csv
+import hashlib
 import io
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +22,7 @@ import numpy as np
 from settings import DEFAULTS, WITHOUT_EFFECT, Value
 
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "test_accuracy")
+CHECKSUM = "sha256"  # stands where the name of a setting does
 
 
 @dataclass
@@ -87,13 +92,20 @@ def write_results(file: str | os.PathLike, results: Results) -> None:
         raise ValueError(f"columns must be {', '.join(COLUMNS)}, not {', '.join(results.columns)}")
     for key, value in results.settings.items():
         check_setting(key, value)
-    lines = [f"# {key}: {to_text(value)}" for key, value in results.settings.items()]
-    lines.append(",".join(COLUMNS))
+    header = [f"# {key}: {to_text(value)}".encode() for key, value in results.settings.items()]
+    lines = [",".join(COLUMNS).encode()]
     rows = zip(*(results.columns[name].tolist() for name in COLUMNS), strict=True)
     for number, row in enumerate(rows, start=1):
         check_row(row, number, results.settings)
-        lines.append(",".join(map(repr, row)))  # repr: the shortest digits that give the same float back
-    write_atomically(file, ("\n".join(lines) + "\n").encode())
+        lines.append(",".join(map(repr, row)).encode())  # repr: the shortest digits that give the same float back
+    lines = [*header, checksum_line([*header, *lines]), *lines]
+    write_atomically(file, b"".join(line + b"\n" for line in lines))
+
+
+def checksum_line(lines: Iterable[bytes]) -> bytes:
+    """The line of a result file that holds the SHA-256 of all its other lines, each with its end."""
+    digest = hashlib.sha256(b"".join(line + b"\n" for line in lines)).hexdigest()
+    return f"# {CHECKSUM}: {digest}".encode()
 
 
 def read_results(file: str | os.PathLike) -> Results:
@@ -101,7 +113,7 @@ def read_results(file: str | os.PathLike) -> Results:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DamagedFileError: what is in it cannot have come from a run; the message names the line.
+        DamagedFileError: it was changed after it was written, or what is in it cannot have come from a run.
     """
     settings: dict[str, Value] = {}
     header = None
@@ -109,7 +121,12 @@ def read_results(file: str | os.PathLike) -> Results:
     *lines, rest = Path(file).read_bytes().replace(b"\r\n", b"\n").split(b"\n")
     if rest:
         raise DamagedFileError(f"{file} is not a result file, or cut short: its last line has no end")
+    checksums = [line for line in lines if line.startswith(f"# {CHECKSUM}: ".encode())]
+    if checksums and checksums != [checksum_line(line for line in lines if line not in checksums)]:
+        raise DamagedFileError(f"{file} was changed after it was written: it does not fit its checksum")
     for number, line in enumerate(lines, start=1):
+        if line in checksums:
+            continue
         try:
             line = line.decode()
             if header is None and line.startswith("# "):
@@ -183,9 +200,9 @@ def read_table_size(stem: Path, settings: Mapping[str, Value]) -> int:
 
 
 def check_setting(key: str, value: Value) -> None:
-    """ValueError where `key` is not an identifier, or `value` not what the flag of this name can have."""
-    if not key.isidentifier():
-        raise ValueError(f"the name of a setting must be an identifier, not {key!r}")
+    """ValueError where `key` is no identifier or that of the checksum, or `value` not what this flag can have."""
+    if not key.isidentifier() or key == CHECKSUM:
+        raise ValueError(f"the name of a setting must be an identifier other than {CHECKSUM}, not {key!r}")
     if not isinstance(value, Value):
         raise ValueError(f"a setting must be text, a number, a bool or None, not {value!r}")
     default = DEFAULTS.get(key)
@@ -233,7 +250,7 @@ def write_atomically(file: str | os.PathLike, content: bytes) -> None:
     if file.exists() and file.stat().st_size == len(content) and file.read_bytes() == content:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.tmp")  # one name: what a crash leaves behind, the next write takes over
+    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")  # no other process writes into this one
     try:
         with open(temporary, "wb") as stream:
             stream.write(content)
@@ -243,4 +260,10 @@ def write_atomically(file: str | os.PathLike, content: bytes) -> None:
     except OSError as error:  # of a full disk, Python does not say which file it was
         raise OSError(error.errno, f"cannot write it: {error.strerror or error}", str(file)) from error
     finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(file: Path) -> None:
+    """Remove what killed processes have left of the writing of `file`. None may be at it now."""
+    for temporary in file.parent.glob(f"{file.name}.????????.tmp"):
         temporary.unlink(missing_ok=True)

@@ -141,6 +141,7 @@ def named_setting(text: str) -> dict[str, dict[str, Value]]:
         raise argparse.ArgumentTypeError(f"{text!r} needs a name of its own before the colon")
     if values["input_norm"] not in INPUT_NORMS:
         raise argparse.ArgumentTypeError(f"{text!r}: input_norm is one of {', '.join(INPUT_NORMS)}")
+    values["c"] = values["c"] or 1.0  # both mean no reduction
     return {name: values}
 
 
@@ -155,6 +156,16 @@ def seed_range(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"seeds above {MAX_SEED} repeat the draws of smaller ones, not {text!r}")
         numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
     return numbers
+
+
+def scheduler(text: str) -> str:
+    """The type of a flag that takes a schedule of train.py or the address of a Dask scheduler."""
+    address = re.fullmatch(r"tcp://(?:[\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})", text, re.ASCII)
+    if text not in SCHEDULES and not (address and 0 < int(address[1]) < 2**16):
+        raise argparse.ArgumentTypeError(
+            f"must be cos, none or the address of a Dask scheduler, tcp://HOST:PORT, not {text!r}"
+        )
+    return text
 
 
 def determining(settings: argparse.Namespace) -> dict[str, Value]:

@@ -7,6 +7,7 @@ so that what torch has compiled for one run serves the next.
 import argparse
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -14,7 +15,6 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent import futures
-from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
@@ -120,11 +120,11 @@ def make_run_in_worker(
     """Call `make_run` in a worker. With `num_threads`, it is one of several on this machine: they share its GPUs."""
     if num_threads is not None:
         import torch
-        from distributed import get_worker
+        from distributed import get_worker, process
 
+        process.os = argparse.Namespace(_exit=save_and_exit)  # Dask calls it where the experiment is gone
         torch.set_num_threads(num_threads)
-        num_gpus = torch.cuda.device_count()
-        if num_gpus and device in (None, "cuda"):
+        if device in (None, "cuda") and (num_gpus := torch.cuda.device_count()):
             device = f"cuda:{get_worker().name % num_gpus}"  # processes of this machine have numbers from 0 on as names
     stops = STOPS.setdefault(experiment, [])
     while not ONE_RUN.acquire(timeout=POLL_SECONDS):
@@ -135,6 +135,14 @@ def make_run_in_worker(
         return make(run, device, stops)
     finally:
         ONE_RUN.release()
+
+
+def save_and_exit(code: int) -> None:
+    """In place of `os._exit`: first let the run at work in this process, if any, be saved."""
+    for stops in STOPS.values():
+        stops.append(signal.SIGTERM)
+    with ONE_RUN:
+        os._exit(code)
 
 
 def stop_runs(experiment: str, number: int) -> list[str]:
@@ -201,7 +209,7 @@ def outcome_of(future: "Future") -> Outcome | None:
         return future.result(timeout=CONNECT_SECONDS)
     except (KilledWorker, TimeoutError):  # TimeoutError: the process was lost before it could hand over its results
         return None
-    except CancelledError:
+    except futures.CancelledError:
         raise
     except Exception as error:
         return in_one_line(error)
@@ -225,7 +233,7 @@ def connect(jobs: int, scheduler: str | None, stops: list[int]) -> "Iterator[Cli
             options = {"timeout": CONNECT_SECONDS, "set_as_default": False}
             client = ask(Client, cluster, **options, seconds=CONNECT_SECONDS + 1, stops=stops)
             yield stack.enter_context(client)
-        except (CancelledError, OSError) as error:
+        except (futures.CancelledError, OSError) as error:
             message = f"no Dask scheduler answers at {scheduler}: start it, then run the same command again"
             raise ClusterError(message) from error
 
@@ -253,7 +261,8 @@ def ask(
     answer = futures.Future()
 
     def call() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        if hasattr(signal, "pthread_sigmask"):  # not on Windows
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             answer.set_result(function(*arguments, **options))
         except Exception as error:
@@ -278,14 +287,11 @@ def find_problem(client: "Client", workers: Collection[str], path: Path) -> str 
         seen = ask(client.run, Path.exists, probe, workers=list(workers), on_error="return")
     finally:
         probe.unlink(missing_ok=True)
-    blind = [address for address, sees in seen.items() if sees is not True]
-    if blind:
+    if blind := [address for address, sees in seen.items() if sees is not True]:
         return f"{path} must be a folder that all workers share; not so for {', '.join(blind)}"
-    module = Path(__file__).stem
+    folder, module = Path(__file__).parent, Path(__file__).stem
     found = ask(client.run, find_spec, module, workers=list(workers), on_error="return")
     found[client.scheduler.address] = ask(client.run_on_scheduler, find_spec, module)
-    lost = [address for address, spec in found.items() if getattr(spec, "loader", None) is None]
-    if lost:
-        variable = f"PYTHONPATH={Path(__file__).parent}"
-        return f"start scheduler and workers with {variable}: {', '.join(lost)} cannot import {module}"
+    if lost := [address for address, spec in found.items() if getattr(spec, "loader", None) is None]:
+        return f"start scheduler and workers with PYTHONPATH={folder}: {', '.join(lost)} cannot import {module}"
     return None

@@ -45,20 +45,7 @@ def write_pickle(file: Path, content: dict) -> list[str]:
 def small_cifar10(tmp_path, monkeypatch) -> Path:
     """A folder with random images in the files of CIFAR-10: 45 to train on, 5 for validation, 15 for the test."""
     folder = tmp_path / "images"
-    batches = folder / "cifar-10-batches-py"
-    generator = np.random.default_rng(0)
-
-    def images(number: int) -> dict:
-        labels = [n % 5 for n in range(number)]
-        return {"data": generator.integers(0, 256, (number, 3072), dtype=np.uint8), "labels": labels}
-
-    cifar10 = torchvision.datasets.CIFAR10
-    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    train_list = [write_pickle(batches / f"data_batch_{n}", images(10)) for n in range(1, 6)]
-    _, meta_md5 = write_pickle(batches / "batches.meta", {"label_names": names})
-    monkeypatch.setattr(cifar10, "train_list", train_list)
-    monkeypatch.setattr(cifar10, "test_list", [write_pickle(batches / "test_batch", images(15))])
-    monkeypatch.setattr(cifar10, "meta", {**cifar10.meta, "md5": meta_md5})
+    small.write_small_cifar10(folder, monkeypatch.setattr)
     return folder
 
 

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,13 +16,18 @@ import torch
 
 import checkpoint
 import circumstances
+import lock
 import train
-from checkpoint import Run, load_checkpoint, lock_run, save_run
+from checkpoint import Run, load_checkpoint, save_run
+from cluster import ENVIRONMENT
 from command_line import interrupt, on_signals
 from kill_and_restart import FLAGS, finish, outcome, processes, same, start
-from results import COLUMNS, read_results
+from lock import lock_run
+from results import COLUMNS, read_results, write_results
 from seeds import make_deterministic, random_states
 from settings import run_files
+
+UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]  # a shell with mounts of its own
 
 
 @pytest.fixture(autouse=True)
@@ -393,6 +399,32 @@ def test_finished_run_does_not_need_its_checkpoint(tmp_path, monkeypatch, capsys
     assert "x-last.pt is cut short, damaged" in fails(tmp_path, "--num_epochs", "2")
 
 
+@pytest.mark.parametrize("checksum", [True, False], ids=["", "an older file, without a checksum"])
+def test_changed_result_file_beside_its_checkpoint(tmp_path, monkeypatch, checksum):
+    """The checkpoint knows better."""
+    numbers = run(tmp_path, "--num_epochs", "2").columns
+    file = tmp_path / "results" / "x.csv"
+    before = file.read_text()
+    lines = before.splitlines(keepends=True)
+    lines[-1] = re.sub(r"\d(?=\n)", lambda digit: str((int(digit[0]) + 5) % 10), lines[-1])
+    file.write_text("".join(line for line in lines if checksum or "sha256" not in line))
+    assert file.read_text() != before
+    monkeypatch.setattr(train, "train_one_epoch", None)
+    assert same(run(tmp_path, "--num_epochs", "2").columns, numbers)
+    assert file.read_text() == before
+
+
+def test_changed_result_file_without_its_checkpoint(tmp_path, fails):
+    run(tmp_path, "--num_epochs", "2")
+    (tmp_path / "networks" / "x-last.pt").unlink()
+    file = tmp_path / "results" / "x.csv"
+    changed = file.read_text().replace("# momentum: 0.9\n", "# momentum: 0.8\n")
+    file.write_text(changed)
+    line = fails(tmp_path, "--num_epochs", "2", "--momentum", "0.8")
+    assert "x.csv was changed after it was written" in line and "give --restart to start over" in line
+    assert file.read_text() == changed
+
+
 def test_result_file_without_its_checkpoint(tmp_path, monkeypatch, fails):
     run_into_stop(3, monkeypatch, tmp_path)
     (tmp_path / "networks" / "x-last.pt").unlink()
@@ -414,8 +446,9 @@ def test_finished_result_file_from_another_place(alone, tmp_path, monkeypatch, c
 def test_finished_result_file_of_other_settings_beside_a_checkpoint(alone, tmp_path, monkeypatch, fails):
     run_into_stop(3, monkeypatch, tmp_path)
     file = tmp_path / "results" / "x.csv"
-    shutil.copy(alone / "results" / "x.csv", file)
-    file.write_text(file.read_text().replace("# momentum: 0.9\n", "# momentum: 0.5\n"))
+    results = read_results(alone / "results" / "x.csv")
+    results.settings["momentum"] = 0.5
+    write_results(file, results)
     before = file.read_bytes()
     assert "momentum was 0.5, now 0.9" in fails(tmp_path)
     assert file.read_bytes() == before
@@ -493,6 +526,89 @@ def test_two_runs_with_one_name(tmp_path):
     assert finish(tmp_path, small=True) == 0
 
 
+def test_removed_lock(alone, tmp_path, monkeypatch):
+    """The run makes it again at its next step, so that no other process gets in."""
+    files, whole, others = run_files(tmp_path, "x"), train.train_one_epoch, []
+
+    def try_others(*arguments):
+        files.lock.unlink()
+        loss = whole(*arguments)
+        with pytest.raises(BlockingIOError, match="another process is at work on the run of"), lock_run(files):
+            pass
+        others.append(arguments)
+        if len(others) == 2:
+            shutil.rmtree(files.lock.parent)  # even that may go
+        return loss
+
+    monkeypatch.setattr(train, "train_one_epoch", try_others)
+    run(tmp_path)
+    assert len(others) == 4
+    assert same(outcome(tmp_path), outcome(alone))
+
+
+@pytest.mark.parametrize("moment", ["the loss at epoch 3, step 1", "the validation loss after epoch 3"])
+def test_lock_that_another_process_has_taken_over(alone, tmp_path, monkeypatch, fails, moment):
+    """It came in before the first one could notice that the lock was gone. From then on, only it writes."""
+    files, check_finite, written = run_files(tmp_path, "x"), train.check_finite, []
+
+    def take_over(loss, what):
+        if what == moment:
+            files.lock.unlink()
+            assert finish(tmp_path, small=True) == 0
+            written.extend(file.read_bytes() for file in files)
+        check_finite(loss, what)
+
+    monkeypatch.setattr(train, "check_finite", take_over)
+    assert "x.lock was removed, and another process is at work on the run of" in fails(tmp_path)
+    assert [file.read_bytes() for file in files] == written
+    assert same(outcome(tmp_path), outcome(alone))
+
+
+def test_stop_of_a_run_that_another_process_has_taken_over(tmp_path, monkeypatch, fails):
+    """What the first one has not saved, the second one makes again."""
+    files = run_files(tmp_path, "x")
+    whole = train.train_one_epoch
+
+    def taken_over(network, batches, optimizer, settings, epoch, bar):
+        if epoch == 3:
+            files.lock.unlink()
+            files.lock.touch()
+            raise KeyboardInterrupt
+        return whole(network, batches, optimizer, settings, epoch, bar)
+
+    monkeypatch.setattr(train, "train_one_epoch", taken_over)
+    assert "x.lock was removed, and another process" in fails(tmp_path, "--checkpoint_seconds", "1e9")
+    assert len(load_checkpoint(files.checkpoint)["columns"]["epoch"]) == 1
+
+
+def test_file_system_without_locks(tmp_path, monkeypatch, fails):
+    def flock(*_, **__):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    run(tmp_path / "finished", "--num_epochs", "1")
+    monkeypatch.setattr(lock, "lock_descriptor", flock)
+    assert "networks is on a file system that cannot lock files: give a --path on another one" in fails(tmp_path)
+    run(tmp_path / "finished", "--num_epochs", "1")
+
+
+def test_folder_that_can_only_be_read(tmp_path):
+    """A finished run prints its last line there, and an unfinished one says in one line what it cannot write."""
+    script = "mkdir -p it && mount --bind it it && mount -o remount,bind,ro it"
+    if shutil.which("unshare") is None or subprocess.run([*UNSHARE, script], cwd=tmp_path).returncode:
+        pytest.skip("this system lets nobody mount a file system of his own")
+    first = run(tmp_path / "it", "--num_epochs", "1")
+    (tmp_path / "run.py").write_text("import sys, small, train\nsmall.train_small()\ntrain.main(sys.argv[1:])\n")
+    for name, code in (("x", 0), ("y", 1)):
+        command = f"{sys.executable} run.py {' '.join(FLAGS)} --num_epochs 1 --path it --name {name}"
+        options = {"cwd": tmp_path, "env": ENVIRONMENT, "capture_output": True, "text": True}
+        done = subprocess.run([*UNSHARE, f"{script}; {command}"], **options)
+        assert done.returncode == code
+        if code == 0:
+            assert f"test accuracy {first.test_accuracy:.3f} %" in done.stdout.splitlines()[-1]
+        else:
+            assert re.fullmatch(r"train.py: error: .*Read-only file system: 'it/networks/y.lock'\n", done.stderr)
+
+
 @pytest.mark.parametrize("file", ["networks/x-last.pt", "networks/x-best.pt", "results/x.csv"])
 def test_full_disk(alone, tmp_path, monkeypatch, fails, file):
     """From the second epoch on there is no room for one of the three files."""
@@ -534,17 +650,15 @@ train.main(sys.argv[1:-1])
 
 def test_disk_that_is_really_full(alone, tmp_path):
     """On a file system of its own, which something else fills up."""
-    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     mount = "mkdir -p disk && mount -t tmpfs -o size=10m none disk"
-    if subprocess.run([*unshare, mount], cwd=tmp_path).returncode:
+    if shutil.which("unshare") is None or subprocess.run([*UNSHARE, mount], cwd=tmp_path).returncode:
         pytest.skip("this system lets nobody mount a file system of his own")
     (tmp_path / "run.py").write_text(FILL_THE_DISK_IN_EPOCH_2)
     command = f"{sys.executable} run.py {' '.join(FLAGS)} --path disk --checkpoint_seconds 0"
     script = f"{mount}; {command} fill; echo code $?; cp -r disk full; rm disk/filler; {command} -; cp -r disk end"
-    here = Path(train.__file__).parent
     done = subprocess.run(
-        [*unshare, script],
-        env={**os.environ, "PYTHONPATH": f"{here}:{here / 'tests'}"},
+        [*UNSHARE, script],
+        env=ENVIRONMENT,
         cwd=tmp_path,
         capture_output=True,
         text=True,

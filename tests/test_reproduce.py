@@ -1,8 +1,7 @@
 import argparse
-import fcntl
+import errno
 import math
 import os
-import pty
 import re
 import shlex
 import shutil
@@ -10,7 +9,6 @@ import signal
 import struct
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,7 +23,7 @@ from scipy import stats
 import figures
 import reproduce
 import train
-from checkpoint import lock_run
+from lock import lock_run
 from results import Results, read_results, write_results
 from settings import determining, run_files
 
@@ -83,6 +81,7 @@ def test_commands_for_another_machine(tmp_path, monkeypatch, capsys):
         (["--settings", "baseline:c=5"], "needs a name of its own"),
         (["--settings", ":c=5"], "needs a name of its own"),
         (["--settings", "init", "a:c=1"], "two of init, a are the same"),
+        (["--settings", "a:c=0", "b:c=1"], "two of a, b are the same"),  # neither reduces the rate
         (["--settings", "a:c=2", "a:c=3"], "two of a, a are the same"),
         (["--bn_weights", "0.1", "nan"], "argument --bn_weights: must be a number from 1e-30 to 1e30, not 'nan'"),
         (["--seeds", "3-1"], "not '3-1'"),
@@ -211,6 +210,65 @@ def test_restart_removes_nothing_where_a_run_is_at_work(small_network, no_figure
         assert run(tmp_path, "--seeds", "1-2", "--restart") == 1
     assert "another process is at work" in capsys.readouterr().err
     assert {file: file.read_bytes() for file in files} == files
+
+
+def test_restart_opens_one_lock_at_a_time(small_network, no_figures, tmp_path, monkeypatch):
+    """A process may not have as many files open as there are runs."""
+    locked, most = [], []
+
+    @contextmanager
+    def counted_lock(files):
+        with lock_run(files):
+            locked.append(files)
+            most.append(len(locked))
+            yield
+            locked.remove(files)
+
+    assert run(tmp_path, "--seeds", "1") == 0
+    monkeypatch.setattr(reproduce, "lock_run", counted_lock)
+    assert run(tmp_path, "--seeds", "1", "--restart") == 0
+    assert max(most) == 1
+
+
+def test_changed_result_file(small_network, no_figures, tmp_path, monkeypatch, capsys):
+    """Its run's checkpoint mends it; without one, nothing is concluded from it."""
+    assert run(tmp_path, "--seeds", "1-2") == 0
+    file = tmp_path / "results" / f"{PROPOSED}-seed2.csv"
+    before = file.read_text()
+    changed = re.sub(r"\d(?=\n\Z)", lambda digit: str((int(digit[0]) + 5) % 10), before)
+    file.write_text(changed)
+    monkeypatch.setattr(train, "train_one_epoch", None)
+    assert run(tmp_path, "--seeds", "1-2", "--report") == 1
+    assert f"{file} was changed after it was written" in capsys.readouterr().err
+    assert run(tmp_path, "--seeds", "1-2") == 0
+    assert file.read_text() == before
+    file.write_text(changed)
+    (tmp_path / "networks" / f"{PROPOSED}-seed2-last.pt").unlink()
+    capsys.readouterr()
+    assert run(tmp_path, "--seeds", "1-2") == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and f"{file} was changed after it was written" in captured.err
+    assert "--restart" in captured.err and "interim: 1 of 2 pairs" in captured.out
+    assert file.read_text() == changed
+
+
+def test_folder_that_can_only_be_read(small_network, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    assert run(tmp_path, "--seeds", "1-2") == 0
+    table = capsys.readouterr().out.splitlines()[-4:]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        patch.setattr(os, "replace", refuse)
+        assert run(tmp_path, "--seeds", "1-2") == 0
+        assert capsys.readouterr().out.splitlines() == table
+        summary = tmp_path / "results" / f"{EXPERIMENT}.csv"
+        summary.unlink()
+        assert run(tmp_path, "--seeds", "1-2") == 1
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == table
+    assert captured.err == f"reproduce.py: error: [Errno 30] cannot write it: Read-only file system: '{summary}'\n"
 
 
 def test_report(small_network, tmp_path, monkeypatch, capsys):
@@ -540,6 +598,20 @@ def test_figures_of_settings_at_different_rates(small_network, tmp_path, monkeyp
 
 
 # --- in other processes ---------------------------------------------------------------------------------------------
+def test_another_sigterm_does_not_cost_the_table(small_network, no_figures, tmp_path, monkeypatch, capsys):
+    """Clusters repeat it."""
+
+    def send(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        return []
+
+    monkeypatch.setattr(reproduce, "mixed_circumstances", send)
+    with interrupted_at_seed_2(monkeypatch):
+        assert run(tmp_path, "--seeds", "1-3") == 143
+    captured = capsys.readouterr()
+    assert "| interim: 1 of 3 pairs |" in captured.out and captured.err.startswith("reproduce.py: stopped; the epochs")
+    assert (tmp_path / "results" / f"{EXPERIMENT}.md").exists()
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (FOLDER.parent, FOLDER)))}
@@ -578,6 +650,7 @@ def test_restarted_experiment_goes_on_without_the_flag(small_network, no_figures
 
 
 def test_terminal_shows_bar_and_table(tmp_path):
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
     main, child = pty.openpty()
     os.set_blocking(main, False)
     fcntl.ioctl(main, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))

@@ -1,6 +1,8 @@
+import hashlib
 import math
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas
@@ -8,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from results import COLUMNS, Results, read_results, write_atomically, write_results
+from results import (
+    COLUMNS,
+    DamagedFileError,
+    Results,
+    read_results,
+    remove_temporaries,
+    write_atomically,
+    write_results,
+)
 
 
 def make_results(**settings) -> Results:
@@ -61,16 +71,62 @@ def test_whatever_is_written_is_read(tmp_path_factory, settings, rows):
 
 
 def test_format_of_the_file(tmp_path):
-    write_results(tmp_path / "results.csv", make_results(dataset="cifar10", seed=1, c=100.0))
-    assert (tmp_path / "results.csv").read_text() == (
-        "# dataset: cifar10\n"
-        "# seed: 1\n"
-        "# c: 100.0\n"
+    file = tmp_path / "results.csv"
+    write_results(file, make_results(dataset="cifar10", seed=1, c=100.0))
+    settings = "# dataset: cifar10\n# seed: 1\n# c: 100.0\n"
+    numbers = (
         "epoch,train_loss,val_loss,val_accuracy,test_accuracy\n"
         "1,2.5,3.141592653589793,10.0,11.0\n"
         "2,0.3333333333333333,0.30000000000000004,90.25,89.5\n"
         "3,1e-300,1e+22,90.25,99.0\n"
     )
+    checksum = hashlib.sha256((settings + numbers).encode()).hexdigest()
+    assert file.read_text() == f"{settings}# sha256: {checksum}\n{numbers}"
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_whatever_is_changed_in_a_file_is_noticed(tmp_path, line_end):
+    """Every digit and letter of it, and every line that is left out, twice there, or in another place."""
+    file = tmp_path / "results.csv"
+    results = make_results(dataset="digits", seed=1, c=100.0, bn_weight=0.1, num_epochs=3)
+    write_results(file, results)
+    whole = file.read_text()
+    lines = whole.splitlines(keepends=True)
+    changed = [whole[:n] + ("7" if whole[n] != "7" else "8") + whole[n + 1 :] for n in range(len(whole))]
+    checksum = next(n for n, line in enumerate(lines) if line.startswith("# sha256: "))
+    for n in range(len(lines)):
+        changed += [lines[:n] + lines[n + 1 :]] * (n != checksum)
+        changed += [lines[: n + 1] + lines[n:], lines[:n] + lines[n + 1 : n + 2] + lines[n : n + 1] + lines[n + 2 :]]
+    noticed = 0
+    for one in changed:
+        file.write_bytes("".join(one).replace("\n", line_end).encode())
+        try:
+            ours = read_results(file)
+        except DamagedFileError as error:
+            assert str(file) in str(error)
+            noticed += "was changed after it was written: it does not fit its checksum" in str(error)
+        else:  # the checksum stands elsewhere, or no longer counts as one: what it is about is as it was
+            assert {name: ours.settings[name] for name in results.settings} == results.settings
+            np.testing.assert_equal(ours.columns, results.columns)
+            assert "".join(one) == whole or len(one) != len(whole) or "# sha256: " not in one
+    assert noticed > 0.9 * len(changed)
+
+
+def test_older_file_has_no_checksum(tmp_path):
+    file = tmp_path / "results.csv"
+    write_results(file, make_results(name="x"))
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if "sha256" not in line))
+    assert_same(read_results(file), make_results(name="x"))
+
+
+def test_same_results_are_the_same_file(tmp_path):
+    file = tmp_path / "results.csv"
+    write_results(file, make_results(name="x"))
+    before = file.read_bytes()
+    written = file.stat().st_mtime_ns
+    write_results(file, read_results(file))
+    assert (file.read_bytes(), file.stat().st_mtime_ns) == (before, written)
 
 
 def test_pandas_reads_it_as_it_is(tmp_path):
@@ -142,7 +198,9 @@ def test_missing_file(tmp_path):
         read_results(tmp_path / "results.csv")
 
 
-@pytest.mark.parametrize("settings", [{"a b": 1}, {"a:": 1}, {"": 1}, {"a": [1]}, {"a": np.arange(2)}, {"a": 1j}])
+@pytest.mark.parametrize(
+    "settings", [{"sha256": "x"}, {"a b": 1}, {"a:": 1}, {"": 1}, {"a": [1]}, {"a": np.arange(2)}, {"a": 1j}]
+)
 def test_settings_that_cannot_be_written(tmp_path, settings):
     with pytest.raises(ValueError, match="setting"):
         write_results(tmp_path / "results.csv", make_results(**settings))
@@ -190,3 +248,37 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, call):
         write_atomically(file, b"new")
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_two_processes_that_write_one_file(tmp_path, monkeypatch):
+    """One begins to write while the other is in the middle of it: neither gets what the other wrote."""
+    file, replace, found = tmp_path / "file", os.replace, []
+
+    def other_writes_too(temporary, target):
+        monkeypatch.setattr(os, "replace", replace)
+        write_atomically(file, b"other")
+        found.append(file.read_bytes())
+        replace(temporary, target)
+
+    monkeypatch.setattr(os, "replace", other_writes_too)
+    write_atomically(file, b"one")
+    assert (found, file.read_bytes()) == ([b"other"], b"one")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_killed_processes_leave_is_removed(tmp_path, monkeypatch):
+    def die(*_, **__):
+        raise OSError
+
+    others = [
+        tmp_path / name for name in ("x.csv", "x.csv.12345.tmp", "y.csv.12345678.tmp", "x.csv.y.csv.12345678.tmp")
+    ]
+    for other in others:
+        other.touch()
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "replace", die)
+        patch.setattr(Path, "unlink", die)
+        write_atomically(tmp_path / "x.csv", b"new")
+    assert len(list(tmp_path.iterdir())) == 5
+    remove_temporaries(tmp_path / "x.csv")
+    assert sorted(tmp_path.iterdir()) == sorted(others)

@@ -1,6 +1,5 @@
 import logging
 import os
-import pty
 import re
 import signal
 import socket
@@ -17,16 +16,18 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from dask.system import CPU_COUNT
 
 import light
 import settings
 import train
 import workers
-from checkpoint import load_checkpoint, lock_run
+from checkpoint import load_checkpoint
 from cluster import ENVIRONMENT, TESTS, Cluster, cluster
 from light import light_run, process_of
+from lock import lock_run
 from results import read_results
-from settings import run_files
+from settings import RunFiles, run_files
 from small import train_small
 from workers import ClusterError, Outcome, make_runs
 
@@ -163,7 +164,7 @@ def run_at_work(runs: list[Namespace], epochs: int) -> tuple[Namespace, psutil.P
             if not files.results.exists() or not epochs < read_results(files.results).num_epochs < 120:
                 continue
             for process in psutil.Process().children():
-                if any(Path(opened.path) == files.lock for opened in process.open_files()):
+                if any(Path(opened.path) == files.lock.resolve() for opened in process.open_files()):
                     return run, process
     raise TimeoutError
 
@@ -171,7 +172,7 @@ def run_at_work(runs: list[Namespace], epochs: int) -> tuple[Namespace, psutil.P
 @pytest.fixture
 def one_of_two(monkeypatch) -> Iterator[int]:
     """Compute here with as many threads as each of two processes gets."""
-    threads, half = torch.get_num_threads(), max(1, len(os.sched_getaffinity(0)) // 2)
+    threads, half = torch.get_num_threads(), max(1, CPU_COUNT // 2)
     torch.set_num_threads(half)
     yield half
     torch.set_num_threads(threads)
@@ -253,18 +254,16 @@ class Experiment:
     """An experiment of stand-ins on a terminal of its own."""
 
     def __init__(self, path: Path, *names: str) -> None:
-        self.pid, self.terminal = pty.fork()
+        self.pid, self.terminal = pytest.importorskip("pty").fork()
         if self.pid == 0:
             os.execve(sys.executable, [sys.executable, TESTS / "light.py", str(path), *names], ENVIRONMENT)
 
     def end(self) -> tuple[int, list[str]]:
         """Its exit code, negative for a signal, and the lines on the terminal, once no process writes there."""
         shown = b""
-        while True:
-            try:
-                shown += os.read(self.terminal, 10_000)
-            except OSError:  # all of its processes are gone
-                break
+        with suppress(OSError):  # Linux raises it when all of its processes are gone, others read nothing more
+            while piece := os.read(self.terminal, 10_000):
+                shown += piece
         os.close(self.terminal)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), shown.decode().splitlines()
 
@@ -279,11 +278,10 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     assert (tmp_path / "begun" / "slow saved").exists()
 
 
-@pytest.mark.parametrize(
-    "numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGKILL,)], ids=["Ctrl-C twice", "kill -9"]
-)
-def test_processes_do_not_outlive_the_experiment(numbers, tmp_path):
+@pytest.mark.parametrize("names", [("SIGINT", "SIGINT"), ("SIGKILL",)], ids=["Ctrl-C twice", "kill -9"])
+def test_processes_do_not_outlive_the_experiment(names, tmp_path):
     experiment = Experiment(tmp_path, "slow", "slow too")
+    numbers = [getattr(signal, name) for name in names]
     processes = [psutil.Process(process_of(light_run(name, tmp_path))) for name in ("slow", "slow too")]
     for number in numbers:
         os.killpg(experiment.pid, number) if number == signal.SIGINT else os.kill(experiment.pid, number)
@@ -291,6 +289,33 @@ def test_processes_do_not_outlive_the_experiment(numbers, tmp_path):
     assert experiment.end() == (-numbers[-1], [])
     psutil.wait_procs(processes, timeout=10)
     assert not any(process.is_running() for process in processes)
+    assert all((tmp_path / "begun" / f"{name} saved").exists() for name in ("slow", "slow too"))
+
+
+def test_killed_experiment_loses_no_epoch(tmp_path):
+    """Its processes save all that they have done since the last checkpoint, which was after the first epoch."""
+    flags = ["--num_epochs", "1000000", "--checkpoint_seconds", "1e9", "--device", "cpu"]
+    baseline = small_run(tmp_path, *flags, "--bn_weight", "1", "--c", "1", "--input_norm", "dataset")
+    runs = [baseline, small_run(tmp_path, *flags)]
+    all_files = [run_files(tmp_path, run.name) for run in runs]
+    command = [sys.executable, TESTS / "small_experiment.py", "--jobs", "2", "--seeds", "1", "--path", tmp_path]
+    command += ["--dataset", "digits", "--batch_size", "48", *flags]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=ENVIRONMENT, **quiet) as experiment:
+        for files in all_files:
+            wait_until(lambda file=files.results: file.exists() and read_results(file).num_epochs > 10)
+        experiment.kill()
+    for files, run in zip(all_files, runs, strict=True):
+        wait_until(lambda files=files: is_free(files), seconds=10)
+        state = load_checkpoint(files.checkpoint)
+        assert state["columns"] == numbers(run) and len(state["columns"]["epoch"]) > 10
+
+
+def is_free(files: RunFiles) -> bool:
+    """Whether no process is at work on a run."""
+    with suppress(BlockingIOError), lock_run(files):
+        return True
+    return False
 
 
 # --- on a cluster ---------------------------------------------------------------------------------------------------
