@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.transforms import v2
-from tqdm.contrib.concurrent import thread_map
+from tqdm import tqdm
 
 from results import write_atomically
 
@@ -175,8 +176,10 @@ def decode_all(images: Images, size: Size, workers: int, show_bar: bool = False)
         image = images[index]
         decoded[index] = resize(image if isinstance(image, Tensor) else read_image(image), size)
 
-    options = {"max_workers": workers, "unit": "image", "disable": not show_bar, "leave": False}
-    thread_map(decode, range(len(images)), desc="decoding", **options)
+    with ThreadPoolExecutor(workers) as threads:
+        done = threads.map(decode, range(len(images)))
+        for _ in tqdm(done, "decoding", len(images), unit="image", disable=not show_bar, leave=False):
+            pass
     return decoded
 
 

@@ -167,7 +167,7 @@ def test_optimizer_is_fused_on_a_gpu(small_network, tmp_path, monkeypatch, devic
     """The run gets as far as its optimizer, with everything on the CPU."""
     settings = train.parse(["--dataset", "digits", "--path", str(tmp_path), "--device", "cpu"])
     settings.device = torch.device(device)
-    monkeypatch.setattr(train, "load_image_set", lambda name, folder, device: data.load_image_set(name))
+    monkeypatch.setattr(train, "load_image_set", lambda name, *_, **__: data.load_image_set(name))
     monkeypatch.setattr(nn.Module, "to", lambda self, *_: self)
     monkeypatch.setattr(optim, "SGD", Mock(side_effect=InterruptedError))
     with pytest.raises(InterruptedError):

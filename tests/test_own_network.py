@@ -1,6 +1,5 @@
 import importlib
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from itertools import count
@@ -277,15 +276,3 @@ def test_own_network_in_several_processes(write_module, tmp_path, capsys):
     name = write_module(DROPOUT)
     reproduce.main([*QUICK, "--num_epochs", "1", "--network", f"{name}:small", "--seeds", "1", "--jobs", "2"])
     assert len(list((tmp_path / "results").glob(f"digits-{name}.small-*-seed1.csv"))) == 2
-
-
-def test_example_of_the_page_of_modules(tmp_path):
-    """As printed, in a folder of its own."""
-    section = (ROOT / "MODULES.md").read_text().split("## `networks.py`")[1].split("\n## ")[0]
-    [example] = re.findall(r"^```\n(cat > my_networks\.py .*?)^```$", section, re.DOTALL | re.MULTILINE)
-    assert "python train.py --network my_networks:small" in example
-    command = example.replace("python train.py", f"{sys.executable} {ROOT / 'train.py'} --device cpu")
-    run = subprocess.run(["bash", "-ec", command], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0 and "best epoch" in run.stdout, run.stderr
-    [results] = (tmp_path / "results").glob("*.csv")
-    assert results.name.startswith("digits-my_networks.small-")

@@ -1,5 +1,7 @@
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from scipy import stats
 import plan
 import settings
 import train
+from folders import make_folder
 from settings import PAPER
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +75,24 @@ def test_command_of_the_paper_has_every_flag():
     of_the_paper = set(default) - {"checkpoint_seconds", "restart", *NOT_OF_THE_PAPER}
     assert set(arguments[::2]) == {f"--{name}" for name in of_the_paper}
     assert {name for name in default if given[name] != default[name]} == {"name"}
+
+
+def test_commands_for_a_network_and_images_of_ones_own(tmp_path):
+    """As printed, in a folder with JPEGs of odd sizes and modes; every command ends with its results."""
+    section = re.search(r"^## Your own network, your own images\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
+    [example] = re.findall(r"^```\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    make_folder(tmp_path / "images" / "flowers")
+    commands = example.replace("python ", f"{sys.executable} {ROOT}/").replace("--num_epochs 5", "--num_epochs 1")
+    commands = commands.replace(".py --", ".py --device cpu --")
+    run = subprocess.run(["bash", "-ec", commands], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("best epoch 1: ") == 2 and "| proposed | 3 " in run.stdout
+    results = {file.name for file in (tmp_path / "results").iterdir()}
+    own = "flowers-my_networks.small-batch_size=16-num_epochs=1-image_size=32-weight0.1-c100-bn-seed1.csv"
+    experiment = "flowers-mobilenet_v3_small-batch_size=16-num_epochs=1"
+    assert {own, f"{experiment}.md", f"{experiment}-paired-differences.png"} <= results
+    assert f"{experiment}-normalized-values.png" in results  # which needs networks and images
+    assert len(results) > 9
 
 
 def committed_accuracies(files: str) -> list[float]:

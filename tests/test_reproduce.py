@@ -257,7 +257,7 @@ def test_folder_that_can_only_be_read(small_network, tmp_path, monkeypatch, caps
         raise OSError(errno.EROFS, "Read-only file system")
 
     assert run(tmp_path, "--seeds", "1-2") == 0
-    table = capsys.readouterr().out.splitlines()[-4:]
+    table = capsys.readouterr().out.splitlines()[-8:]
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refuse)
         patch.setattr(os, "replace", refuse)
@@ -630,7 +630,7 @@ def start(path: Path, *flags: str, **options: Any) -> Iterator[subprocess.Popen]
 
 
 def test_signal_before_a_training_begins(small_network, tmp_path, monkeypatch):
-    def load(*_):
+    def load(*_, **__):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
