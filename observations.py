@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms import Normalize
 
-from checkpoint import has_digest
+from checkpoint import add_digest, has_digest
 from data import CIFAR10_STATISTICS, ImageSet, load_image_set
 from networks import SIGMA_ACT, construct_network
 from results import Results, read_results, write_atomically
@@ -98,10 +98,8 @@ def load_weights(file: str | os.PathLike) -> dict[str, Tensor]:
         ValueError: it is damaged, or holds something else.
     """
     content = Path(file).read_bytes()
-    ends_as_zip = content[-22:-18] == b"PK\5\6"  # what other programs save has no digest behind that
     try:
-        if not ends_as_zip and not has_digest(content):
-            raise ValueError
+        check_digest(content)
         weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # which one depends on where the damage is
         raise ValueError(f"{file} is damaged, or does not hold the weights of a network") from error
@@ -110,6 +108,13 @@ def load_weights(file: str | os.PathLike) -> dict[str, Tensor]:
     if not all(value.isfinite().all() for value in weights.values()):
         raise ValueError(f"{file} is damaged: it holds a value that is not a finite number")
     return weights
+
+
+def check_digest(content: bytes) -> None:
+    """ValueError where the content of a zip file is damaged. What other programs save, and older archives, pass."""
+    ends_as_zip = content[-22:-18] == b"PK\5\6"  # without a digest behind it
+    if not ends_as_zip and not has_digest(content):
+        raise ValueError
 
 
 # --- γ and β --------------------------------------------------------------------------------------------------------
@@ -152,6 +157,7 @@ def save_batch_norms(file: Path, title: str, weights: Mapping[str, Weights]) -> 
     arrays = {f"{setting}/{name}": values for setting, of in weights.items() for name, values in of.items()}
     content = io.BytesIO()
     np.savez_compressed(content, title=title, **arrays)
+    add_digest(content)  # a zip file has one for each array, but not for their list
     write_atomically(file, content.getvalue())
 
 
@@ -164,6 +170,7 @@ def load_batch_norms(file: Path, title: str) -> dict[str, dict[str, np.ndarray]]
     """
     content = file.read_bytes()
     try:
+        check_digest(content)
         with np.load(io.BytesIO(content)) as archive:
             arrays = {name: archive[name] for name in archive.files}
         found = str(arrays.pop("title"))

@@ -177,7 +177,10 @@ def test_archive_of_batch_norms(tmp_path):
     with pytest.raises(ValueError, match=r"x\.npz is of other runs: run 1, run 2"):
         load_batch_norms(file, "run 1, run 3")
     whole = file.read_bytes()
-    for content in (b"", b"a", whole[:-30], whole[:60] + b"xxxx" + whole[64:]):
+    file.write_bytes(whole[:-32])  # without its checksum, as an older one
+    assert load_batch_norms(file, "run 1, run 2").keys() == weights.keys()
+    changed = [whole[:n] + bytes([whole[n] ^ 1 << n % 8]) + whole[n + 1 :] for n in range(len(whole))]
+    for content in (b"", b"a", whole[:-30], *changed):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.npz is damaged"):
             load_batch_norms(file, "run 1, run 2")
