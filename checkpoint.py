@@ -187,8 +187,13 @@ def save_with_digest(content: dict[str, Any], file: Path) -> None:
     """Write what `torch.save` makes of `content`, followed by its SHA-256."""
     saved = io.BytesIO()
     torch.save(content, saved)
-    saved.write(hashlib.sha256(saved.getbuffer()).digest())
+    add_digest(saved)
     write_atomically(file, saved.getbuffer())
+
+
+def add_digest(stream: io.BytesIO) -> None:
+    """Write the SHA-256 of what is in a stream at its end."""
+    stream.write(hashlib.sha256(stream.getbuffer()).digest())
 
 
 def has_digest(content: bytes) -> bool:

@@ -13,9 +13,9 @@ import pytest
 import torchvision.datasets
 
 import data
-import observations
 import small
 import train
+import trained_networks
 
 hypothesis.settings.register_profile("machines of any speed", deadline=None)
 hypothesis.settings.load_profile("machines of any speed")
@@ -31,7 +31,7 @@ def few_digits(monkeypatch):
 def small_network(few_digits, monkeypatch):
     """Train a small network on them."""
     monkeypatch.setattr(train, "construct_network", small.construct_small_network)
-    monkeypatch.setattr(observations, "construct_network", small.construct_small_network)
+    monkeypatch.setattr(trained_networks, "construct_network", small.construct_small_network)
 
 
 def write_pickle(file: Path, content: dict) -> list[str]:

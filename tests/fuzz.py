@@ -33,11 +33,11 @@ from torch import nn
 
 import cifar
 import figures
-import observations
 import reproduce
 import small
 import t_test
 import train
+import trained_networks
 from results import DamagedFileError, read_results
 
 SMALL = ["--dataset", "digits", "--batch_size", "48", "--device", "cpu"]
@@ -116,7 +116,7 @@ def use_train(path: Path, *flags: object) -> Numbers | None:
     if code:
         return None
     best = path / "networks" / "alone-best.pt"
-    weights = {name: value.tolist() for name, value in observations.load_weights(best).items()}
+    weights = {name: value.tolist() for name, value in trained_networks.load_weights(best).items()}
     line = re.match(r"best epoch \d+: val accuracy \S+ %, test accuracy \S+ %", out.splitlines()[-1])
     return {"line": line[0], "numbers": all_numbers(path / "results" / "alone.csv"), "weights": weights}
 
@@ -202,7 +202,8 @@ class Folder:
         expected = copy.deepcopy(expected)
         self.put_back()
         file = draw.choice(sorted(file for file in self.files if re.search(pattern, file.name)))
-        kind, content = damage(self.files[file], list(self.files.values()), draw)
+        others = [content for other, content in self.files.items() if other.suffix != ".pt"]  # weights bear no name
+        kind, content = damage(self.files[file], others, draw)
         file.unlink()
         if content is None:
             file.mkdir()
@@ -320,7 +321,7 @@ def main() -> None:
     args = parser.parse_args()
     draw, found = random.Random(args.draws), 0
     small.train_small()
-    train.construct_network = observations.construct_network = construct_network
+    train.construct_network = trained_networks.construct_network = construct_network
     cifar.download_and_extract_archive = refuse_to_download
     figures.save = note_figure
     torch.set_num_threads(1)

@@ -2,8 +2,8 @@
 
 import argparse
 
-import observations
 import reproduce
+import trained_networks
 import workers
 from small import construct_small_network, train_small
 
@@ -19,7 +19,7 @@ def make_small_run(settings: argparse.Namespace, device: str | None, stops: list
 def main() -> None:
     """The command line."""
     train_small()
-    observations.construct_network = construct_small_network
+    trained_networks.construct_network = construct_small_network
     workers.make_run = make_small_run
     reproduce.main()
 

@@ -1,5 +1,3 @@
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -7,129 +5,12 @@ import torchvision.datasets.utils
 from torch import nn
 
 import observations
-import train
+import trained_networks
 from batch_norm import ScaleBatchNorm2d
 from data import load_image_set
-from networks import construct_network
-from observations import load_batch_norms, load_network, measure_normalized_values, observe_runs, save_batch_norms
-from results import Results, read_results, write_results
-
-COLUMNS = {name: np.array([1.0, 2.0]) for name in ("train_loss", "val_loss", "val_accuracy", "test_accuracy")}
-
-
-def write_run(folder, weights=None, **settings):
-    """The result file of a finished run in `folder`/results, and beside it its weights; returns the result file."""
-    file = folder / "results" / "run.csv"
-    settings = {"name": "a run", "dataset": "digits", "num_epochs": 2} | settings
-    settings = {name: value for name, value in settings.items() if value is not None}
-    write_results(file, Results(settings, {"epoch": np.array([1, 2]), **COLUMNS}))
-    (folder / "networks").mkdir(exist_ok=True)
-    if weights is not None:
-        torch.save(weights, folder / "networks" / f"{settings['name']}-best.pt")
-    return file
-
-
-def random_states() -> list:
-    return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
-
-
-# --- load_network ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("input_norm", ["bn", "dataset"])
-def test_predictions_give_the_test_accuracy(input_norm, small_network, tmp_path):
-    flags = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "16"]
-    run = train.main([*flags, "--input_norm", input_norm, "--path", str(tmp_path), "--device", "cpu"])
-    assert run.best_epoch < 16  # so that the last weights are not the best
-    network = load_network(tmp_path / "results" / f"{run.settings['name']}.csv")
-    image_set = load_image_set("digits")
-    test = image_set.splits["test"]
-    with torch.no_grad():
-        predicted = network(image_set.images[test] / 255).argmax(1)
-    right = sum(int(a == b) for a, b in zip(predicted, image_set.labels[test], strict=True))
-    assert right / len(test) * 100 == run.test_accuracy
-
-
-@pytest.mark.parametrize(
-    ("input_norm", "network", "stem"), [("bn", "resnet18", "own"), ("dataset", "resnet18", "auto")]
-)
-def test_networks_of_the_paper(input_norm, network, stem, tmp_path):
-    trained = construct_network(network, 7, "digits", 0.1, input_norm, stem)
-    trained(torch.rand(4, 3, 8, 8))  # running statistics of its own
-    file = write_run(tmp_path, trained.state_dict(), network=network, input_norm=input_norm, stem=stem, bn_weight=0.1)
-    before = random_states()
-    loaded = load_network(file)
-    assert random_states() == before
-    assert not any(module.training for module in loaded.modules())
-    images, image_set = torch.rand(5, 3, 8, 8), load_image_set("digits")
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (image_set.mean, image_set.std))
-    with torch.no_grad():
-        expected = trained.eval()((images - mean) / std if input_norm == "dataset" else images)
-        given = images.clone()
-        assert torch.equal(loaded(images), expected) and expected.shape == (5, 7)
-    assert torch.equal(images, given)
-    write_run(tmp_path, input_norm="dataset" if input_norm == "bn" else "bn")
-    with pytest.raises(
-        ValueError, match=r"a run-best\.pt does not hold the weights of a resnet18 for digits with input"
-    ):
-        load_network(file)
-
-
-def test_weights_in_another_place(small_network, tmp_path):
-    weights = observations.construct_network("", 10, "digits").state_dict()
-    file = write_run(tmp_path)
-    torch.save(weights, tmp_path / "elsewhere.pt")
-    assert torch.equal(load_network(file, tmp_path / "elsewhere.pt")[0].weight, weights["0.weight"])
-    with pytest.raises(FileNotFoundError, match=r"a run-best\.pt"):
-        load_network(file)
-    with pytest.raises(FileNotFoundError, match=r"none\.csv"):
-        load_network(tmp_path / "none.csv")
-
-
-def test_file_without_a_name(small_network, tmp_path):
-    file = write_run(tmp_path, name="")
-    torch.save(observations.construct_network("", 10, "digits").state_dict(), tmp_path / "networks" / "run-best.pt")
-    assert load_network(file)
-
-
-@pytest.mark.parametrize("settings", [{"num_epochs": 3}, {"num_epochs": None}])
-def test_unfinished_run(settings, tmp_path):
-    with pytest.raises(ValueError, match=r"run\.csv is not of a finished run"):
-        load_network(write_run(tmp_path, **settings))
-
-
-def test_damaged_weights(small_network, tmp_path):
-    file = write_run(tmp_path, observations.construct_network("", 10, "digits").state_dict())
-    weights = tmp_path / "networks" / "a run-best.pt"
-    whole = weights.read_bytes()
-    damaged = [b"", b"a\n", whole[:-1], whole[: len(whole) // 2], whole[:100] + b"xxxxxxxxxx" + whole[110:]]
-    for content in damaged:
-        weights.write_bytes(content)
-        with pytest.raises(ValueError, match=r"a run-best\.pt is damaged, or does not hold the weights of a network$"):
-            load_network(file)
-    for content, message in [
-        ({"format": 1}, "does not hold the weights of a network$"),
-        ([1], "does not hold the weights of a network$"),
-        ({"x": torch.tensor(torch.nan)}, "is damaged: it holds a value that is not a finite number$"),
-        ({}, "does not hold the weights of a resnet18 for digits with input_norm bn$"),
-        (nn.Linear(3, 4).state_dict(), "does not hold the weights of a resnet18 for digits with input_norm bn$"),
-    ]:
-        torch.save(content, weights)
-        with pytest.raises(ValueError, match=f"a run-best.pt {message}"):
-            load_network(file)
-
-
-def test_any_changed_byte_of_a_run_s_own_weights_is_noticed(small_network, tmp_path):
-    train.main(
-        ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "1", "--path", str(tmp_path), "--name", "x"]
-    )
-    file, weights = tmp_path / "results" / "x.csv", tmp_path / "networks" / "x-best.pt"
-    whole = weights.read_bytes()
-    assert torch.load(weights, weights_only=True).keys() == load_network(file).state_dict().keys()
-    for position in random.Random(0).sample(range(len(whole)), 40):
-        weights.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        with pytest.raises(ValueError, match=r"x-best\.pt is damaged"):
-            load_network(file)
+from observations import load_batch_norms, measure_normalized_values, observe_runs, save_batch_norms
+from results import Results, read_results
+from test_trained_networks import random_states, write_run
 
 
 def test_nothing_is_downloaded_for_figures(small_cifar10, tmp_path, monkeypatch):
@@ -137,7 +18,7 @@ def test_nothing_is_downloaded_for_figures(small_cifar10, tmp_path, monkeypatch)
         raise AssertionError("it was to be downloaded")
 
     monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", download)
-    weights = observations.construct_network("resnet18", 10, "cifar10").state_dict()
+    weights = trained_networks.construct_network("resnet18", 10, "cifar10").state_dict()
     run = read_results(write_run(tmp_path, weights, dataset="cifar10"))
     networks, archive = tmp_path / "networks", tmp_path / "x.npz"
     assert observe_runs({"proposed": run}, "a run", networks, archive).normalized_values  # from the images beside it
@@ -177,7 +58,10 @@ def test_archive_of_batch_norms(tmp_path):
     with pytest.raises(ValueError, match=r"x\.npz is of other runs: run 1, run 2"):
         load_batch_norms(file, "run 1, run 3")
     whole = file.read_bytes()
-    for content in (b"", b"a", whole[:-30], whole[:60] + b"xxxx" + whole[64:]):
+    file.write_bytes(whole[:-32])  # without its checksum, as an older one
+    assert load_batch_norms(file, "run 1, run 2").keys() == weights.keys()
+    changed = [whole[:n] + bytes([whole[n] ^ 1 << n % 8]) + whole[n + 1 :] for n in range(len(whole))]
+    for content in (b"", b"a", whole[:-30], *changed):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.npz is damaged"):
             load_batch_norms(file, "run 1, run 2")
@@ -217,7 +101,7 @@ def test_measure_normalized_values():
 
 def test_measure_run_prepares_images_as_in_training(small_network, tmp_path):
     image_set = load_image_set("digits")
-    network = observations.construct_network("", 10, "digits").eval()
+    network = trained_networks.construct_network("", 10, "digits").eval()
     images = image_set.images[image_set.splits["test"][:20]] / 255
     mean, std = image_set.mean[0], image_set.std[0]
     before = random_states()
@@ -229,7 +113,7 @@ def test_measure_run_prepares_images_as_in_training(small_network, tmp_path):
 
 def test_observe_runs(small_network, tmp_path):
     """What cannot be observed is said in one line, and does not keep the rest from being observed."""
-    weights = observations.construct_network("", 10, "digits").state_dict()
+    weights = trained_networks.construct_network("", 10, "digits").state_dict()
     runs = {"proposed": read_results(write_run(tmp_path, weights))}
     networks, archive = tmp_path / "networks", tmp_path / "x.npz"
     found = observe_runs(runs, "a run", networks, archive)

@@ -14,8 +14,9 @@ import reproduce
 import train
 from data import load_image_set
 from networks import construct_network
-from observations import batch_norms, load_network, measure_normalized_values, measure_run
+from observations import batch_norms, measure_normalized_values, measure_run
 from results import Results
+from trained_networks import load_network
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--dataset", "digits", "--num_epochs", "3", "--batch_size", "48", "--learning_rate", "0.02", "--device", "cpu"]
@@ -248,7 +249,7 @@ def test_torchvision_s_run_is_resumed_to_the_last_bit(small_cifar10, network):
 @pytest.mark.parametrize("name", ["googlenet", "maxvit_t", "mnasnet0_5", "shufflenet_v2_x0_5"])
 def test_trained_networks_of_torchvision(tmp_path, name):
     """A last layer with a bias and without, of 7 classes; the other weights are not those of a new network."""
-    from test_observations import write_run
+    from test_trained_networks import write_run
 
     trained = construct_network(name, 7, "digits", 0.1)
     with torch.no_grad():

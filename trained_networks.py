@@ -1,0 +1,111 @@
+"""Trained networks: their weights, and the networks themselves, ready to predict."""
+
+import io
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import Normalize
+
+from checkpoint import has_digest
+from cifar import CIFAR10_STATISTICS
+from data import load_image_set
+from networks import construct_network
+from results import Results, read_results
+from seeds import keep_random_states
+from settings import DEFAULTS, run_files
+
+
+def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLike | None = None) -> nn.Module:
+    """The trained network of a finished run, ready to predict: in evaluation mode, on the CPU, in float32.
+
+    Args:
+        results_file: the run's result file, FOLDER/results/NAME.csv.
+        weights_file: its trained weights; by default FOLDER/networks/NAME-best.pt.
+
+    Returns:
+        A module from images, float (N, 3, H, W) with values in [0, 1], to logits (N, classes). Where the run's
+        `input_norm` is 'dataset', it normalizes the images first, with the statistics of the run's data set.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: a file is damaged, the run is not finished, or the weights are of another network.
+    """
+    file = Path(results_file)
+    folder = file.parent.parent
+    run = read_results(file)
+    settings = DEFAULTS | run.settings
+    if not run.finished:
+        raise ValueError(f"{file} is not of a finished run")
+    network = rebuild_network(run, weights_file or run_files(folder, settings["name"] or file.stem).best_weights)
+    if settings["input_norm"] == "dataset":
+        statistics = CIFAR10_STATISTICS
+        if settings["dataset"] != "cifar10":
+            image_set = load_image_set(settings["dataset"], folder / "images", image_size=settings["image_size"])
+            statistics = image_set.mean, image_set.std
+        network = nn.Sequential(Normalize(*statistics), network).eval()
+    return network
+
+
+def rebuild_network(run: Results, weights_file: str | os.PathLike) -> nn.Module:
+    """The network of a run with trained weights, in evaluation mode, on the CPU; draws no random numbers.
+
+    It takes what it took in training: where `input_norm` is 'dataset', images that are normalized already.
+
+    Raises:
+        FileNotFoundError: there is no `weights_file`.
+        ValueError: the weights are damaged, or of another network.
+    """
+    settings = DEFAULTS | run.settings
+    weights = load_weights(weights_file)
+    arguments = {name: settings[name] for name in ("dataset", "input_norm", "stem")}
+    first = weights.get("conv1.weight", weights.get("1.conv1.weight"))
+    arguments["image_size"] = 32 if first is not None and first.shape[-1] == 3 else None  # 3×3: for small images
+    construct = partial(construct_network, settings["network"], **arguments)
+    with torch.device("cpu"), keep_random_states():  # initial weights are drawn, but nobody sees them
+        network = construct(10)
+        initial = network.state_dict()
+        unlike = {
+            value.shape[:1]
+            for name, value in weights.items()
+            if name in initial and value.shape[:1] != initial[name].shape[:1]
+        }
+        if len(unlike) == 1:  # the last layer alone, which has an output for each class
+            network = construct(*unlike.pop())
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError:  # its message has a line for each weight
+        raise ValueError(
+            f"{weights_file} does not hold the weights of a {settings['network']} for {settings['dataset']}"
+            f" with input_norm {settings['input_norm']}"
+        ) from None
+    return network.eval()
+
+
+def load_weights(file: str | os.PathLike) -> dict[str, Tensor]:
+    """A `state_dict` from its file, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds something else.
+    """
+    content = Path(file).read_bytes()
+    try:
+        check_digest(content)
+        weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # which one depends on where the damage is
+        raise ValueError(f"{file} is damaged, or does not hold the weights of a network") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{file} does not hold the weights of a network")
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise ValueError(f"{file} is damaged: it holds a value that is not a finite number")
+    return weights
+
+
+def check_digest(content: bytes) -> None:
+    """ValueError where the content of a zip file is damaged. What other programs save, and older archives, pass."""
+    ends_as_zip = content[-22:-18] == b"PK\5\6"  # without a digest behind it
+    if not ends_as_zip and not has_digest(content):
+        raise ValueError
