@@ -198,9 +198,7 @@ def check_images(network: nn.Module, height: int, width: int, num_classes: int) 
         logits = try_images(network, 2, height, width)
     except Exception as error:
         pixels = find_size(network, min(height, width))
-        hint = (
-            f"the next size that works is {pixels}×{pixels}" if pixels else f"no square size up to {LARGEST_TRIED} does"
-        )
+        hint = f"the next size that works is {pixels}×{pixels}" if pixels else f"up to {LARGEST_TRIED}, none seems to"
         what = f"cannot train on images of {height}×{width} pixels; {hint}"
         raise ValueError(f"{what} ({in_one_line(error)})") from error
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

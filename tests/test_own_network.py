@@ -1,4 +1,5 @@
 import importlib
+import random
 import re
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from data import load_image_set
 from networks import construct_network
 from observations import batch_norms, measure_normalized_values, measure_run
 from results import Results
+from seeds import make_deterministic
 from trained_networks import load_network
 
 ROOT = Path(__file__).parent.parent
@@ -154,7 +156,7 @@ def small(num_classes):
         (
             CONVOLUTION.replace("WIDTH", "7").replace("OUTPUTS", "10"),
             [],
-            "argument --network: {0}:small cannot train on images of 8×8 pixels; no square size up to 512 does (Runt",
+            "argument --network: {0}:small cannot train on images of 8×8 pixels; up to 512, none seems to (Runt",
         ),
         (CONVOLUTION.replace("WIDTH", "8").replace("OUTPUTS", "3"), [], "{0}:small computes (2, 3) for 2 images, not"),
         (DROPOUT, ["--batch_size", "34"], "argument --batch_size: 34 leaves a last batch of one of the 1293"),
@@ -171,6 +173,15 @@ def test_bad_network_ends_a_command_in_one_line(write_module, tmp_path, capsys, 
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message.format(name) in err
     assert not (tmp_path / "results").exists() and not (tmp_path / "networks").exists()
+
+
+def test_flags_are_checked_without_a_trace(write_module):
+    name = write_module(DROPOUT)
+    make_deterministic(2)
+    expected = random.random(), np.random.rand(), torch.rand(1)
+    make_deterministic(2)
+    train.parse(["--dataset", "digits", "--network", f"{name}:small"])
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected
 
 
 def stop_after_an_epoch(line: str) -> None:
