@@ -101,7 +101,7 @@ def test_what_all_runs_of_a_table_share():
     shared = parse([*FLAGS, "--momentum", "0.5"]).shared
     assert (shared["learning_rate"], shared["momentum"]) == (0.1, 0.5)
     assert not shared.keys() & {"bn_weight", "c", "input_norm", "seed", "select"}
-    tuned = parse([*FLAGS, "--learning_rates", "0.1", "0.02", "--tuning_seeds", "28-29", "--select", "last"]).shared
+    tuned = parse([*FLAGS, "--learning_rates", "0.1", "0.02", "--tuning_seeds", "29", "28", "--select", "last"]).shared
     assert "learning_rate" not in tuned
     assert (tuned["learning_rates"], tuned["tuning_seeds"], tuned["select"]) == ("0.02+0.1", "28 29", "last")
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from scipy import stats
 import figures
 import reproduce
 import train
+import workers
 from lock import lock_run
 from results import Results, read_results, write_results
 from settings import determining, run_files
@@ -511,6 +512,22 @@ def test_report_without_tuning_runs(no_training, tmp_path, capsys):
     assert "results has no finished tuning run of this experiment" in capsys.readouterr().err
 
 
+def test_signal_at_the_end_of_the_tuning_leaves_the_other_runs_alone(no_training, tmp_path, monkeypatch, capsys):
+    assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
+    chosen = {file: file.stat().st_mtime_ns for file in (tmp_path / "results").glob("*-seed[12].csv")}
+
+    def stopped_after_the_last(settings, **options):
+        if (settings.seed, settings.learning_rate, settings.bn_weight) == (17, 0.4, 0.1):
+            signal.raise_signal(signal.SIGTERM)
+        return fake_train(settings, **options)
+
+    monkeypatch.setattr(train, "train", stopped_after_the_last)
+    monkeypatch.setattr(workers, "on_signals", lambda handle: nullcontext())  # the training has its own
+    assert run(tmp_path, "--seeds", "1-2", *RATES, "--restart") == 143
+    assert "run the same command without --restart" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in chosen} == chosen
+
+
 def test_commands_of_a_tuned_experiment(no_training, tmp_path, monkeypatch, capsys):
     flags = ["--seeds", "1-2", *RATES]
     assert run(tmp_path, *flags, "--list") == 0
@@ -546,8 +563,9 @@ def test_diverged_tuning_run_counts_as_nothing(no_training, tmp_path, monkeypatc
     assert summary["learning_rate"].to_dict() == {"baseline": 0.1, "proposed": 0.01}
     monkeypatch.setattr(train, "train", None)  # it is known now, elsewhere too
     (tmp_path / "results").rename(tmp_path / "elsewhere")
+    capsys.readouterr()
     assert run(tmp_path, "--seeds", "1-2", *RATES, "--report", str(tmp_path / "elsewhere")) == 0
-    assert (tmp_path / "elsewhere" / f"{TUNED}.md").read_text() == text
+    assert capsys.readouterr().out == text
     (tmp_path / "elsewhere").rename(tmp_path / "results")
     monkeypatch.setattr(train, "train", fake_train)
     assert run(tmp_path, "--seeds", "1-2", *RATES, "--restart") == 0
