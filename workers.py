@@ -39,6 +39,7 @@ POLL_SECONDS = 0.1
 LOCAL = {  # Dask's configuration for the processes of this machine
     "distributed.deploy.lost-worker-timeout": "1 day",  # to come back; a process takes long to start on a busy machine
     "distributed.nanny.pre-spawn-environ": {},  # it is for many small tasks, and slows down the allocation of memory
+    "distributed.worker.daemon": False,  # so that a run may have processes of its own, to decode images
     "distributed.scheduler.worker-ttl": None,  # an experiment may be suspended for as long as one likes
     "distributed.worker.profile.enabled": False,
 }

@@ -1,5 +1,6 @@
 """Stand-ins for runs, in a module that other processes import at once; as a program, an experiment of them."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -21,8 +22,8 @@ def light_run(name: str, path: Path = Path()) -> Namespace:
 def make_run(run: Namespace, device: str | None, stops: list[int]) -> str | int:
     """In place of `workers.make_run`: what happens depends on the first word of the run's name.
 
-    'deadly' kills its process, 'unlucky' only the first time; 'slow' is never done, 'patient' when 'unlucky' is. Where
-    a run has begun there is a file of its name, in which is the process.
+    'deadly' kills its process, 'unlucky' only the first time; 'slow' is never done, 'patient' when 'unlucky' is;
+    'parent' starts a process of its own. Where a run has begun there is a file of its name, in which is the process.
     """
     kind, files = run.name.split()[0], run.path / "begun"
     files.mkdir(exist_ok=True)
@@ -31,6 +32,10 @@ def make_run(run: Namespace, device: str | None, stops: list[int]) -> str | int:
     (files / f"{run.name}.tmp").rename(files / run.name)
     if kind == "deadly" or (kind == "unlucky" and first_time):
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "parent":
+        child = multiprocessing.Process(target=(files / f"{run.name}'s child").touch)
+        child.start()
+        child.join()
     if kind == "unlucky":
         (files / "done").touch()
     while kind == "slow" or (kind == "patient" and not (files / "done").exists()):
