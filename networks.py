@@ -153,7 +153,8 @@ def call_function(name: str, num_classes: int) -> nn.Module:
         file = getattr(module, "__file__", None) or "built in"
         raise ValueError(f"{module_name} ({file}) has no function {function_name}")
     try:
-        network = function(num_classes=num_classes)
+        with torch.no_grad():  # what is computed with gradients, as by torch.nn.utils.weight_norm, cannot be copied
+            network = function(num_classes=num_classes)
     except Exception as error:
         raise ValueError(f"{name} cannot be called with num_classes={num_classes}: {in_one_line(error)}") from error
     if not isinstance(network, nn.Module):
@@ -191,8 +192,8 @@ def check_images(network: nn.Module, height: int, width: int, num_classes: int) 
     """Check that a network can train on images of this size.
 
     Raises:
-        ValueError: it cannot compute a batch of two, with the next square size that works; or what it
-            computes are no logits (2, num_classes).
+        ValueError: it cannot compute a batch of two, with the next square size that works; or what it computes are no
+            logits (2, num_classes).
     """
     try:
         logits = try_images(network, 2, height, width)
@@ -208,12 +209,13 @@ def check_images(network: nn.Module, height: int, width: int, num_classes: int) 
 
 def find_size(network: nn.Module, minimum: int) -> int | None:
     """The smallest height and width, from a minimum to `LARGEST_TRIED`, of images that a network can train on."""
-    shapes = copy.deepcopy(network).to("meta").train()  # computes nothing but shapes, which takes little time
-    for pixels in range(minimum, LARGEST_TRIED + 1):
-        with suppress(Exception):
-            compute_random_images(shapes, 2, pixels, pixels, "meta")
-            try_images(network, 2, pixels, pixels)
-            return pixels
+    with suppress(Exception):
+        shapes = copy.deepcopy(network).to("meta").train()  # computes nothing but shapes, which takes little time
+        for pixels in range(minimum, LARGEST_TRIED + 1):
+            with suppress(Exception):
+                compute_random_images(shapes, 2, pixels, pixels, "meta")
+                try_images(network, 2, pixels, pixels)
+                return pixels
     return None
 
 

@@ -460,6 +460,15 @@ def test_size_that_shapes_alone_do_not_tell():
         check_images(Pickier(), 8, 8, 3)
 
 
+def test_network_that_cannot_be_copied():
+    network = Picky()
+    network.weight = nn.Parameter(torch.ones(3)) * 2
+    with pytest.raises(
+        ValueError, match=r"up to 512, none seems to \(RuntimeError: Only Tensors created explicitly by"
+    ):
+        check_images(network, 7, 7, 3)
+
+
 def test_images_are_tried_on_a_copy():
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):

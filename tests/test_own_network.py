@@ -85,6 +85,13 @@ def test_weights_are_those_of_the_function(write_module):
     assert list(plain.state_dict()) == list(expected)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_network_that_computes_its_weights(write_module, few_digits, tmp_path):
+    name = write_module(DROPOUT.replace("Linear(72, num_classes)", "utils.weight_norm(nn.Linear(72, num_classes))"))
+    run, weights = run_and_weights([*QUICK, "--network", f"{name}:small"], tmp_path)
+    assert {"1.head.weight_g", "1.head.weight_v"} <= weights.keys() and run.num_epochs == 3
+
+
 def test_current_folder_takes_the_place_of_nothing(write_module, tmp_path):
     (tmp_path / "networks.py").write_text("def small(num_classes): pass")
     (tmp_path / "torch.py").write_text("")
