@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from command_line import Parser, answer_at_once, folder, one_line_endings, say
 from settings import COMPARED, DEFAULTS, PAPER
@@ -31,68 +30,111 @@ if __name__ == "__main__":
     answer_at_once("figures.py", make_parser().parse_args)  # before matplotlib and torch are imported
 
 import numpy as np
-import scipy.stats
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter
 
-from observations import LARGE, NormalizedValues, Weights, batch_norms, first_depth, initial_scale, observe_runs
+from network_figures import label_axes, learned_scales_and_shifts, line_style, make_axes, normalized_values
+from observations import observe_runs
 from results import Results, read_results, write_atomically
-from t_test import LEVEL, accuracy_by_seed, check_alike, compare, read_by_seed
+from t_test import LEVEL, accuracy_by_seed, check_alike, compare, compare_all, read_by_seed
+from table import Comparison
 
 Runs = Mapping[str, Mapping[int, Results]]  # finished runs by setting and seed
 
-STROKES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
-MARKERS = "osD^vP"  # one less than strokes: together they differ for 42 lines
-DEPTH = "batch norm, from input to output (0: in front of the network)"
-
-
-def make_axes(rows: int = 1, columns: int = 1, width: float = 5.5, height: float = 4.0, **options: Any) -> Any:
-    """The axes of a new figure; each is `width` by `height` inches."""
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    return figure.subplots(rows, columns, **options)
-
-
-def line_style(index: int) -> dict[str, Any]:
-    """Color, stroke and marker of the line of the setting with this index."""
-    return {"color": f"C{index}", "linestyle": STROKES[index % len(STROKES)], "marker": MARKERS[index % len(MARKERS)]}
-
-
-def label_axes(panel: Axes, xlabel: str, ylabel: str) -> None:
-    """Label both axes of a panel whose x values are whole numbers, and give it a grid."""
-    panel.set(xlabel=xlabel, ylabel=ylabel)
-    panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.grid(alpha=0.3)
+SHOWN = ("baseline", "proposed", "init")  # the settings whose trained networks are shown
+UNSETTLED = 100  # steps until the running statistics of batch norm have forgotten where they started
 
 
 def learning_curves(runs: Runs) -> Figure:
-    """Test accuracy and training loss by epoch: mean ± standard deviation over the seeds. ValueError without runs."""
+    """Test error and training loss by epoch: the median over the seeds, and their middle half. ValueError without runs.
+
+    Both axes are logarithmic: an error of 0 is below them.
+    """
     if not any(runs.values()):
         raise ValueError("there are no runs")
-    axes = make_axes(columns=2)
+    axes, shown = make_axes(columns=2), ([], [])
     for index, (setting, seeds) in enumerate(runs.items()):
         if not seeds:
             continue
         num_epochs = min(run.num_epochs for run in seeds.values())
         epochs = np.arange(1, num_epochs + 1)
-        for panel, column in zip(axes, ("test_accuracy", "train_loss"), strict=True):
-            values = np.array([run.columns[column][:num_epochs] for run in seeds.values()])
-            mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else 0
+        errors = [100 - run.columns["test_accuracy"][:num_epochs] for run in seeds.values()]
+        losses = [run.columns["train_loss"][:num_epochs] for run in seeds.values()]
+        for panel, values, of_panel in zip(axes, (errors, losses), shown, strict=True):
+            low, median, high = quartiles = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
+            of_panel.append(quartiles.ravel())
             label = f"{setting} ({len(values)} seed{'s' * (len(values) > 1)})"
-            panel.plot(epochs, mean, label=label, markevery=0.1 if num_epochs > 20 else 1, **line_style(index))
-            panel.fill_between(epochs, mean - deviation, mean + deviation, color=f"C{index}", alpha=0.15, linewidth=0)
-    label_axes(axes[0], "epoch", "test accuracy (%)")
-    label_axes(axes[1], "epoch", "training loss (cross-entropy, nats)")
-    axes[0].legend(title="mean ± standard deviation", fontsize=8, title_fontsize=8)
+            panel.plot(epochs, median, label=label, markevery=0.1 if num_epochs > 20 else 1, **line_style(index))
+            panel.fill_between(epochs, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
+    for panel, of_panel, name in zip(
+        axes, shown, ("test error (%)", "training loss (cross-entropy, nats)"), strict=True
+    ):
+        label_axes(panel, "epoch", name)
+        make_logarithmic(panel, np.concatenate(of_panel))
+    axes[0].set_ylim(top=min(100, axes[0].get_ylim()[1]))
+    axes[0].set_title(
+        f"For about {UNSETTLED} steps, evaluation uses running statistics\nof batch norm that have not settled.",
+        fontsize=9,
+    )
+    axes[1].legend(title="median, middle half of the seeds", fontsize=8, title_fontsize=8)
     return axes[0].figure
+
+
+def make_logarithmic(panel: Axes, values: np.ndarray) -> None:
+    """Give a panel a logarithmic y axis with plain numbers, from the smallest of the values above 0 to the largest."""
+    above = values[values > 0] if (values > 0).any() else np.ones(1)
+    panel.set_ylim(above.min() / 1.2, above.max() * 1.2)
+    panel.set_yscale("log")
+    plain = FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else "")
+    panel.yaxis.set_major_formatter(plain)
+    panel.yaxis.set_minor_formatter(plain)
+    panel.grid(alpha=0.15, which="minor")
+
+
+def forest_plot(comparisons: Sequence[Comparison]) -> Figure:
+    """The mean difference of each comparison with its 95 % confidence interval, and a dot for each seed.
+
+    The rows are in the order of the comparisons, without those that have no pairs, as the baseline has none with
+    itself. A contrast shows the first setting minus the second. ValueError where no comparison has pairs.
+    """
+    comparisons = [c for c in comparisons if c.differences]
+    if not comparisons:
+        raise ValueError("there is no comparison with a pair of runs")
+    panel = make_axes(width=7, height=1.2 + 0.6 * len(comparisons))
+    for row, c in enumerate(comparisons):
+        values = list(c.differences.values())
+        dots = {"color": "white", "markeredgecolor": "0.4", "markersize": 4, "linestyle": "none", "zorder": 2}
+        label = {"label": "one seed"} if row == 0 else {}
+        rounded = np.round(values, 9)
+        ties = np.array([np.count_nonzero(rounded[:place] == value) for place, value in enumerate(rounded)])
+        heights = row + 0.2 + ties * min(0.1, 0.4 / max(ties.max(), 1))  # equal ones below each other
+        panel.plot(values, heights, marker="o", **dots, **label)
+        if np.isfinite(c.interval).all():
+            label = {"label": "95 % interval of the mean"} if row == 0 else {}
+            panel.hlines(row, *c.interval, color="black", linewidth=2.5, zorder=3, **label)
+        label = {"label": "mean"} if row == 0 else {}
+        panel.plot([c.difference], [row], color="black", marker="D", markersize=7, linestyle="none", zorder=4, **label)
+        text = f"{c.difference:+.2f} ({c.interval[0]:+.2f} to {c.interval[1]:+.2f})".replace(" (+nan to +nan)", "")
+        panel.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    panel.axvline(0, color="black", linestyle="--", linewidth=1, zorder=1)
+    panel.set_yticks(range(len(comparisons)), [c.setting for c in comparisons])
+    panel.set_ylim(len(comparisons) - 0.3, -0.4)  # the first at the top
+    panel.set_xlabel(
+        "test accuracy − baseline's, of A vs B: A's − B's (percentage points)"
+        if any(c.reference != "baseline" for c in comparisons)
+        else "test accuracy − baseline's (percentage points)"
+    )
+    panel.grid(alpha=0.3, axis="x")
+    panel.figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    return panel.figure
 
 
 def paired_differences(runs: Runs, baseline: str = "baseline") -> Figure:
     """How far each seed's test accuracy exceeds the baseline's, with the mean and its 95 % confidence interval.
 
-    ValueError where no seed has a run of the baseline and of another setting.
+    A circle marks a difference of 0. ValueError where no seed has a run of the baseline and of another setting.
     """
     theirs = accuracy_by_seed(runs.get(baseline, {}))
     comparisons = [compare(name, accuracy_by_seed(of), theirs) for name, of in runs.items() if name != baseline]
@@ -106,6 +148,10 @@ def paired_differences(runs: Runs, baseline: str = "baseline") -> Figure:
         colors = ["0.4" if value > 0 else "0.85" for value in values]
         panel.bar(names, values, color=colors, edgecolor="black", linewidth=0.8, zorder=2)
         panel.axhline(0, color="black", linewidth=0.8, zorder=3)
+        same = [name for name, value in zip(names, values, strict=True) if value == 0]
+        if same:
+            style = {"color": "white", "markeredgecolor": "black", "marker": "o", "linestyle": "none", "zorder": 4}
+            [handles["no difference"]] = panel.plot(same, [0] * len(same), **style)
         handles["mean"] = panel.axhline(c.difference, color="C3", linestyle="--", linewidth=2, zorder=3)
         title = f"{c.setting}: {c.difference:+.2f}"
         if np.isfinite(c.interval).all():
@@ -114,7 +160,7 @@ def paired_differences(runs: Runs, baseline: str = "baseline") -> Figure:
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("seed")
         panel.tick_params(axis="x", labelsize=7)
-    axes[0].figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
+    axes[0].figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     axes[0].set_ylabel(f"test accuracy − {baseline}'s (percentage points)")
     return axes[0].figure
 
@@ -123,7 +169,7 @@ def accuracy_by_bn_weight(runs: Runs, baseline: str = "baseline") -> Figure:
     """Test accuracy by the initial γ, for all settings that have the c and input_norm of 'proposed'.
 
     It shows mean and standard deviation over the seeds, and a star where the paired t-test against the baseline gives
-    p ≤ 0.05. ValueError where there are fewer than two such settings.
+    p ≤ 0.05. ValueError where they have fewer than three values of γ.
     """
     theirs = accuracy_by_seed(runs.get(baseline, {}))
     points = []
@@ -131,8 +177,8 @@ def accuracy_by_bn_weight(runs: Runs, baseline: str = "baseline") -> Figure:
         settings = DEFAULTS | next(iter(seeds.values())).settings if seeds else {}
         if all(settings.get(name) == PAPER["proposed"][name] for name in ("c", "input_norm")):
             points.append((settings["bn_weight"], compare(setting, accuracy_by_seed(seeds), theirs)))
-    if len(points) < 2:
-        raise ValueError("there are fewer than two bn_weights to compare")
+    if len({weight for weight, _ in points}) < 3:
+        raise ValueError("there are fewer than three bn_weights to compare")
     weights, comparisons = zip(*sorted(points, key=lambda point: point[0]), strict=True)
     panel = make_axes()
     means, deviations = [c.mean for c in comparisons], [np.nan_to_num(c.deviation) for c in comparisons]
@@ -151,65 +197,6 @@ def accuracy_by_bn_weight(runs: Runs, baseline: str = "baseline") -> Figure:
     return panel.figure
 
 
-def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mapping[str, float]) -> Figure:
-    """Histograms of the learned γ and β of each batch norm, by depth, and where they started (Section 3).
-
-    γ is divided by its initial value, so that settings with different ones can be compared.
-
-    Args:
-        weights: for each setting a `state_dict`, as in `networks/NAME-best.pt`.
-        bn_weights: for each setting the initial γ of the batch norms; see `observations.initial_scale`.
-    """
-    scales, shifts = [], []  # for each setting the values by depth
-    for setting, trained in weights.items():
-        layers = list(batch_norms(trained))
-        scales.append({depth: scale / initial_scale(depth, bn_weights[setting]) for depth, scale, _ in layers})
-        shifts.append({depth: shift for depth, _, shift in layers})
-    axes = make_axes(2, len(weights), squeeze=False, sharey="row", height=3.4)
-    rows = ((scales, 1, "learned γ / its start"), (shifts, 0, "learned β"))
-    for panels, (values, start, name) in zip(axes, rows, strict=True):
-        draw_histograms(panels, values, start)
-        for panel in panels:
-            panel.axhline(start, color="C3", linestyle="--", linewidth=1, label="start")
-            panel.xaxis.get_major_locator().set_params(integer=True)
-            panel.set_xlabel(DEPTH)
-        panels[0].set_ylabel(name)
-    for panel, setting in zip(axes[0], weights, strict=True):
-        panel.set_title(setting)
-    axes[0][0].legend(loc="upper right", fontsize=8)
-    return axes[0][0].figure
-
-
-def draw_histograms(panels: Sequence[Axes], values: Sequence[Mapping[int, np.ndarray]], start: float) -> None:
-    """Fill each panel with one setting's histograms, a column for each depth: the darker, the more of its values."""
-    deviations = np.concatenate([layer - start for layers in values for layer in layers.values()])
-    radius = 1.001 * np.abs(deviations).max()
-    edges = start + radius * np.linspace(-1, 1, 122)  # an odd number of bins: one has the start in its middle
-    for panel, layers in zip(panels, values, strict=True):
-        shares = np.array([np.histogram(layer, edges)[0] / len(layer) for layer in layers.values()]).T
-        depth_edges = np.arange(len(layers) + 1) + min(layers) - 0.5
-        mesh = panel.pcolormesh(depth_edges, edges, shares, cmap="Greys", norm=PowerNorm(0.5, vmin=0, vmax=1))
-        panel.set_ylim(start + deviations.min() - radius / 20, start + deviations.max() + radius / 20)
-    bar = panels[0].figure.colorbar(mesh, ax=list(panels), pad=0.01, format=PercentFormatter(1))
-    bar.set_label("share of the channels of a layer")
-
-
-def normalized_values(measured: Mapping[str, Sequence[NormalizedValues]]) -> Figure:
-    """How large normalized values get, by depth: the share beyond ±3, and the largest absolute one (Section 3)."""
-    axes = make_axes(columns=2)
-    for index, (setting, layers) in enumerate(measured.items()):
-        depth = np.arange(len(layers)) + first_depth([layer.name for layer in layers])
-        axes[0].plot(depth, [100 * layer.share_beyond_3 for layer in layers], label=setting, **line_style(index))
-        axes[1].plot(depth, [layer.maximum for layer in layers], label=setting, **line_style(index))
-    normal = 100 * 2 * scipy.stats.norm.sf(LARGE)
-    axes[0].axhline(normal, color="0.5", linewidth=1, label=f"a normal variable: {normal:.2f} %")
-    label_axes(axes[0], DEPTH, f"normalized values beyond ±{LARGE:g} (%)")
-    label_axes(axes[1], DEPTH, "largest absolute normalized value")
-    axes[1].set_ylim(bottom=0)
-    axes[0].legend()
-    return axes[0].figure
-
-
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write a figure as STEM.png and STEM.pdf; returns both. On an OSError, an older file is still there, and whole."""
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf")]
@@ -221,16 +208,19 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return files
 
 
-def save_figures(stem: Path, runs: Runs, networks: Path) -> tuple[list[Path], list[str]]:
+def save_figures(
+    stem: Path, runs: Runs, networks: Path, comparisons: Sequence[Comparison] | None = None
+) -> tuple[list[Path], list[str]]:
     """Draw and write every figure that can be made. OSError where one cannot be written. Nothing is downloaded.
 
-    Two figures show the trained networks of 'baseline' and 'proposed' with the smallest seed. Their γ and β are also
-    written to STEM-scales-and-shifts.npz, from which that figure is drawn where the weights are missing.
+    Two figures show trained networks, those of `SHOWN` with the smallest seed. Their γ and β are also written to
+    STEM-scales-and-shifts.npz, from which that figure is drawn where the weights are missing.
 
     Args:
         stem: the folder, and how the names of the files begin.
         runs: the finished runs by setting and seed.
         networks: the folder with the trained weights, NAME-best.pt; `images` beside it has the data.
+        comparisons: what `forest_plot` shows; by default every setting beside the baseline.
 
     Returns:
         The files of the figures; and a line for each figure of trained networks that cannot be made, with the reason.
@@ -240,17 +230,19 @@ def save_figures(stem: Path, runs: Runs, networks: Path) -> tuple[list[Path], li
     for draw in (learning_curves, paired_differences, accuracy_by_bn_weight):
         with suppress(ValueError):  # there are too few settings or seeds for it
             figures[draw.__name__.replace("_", "-")] = draw(runs)
-    first_runs = {name: seeds[min(seeds)] for name in ("baseline", "proposed") if (seeds := runs.get(name))}
-    title = "\n".join(str(run.settings.get("name")) for run in first_runs.values())
+    with suppress(ValueError):
+        figures["forest"] = forest_plot(compare_all(runs) if comparisons is None else comparisons)
+    first_runs = {name: seeds[min(seeds)] for name in SHOWN if (seeds := runs.get(name))}
+    names = {setting: str(run.settings.get("name")) for setting, run in first_runs.items()}
     archive = stem.with_name(f"{stem.name}-scales-and-shifts.npz")
-    weights, measured, missing = observe_runs(first_runs, title, networks, archive)
+    weights, measured, missing = observe_runs(first_runs, "\n".join(names.values()), networks, archive)
     if measured:
         figures["normalized-values"] = figure = normalized_values(measured)
-        figure.suptitle(f"{title}\n128 test images", fontsize=9)
+        figure.suptitle("\n".join([*names.values(), "128 test images"]), fontsize=9)
     if weights:
-        bn_weights = {name: PAPER[name]["bn_weight"] for name in weights}
+        bn_weights = {setting: PAPER[setting]["bn_weight"] for setting in weights}
         figures["scales-and-shifts"] = figure = learned_scales_and_shifts(weights, bn_weights)
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle("\n".join(names[setting] for setting in weights), fontsize=9)
     made = [file for name, figure in figures.items() for file in save(figure, stem.with_name(f"{stem.name}-{name}"))]
     return made, missing
 

@@ -60,7 +60,7 @@ def save_batch_norms(file: Path, title: str, weights: Mapping[str, Weights]) -> 
 
     Args:
         file: the archive, with the suffix .npz.
-        title: the names of the runs; `load_batch_norms` asks for it.
+        title: the names of the runs, one a line; `load_batch_norms` asks for them.
         weights: the `batch_norm_arrays` of each setting.
     """
     arrays = {f"{setting}/{name}": values for setting, of in weights.items() for name, values in of.items()}
@@ -73,9 +73,11 @@ def save_batch_norms(file: Path, title: str, weights: Mapping[str, Weights]) -> 
 def load_batch_norms(file: Path, title: str) -> dict[str, dict[str, np.ndarray]]:
     """What `save_batch_norms` wrote: the arrays of each setting, by their names in the `state_dict`.
 
+    The file may hold some only of the runs that the lines of `title` name.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or has another title.
+        ValueError: it is damaged, or of a run that `title` does not name.
     """
     content = file.read_bytes()
     try:
@@ -85,8 +87,8 @@ def load_batch_norms(file: Path, title: str) -> dict[str, dict[str, np.ndarray]]
         found = str(arrays.pop("title"))
     except Exception as error:  # which one depends on where the damage is
         raise ValueError(f"{file} is damaged, or does not hold the γ and β of trained networks") from error
-    if found != title:
-        raise ValueError(f"{file} is of other runs: {found}")
+    if not set(found.splitlines()) <= set(title.splitlines()):
+        raise ValueError(f"{file} is of other runs: {', '.join(found.splitlines())}")
     weights: dict[str, dict[str, np.ndarray]] = {}
     for key, values in arrays.items():
         setting, _, name = key.partition("/")
@@ -168,7 +170,7 @@ def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archiv
 
     Args:
         runs: for each setting a finished run, all of one data set; there may be none.
-        title: the names of the runs.
+        title: the names of the runs, one a line.
         networks: the folder with their weights, NAME-best.pt; `images` beside it has the data. Nothing is downloaded.
         archive: where γ and β are written to, and read from where the weights are missing; see `save_batch_norms`.
 

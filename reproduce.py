@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not outcomes.stops:
                 from figures import save_figures  # matplotlib is not needed where runs are made
 
-                _, missing = save_figures(stem, runs, folder.parent / "networks")
+                _, missing = save_figures(stem, runs, folder.parent / "networks", comparisons)
                 say(*missing)
         for name, reason in outcomes.failed.items():
             print(f"reproduce.py: {name} failed: {reason}", file=sys.stderr)

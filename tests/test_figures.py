@@ -9,13 +9,13 @@ import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy import stats
 
 import figures
 import results
 import small
-from networks import construct_network
-from observations import NormalizedValues
 from results import Results, write_results
+from t_test import compare_all
 
 CURVES = {  # test accuracies of three epochs, by setting and seed
     "baseline": {1: [50, 80, 90], 2: [55, 85, 92], 3: [60, 75, 91]},
@@ -44,23 +44,38 @@ def no_window():
 
 
 def test_learning_curves():
-    accuracy, loss = figures.learning_curves(RUNS).axes
-    for setting, line, band in zip(CURVES, accuracy.lines, accuracy.collections, strict=True):
-        values = np.array(list(CURVES[setting].values()))
+    error, loss = figures.learning_curves(RUNS).axes
+    for setting, line, band in zip(CURVES, error.lines, error.collections, strict=True):
+        low, middle, high = np.sort(100 - np.array(list(CURVES[setting].values())), axis=0)  # of three seeds
         np.testing.assert_allclose(line.get_xdata(), [1, 2, 3])
-        np.testing.assert_allclose(line.get_ydata(), values.mean(axis=0))
+        np.testing.assert_allclose(line.get_ydata(), middle)
         assert line.get_label() == f"{setting} (3 seeds)"
-        low, high = values.mean(axis=0) - values.std(axis=0, ddof=1), values.mean(axis=0) + values.std(axis=0, ddof=1)
         heights = band.get_paths()[0].vertices[:, 1]
-        assert (heights.min(), heights.max()) == pytest.approx((low.min(), high.max()))
-    np.testing.assert_allclose(
-        loss.lines[0].get_ydata(), 3 - np.array([[50, 80, 90], [55, 85, 92], [60, 75, 91]]).mean(0) / 40
-    )
-    assert (accuracy.get_xlabel(), accuracy.get_ylabel()) == ("epoch", "test accuracy (%)")
+        quartiles = (low + middle) / 2, (middle + high) / 2
+        assert (heights.min(), heights.max()) == pytest.approx((quartiles[0].min(), quartiles[1].max()))
+    np.testing.assert_allclose(loss.lines[0].get_ydata(), 3 - np.array([55, 80, 91]) / 40)
+    assert (error.get_xlabel(), error.get_ylabel(), error.get_yscale()) == ("epoch", "test error (%)", "log")
+    assert "100 steps" in error.get_title() and "running statistics" in error.get_title()
     with pytest.raises(ValueError, match="there are no runs"):
         figures.learning_curves({"baseline": {}})
-    styles = {(str(line.get_linestyle()), line.get_marker()) for line in accuracy.lines}
+    styles = {(str(line.get_linestyle()), line.get_marker()) for line in error.lines}
     assert len(styles) == 3  # what can be told apart in grey
+
+
+@pytest.mark.parametrize("accuracies", [[0.0, 50, 100], [100, 100, 100], [0, 0, 0]])
+def test_learning_curves_at_the_ends_of_the_scale(accuracies, tmp_path):
+    """Neither a line nor a band goes beyond what can be, and no error of 0 keeps the figure from being drawn."""
+    runs = {seed: make_run("baseline", seed) for seed in (1, 2, 3)}
+    for run in runs.values():
+        run.columns["test_accuracy"] = np.array(accuracies, dtype=float)
+    runs[3].columns["test_accuracy"][1] = 100
+    figure = figures.learning_curves({"baseline": runs})
+    panel = figure.axes[0]
+    low, high = panel.get_ylim()
+    assert 0 < low < high <= 100
+    heights = panel.collections[0].get_paths()[0].vertices[:, 1]
+    assert heights.min() >= 0 and heights.max() <= 100
+    figures.save(figure, tmp_path / "x")
 
 
 def test_paired_differences():
@@ -70,51 +85,60 @@ def test_paired_differences():
     assert [bar.get_height() for bar in half.patches[:3]] == [5, 5, 5.5]
     assert proposed.lines[1].get_ydata()[0] == pytest.approx(5 / 3)
     assert proposed.get_title().startswith("proposed: +1.67\n")
+    assert not [line for line in proposed.lines if line.get_marker() == "o"]
+    equal = {1: RUNS["proposed"][1], 2: RUNS["baseline"][2], 3: RUNS["proposed"][3]}
+    [panel] = figures.paired_differences({"baseline": RUNS["baseline"], "other": equal}).axes
+    [zero] = [line for line in panel.lines if line.get_marker() == "o"]  # a bar of no height cannot be seen
+    assert (list(zero.get_xdata()), list(zero.get_ydata())) == (["2"], [0])
     with pytest.raises(ValueError, match="no seed with a run of baseline and of another setting"):
         figures.paired_differences({"baseline": RUNS["baseline"], "proposed": {}})
 
 
+def test_forest_plot():
+    comparisons = compare_all(RUNS, contrasts=[("proposed", "bn_weight 0.5")])
+    panel = figures.forest_plot(comparisons).axes[0]
+    assert [label.get_text() for label in panel.get_yticklabels()] == [
+        *("proposed", "bn_weight 0.5", "proposed vs bn_weight 0.5")
+    ]
+    expected = [[3, -1, 3], [5, 5, 5.5], [-2, -6, -2.5]]
+    dots = [line for line in panel.lines if line.get_marker() == "o"]
+    means = [line for line in panel.lines if line.get_marker() == "D"]
+    for row, (values, of_seeds, mean, line) in enumerate(zip(expected, dots, means, panel.collections, strict=True)):
+        np.testing.assert_allclose(of_seeds.get_xdata(), values)
+        assert len(np.unique(of_seeds.get_xydata(), axis=0)) == 3  # equal ones do not hide each other
+        assert (mean.get_xdata()[0], mean.get_ydata()[0]) == (pytest.approx(np.mean(values)), row)
+        interval = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+        np.testing.assert_allclose(line.get_segments()[0], [[interval[0], row], [interval[1], row]])
+    assert panel.get_ylim()[0] > panel.get_ylim()[1]  # the first at the top
+    zero = [line for line in panel.lines if line.get_marker() == "None"]
+    assert [list(line.get_xdata()) for line in zero] == [[0, 0]]
+    with pytest.raises(ValueError, match="no comparison with a pair of runs"):
+        figures.forest_plot(compare_all({"baseline": RUNS["baseline"], "proposed": {}}))
+
+
+def test_forest_plot_of_one_seed_has_no_interval():
+    one = {setting: {1: seeds[1]} for setting, seeds in RUNS.items()}
+    panel = figures.forest_plot(compare_all(one)).axes[0]
+    assert not panel.collections
+    assert [text.get_text() for text in panel.texts] == ["+3.00", "+5.00"]
+
+
 def test_accuracy_by_bn_weight():
-    panel = figures.accuracy_by_bn_weight(RUNS).axes[0]
-    line = panel.lines[0]
-    points = np.asarray(line.get_xydata(), dtype=float)
-    np.testing.assert_allclose(points, [[0.1, np.mean([93, 91, 94])], [0.5, np.mean([95, 97, 96.5])]])
+    two = {setting: dict(seeds) for setting, seeds in RUNS.items()}
+    with pytest.raises(ValueError, match="fewer than three bn_weights"):
+        figures.accuracy_by_bn_weight(two)
+    VALUES["γ = 1"], CURVES["γ = 1"] = (1.0, 100.0, "bn"), CURVES["baseline"]
+    three = two | {"γ = 1": {seed: make_run("γ = 1", seed) for seed in (1, 2, 3)}}
+    del VALUES["γ = 1"], CURVES["γ = 1"]
+    panel = figures.accuracy_by_bn_weight(three).axes[0]
+    points = np.asarray(panel.lines[0].get_xydata(), dtype=float)
+    np.testing.assert_allclose(points, [[0.1, np.mean([93, 91, 94])], [0.5, np.mean([95, 97, 96.5])], [1, 91]])
     assert panel.get_xscale() == "log"
     [star] = [text for text in panel.texts if text.get_text() == "*"]
     assert star.xy[0] == 0.5  # for 0.1, p is 0.18
-    with pytest.raises(ValueError, match="fewer than two bn_weights"):
-        figures.accuracy_by_bn_weight({"baseline": RUNS["baseline"], "proposed": RUNS["proposed"]})
-
-
-def test_learned_scales_and_shifts():
-    weights = {name: construct_network(bn_weight=w, input_norm=n).state_dict() for name, (w, _, n) in VALUES.items()}
-    weights["proposed"]["1.bn1.weight"][:16] *= 1.2
-    weights["proposed"]["1.layer4.1.bn2.bias"] += 0.5
-    figure = figures.learned_scales_and_shifts(weights, {name: values[0] for name, values in VALUES.items()})
-    panels = [panel for panel in figure.axes if panel.get_label() != "<colorbar>"]
-    meshes = [np.asarray(panel.collections[0].get_array()) for panel in panels]
-    assert [mesh.shape for mesh in meshes] == [
-        (121, 20),
-        (121, 21),
-        (121, 21),
-    ] * 2  # 20 batch norms, and the input layer
-    for mesh in meshes:
-        np.testing.assert_allclose(mesh.sum(axis=0), 1)
-        assert np.count_nonzero(mesh[60]) == mesh.shape[1] - (mesh is meshes[4])  # where they started
-    np.testing.assert_allclose(meshes[1][60, :3], [1, 0.75, 1])
-    assert meshes[1][120, 1] == 0.25 and meshes[4][120, 20] == 1
-    assert panels[1].get_xlim()[0] == -0.5 and panels[0].get_xlim()[0] == 0.5
-
-
-def test_normalized_values():
-    measured = {
-        "baseline": [NormalizedValues("bn1", 0.02, 9.0), NormalizedValues("bn2", 0.01, 8.0)],
-        "proposed": [NormalizedValues("0", 0.001, 2.0), NormalizedValues("1.bn1", 0.002, 4.0)],
-    }
-    share, largest = figures.normalized_values(measured).axes
-    np.testing.assert_allclose(share.lines[0].get_xydata(), [[1, 2], [2, 1]])
-    np.testing.assert_allclose(share.lines[1].get_xydata(), [[0, 0.1], [1, 0.2]])
-    np.testing.assert_allclose(largest.lines[1].get_xydata(), [[0, 2], [1, 4]])
+    again = two | {"again": {1: RUNS["proposed"][1]}}  # a third setting, not a third γ
+    with pytest.raises(ValueError, match="fewer than three bn_weights"):
+        figures.accuracy_by_bn_weight(again)
 
 
 def test_files(small_network, tmp_path):
@@ -129,7 +153,7 @@ def test_files(small_network, tmp_path):
     files = list(map(str, (tmp_path / "results").glob("*.csv")))
     figures.main([*files, "--output", str(tmp_path / "figures")])
     made = {file.stem for file in (tmp_path / "figures").glob("*.png")}
-    names = {"learning-curves", "paired-differences", "scales-and-shifts", "normalized-values"}
+    names = {"learning-curves", "paired-differences", "forest", "scales-and-shifts", "normalized-values"}
     assert made == {f"figure-{name}" for name in names}
     for name in made:
         assert (tmp_path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
@@ -143,6 +167,14 @@ def test_files(small_network, tmp_path):
     figures.main([*files, "--output", str(tmp_path / "figures"), "--networks", str(tmp_path / "none")])
     made = {file.stem for file in (tmp_path / "figures").glob("*.png")}
     assert made == {f"figure-{name}" for name in names - {"normalized-values"}}
+    assert (tmp_path / "figures" / "figure-scales-and-shifts.png").read_bytes() == before
+
+    # and where there are runs of `init`, of which the small file has nothing
+    run = make_run("proposed", 1)
+    run.settings |= {"dataset": "digits", "c": 1.0, "name": "init 1"}
+    write_results(tmp_path / "results" / "init 1.csv", run)
+    files = list(map(str, (tmp_path / "results").glob("*.csv")))
+    figures.main([*files, "--output", str(tmp_path / "figures"), "--networks", str(tmp_path / "none")])
     assert (tmp_path / "figures" / "figure-scales-and-shifts.png").read_bytes() == before
 
 

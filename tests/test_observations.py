@@ -49,24 +49,24 @@ def test_batch_norms_by_depth():
 def test_archive_of_batch_norms(tmp_path):
     file = tmp_path / "x.npz"
     weights = {"baseline": {"1.weight": np.array([1.0, 2.0])}, "proposed": {"0.bias": np.array([3.0], np.float32)}}
-    save_batch_norms(file, "run 1, run 2", weights)
-    loaded = load_batch_norms(file, "run 1, run 2")
+    save_batch_norms(file, "run 1\nrun 2", weights)
+    loaded = load_batch_norms(file, "run 1\nrun 2\nrun 3")
     assert {setting: list(arrays) for setting, arrays in loaded.items()} == {
         setting: list(arrays) for setting, arrays in weights.items()
     }
     np.testing.assert_array_equal(loaded["proposed"]["0.bias"], [3.0])
     with pytest.raises(ValueError, match=r"x\.npz is of other runs: run 1, run 2"):
-        load_batch_norms(file, "run 1, run 3")
+        load_batch_norms(file, "run 1\nrun 3")
     whole = file.read_bytes()
     file.write_bytes(whole[:-32])  # without its checksum, as an older one
-    assert load_batch_norms(file, "run 1, run 2").keys() == weights.keys()
+    assert load_batch_norms(file, "run 1\nrun 2").keys() == weights.keys()
     changed = [whole[:n] + bytes([whole[n] ^ 1 << n % 8]) + whole[n + 1 :] for n in range(len(whole))]
     for content in (b"", b"a", whole[:-30], *changed):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.npz is damaged"):
-            load_batch_norms(file, "run 1, run 2")
+            load_batch_norms(file, "run 1\nrun 2")
     with pytest.raises(FileNotFoundError, match=r"none\.npz"):
-        load_batch_norms(tmp_path / "none.npz", "run 1, run 2")
+        load_batch_norms(tmp_path / "none.npz", "run 1\nrun 2")
 
 
 # --- normalized values ----------------------------------------------------------------------------------------------
