@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice, repeat
 
 import settings as flags
 from command_line import FlagError, Parser, answer_at_once, as_typed, folder, one_line_endings, say, whole
@@ -148,24 +148,22 @@ def measure_first_steps(
     )
     initial = {name: layer.weight.detach().clone() for name, layer in convolutions(network).items()}
     found: dict[int, tuple[float, float, list[float]]] = {}
-    for step, (images, labels) in enumerate(repeat(train_batches, max(wanted) + 1)):
+    epochs = chain.from_iterable(repeat(train_batches))
+    for step, (images, labels) in enumerate(epochs):
         if step in wanted:
             with keep_random_states():
                 anew = estimate_statistics(network, islice(train_batches, math.ceil(num_images / settings.batch_size)))
                 accuracies = [measure(one, test_batches, settings)[1] for one in (network, anew)]
             angles = [angle(initial[name], layer.weight) for name, layer in convolutions(network).items()]
             found[step] = (*accuracies, angles)
+        if step == max(wanted):
+            break
         network.train()
         optimizer.zero_grad()
         F.cross_entropy(compute_logits(network, images, settings), labels).backward()
         optimizer.step()
     running, estimated_anew, angles = map(np.array, zip(*found.values(), strict=True))
     return FirstSteps(np.array(list(found)), running, estimated_anew, dict(zip(initial, angles.T, strict=True)))
-
-
-def repeat(batches: Batches, number: int) -> Iterable[Batch]:
-    """So many batches, epoch after epoch."""
-    return islice((batch for _ in range(number) for batch in batches), number)
 
 
 def estimate_statistics(network: nn.Module, batches: Iterable[Batch]) -> nn.Module:
