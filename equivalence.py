@@ -1,0 +1,112 @@
+"""The paper's method as a network with γ = 1 that starts with smaller logits, and learns at other rates."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
+
+HOMOGENEOUS = (  # what passes a factor above 0 on, or, with a bias or statistics, can be made to
+    *(nn.Conv2d, nn.Linear, _BatchNorm, nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+    *(nn.Identity, nn.Flatten, nn.Dropout),
+)
+
+Groups = list[dict[str, Any]]
+
+
+def equivalent(
+    network: nn.Module, bn_weight: float, weight_decay: float = 1e-4, learning_rate: float = 0.1, c: float = 100
+) -> tuple[nn.Module, Groups]:
+    """The network with batch norms at γ = 1 that trains as one with batch norms at γ = `bn_weight` = γ0 does.
+
+    All that a batch norm of the given network passes on is γ0 times what it is in the other one. Convolutions, ReLU,
+    pooling and sums pass this factor on, and the next batch norm removes it: its eps, in relation to the variance, is
+    then 1/γ0² times as large. Only the last layer does not remove it. So the other network has γ / γ0, β / γ0 and
+    biases / γ0, γ0 times the weights of the last layer, and otherwise the same weights. Where a parameter of the given
+    network is s times that of the other one, the other's learning rate is 1/s² times, and its weight decay s² times as
+    large. With γ0 = 0.1 and c = 100 that is, for the other one: the usual rate for γ, 100 times it for β, and a
+    hundredth of it for the weights of the last layer, with 100 times the weight decay.
+
+    Both compute the same logits and losses, in training and in evaluation mode, before and after every step of SGD,
+    with or without momentum, but for rounding. This is so under these conditions:
+
+    - Every layer is one of `HOMOGENEOUS`, of which the last `nn.Linear` gives the logits, and every batch norm has γ
+      and β. What `forward` does besides is homogeneous too, such as sums, concatenations and means.
+    - The first batch norm, in the order of `network.modules()`, is computed first, and all later layers with a bias or
+      statistics depend on the images only through batch norms.
+    - A schedule multiplies all learning rates by the same factor, which `CosineAnnealingLR` does with `eta_min` = 0.
+
+    Args:
+        network: any module; it is left as it is. Its γ's may have any values, as those of the input layer have.
+        bn_weight: γ0.
+        weight_decay, learning_rate, c: what the given network is trained with, see
+            `adjust_weight_decay_and_learning_rate`.
+
+    Returns:
+        The other network, and its parameter groups for `torch.optim.SGD`.
+
+    Raises:
+        ValueError: a layer is not one of `HOMOGENEOUS`, a batch norm lacks γ or β, or there is no linear layer.
+    """
+    other = copy.deepcopy(network)
+    leaves = [module for module in other.modules() if not list(module.children())]
+    unlike = {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, HOMOGENEOUS)}
+    if unlike:
+        raise ValueError(f"there is no equivalent where a layer is not homogeneous: {', '.join(sorted(unlike))}")
+    last = last_layer(other)
+    scales = {last.weight: 1 / bn_weight}
+    scaled = False  # whether what a layer takes has the factor
+    for layer in leaves:
+        if isinstance(layer, _BatchNorm):
+            if layer.weight is None or layer.bias is None:
+                raise ValueError("there is no equivalent where a batch norm lacks γ or β")
+            scales |= {layer.weight: bn_weight, layer.bias: bn_weight}
+            if scaled:
+                layer.eps /= bn_weight**2
+                if layer.running_mean is not None:
+                    layer.running_mean /= bn_weight
+                    layer.running_var /= bn_weight**2
+            scaled = True
+        elif scaled and layer is not last and getattr(layer, "bias", None) is not None:
+            scales[layer.bias] = bn_weight
+    return other, rescale(other, scales, weight_decay, learning_rate, c)
+
+
+def logits_alone(
+    network: nn.Module, bn_weight: float, weight_decay: float = 1e-4, learning_rate: float = 0.1
+) -> tuple[nn.Module, Groups]:
+    """Of all that `equivalent` changes, the last layer alone: a copy of a network, and its parameter groups.
+
+    The weights of its last `nn.Linear` are `bn_weight` times as large, and learn as they do there; all else learns as
+    in the baseline. ValueError where there is no linear layer.
+    """
+    other = copy.deepcopy(network)
+    return other, rescale(other, {last_layer(other).weight: 1 / bn_weight}, weight_decay, learning_rate, c=1)
+
+
+def last_layer(network: nn.Module) -> nn.Linear:
+    """The last linear layer, in the order of `network.modules()`. ValueError where there is none."""
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ValueError("there is no linear layer that gives the logits")
+    return layers[-1]
+
+
+def rescale(
+    network: nn.Module, scales: Mapping[nn.Parameter, float], weight_decay: float, learning_rate: float, c: float
+) -> Groups:
+    """Divide parameters by their scales, in place, and make the parameter groups with which they train as before."""
+    with torch.no_grad():
+        for parameter, scale in scales.items():
+            parameter /= scale
+    groups = []
+    for group in adjust_weight_decay_and_learning_rate(network, weight_decay, learning_rate, c):
+        for scale in sorted({scales.get(parameter, 1.0) for parameter in group["params"]}):
+            parameters = [parameter for parameter in group["params"] if scales.get(parameter, 1.0) == scale]
+            rates = {"weight_decay": group["weight_decay"] * scale**2, "lr": group["lr"] / scale**2}
+            groups.append({"params": parameters, **rates})
+    return groups

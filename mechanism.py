@@ -1,0 +1,280 @@
+"""Why a small initial γ helps: what it changes before the first step of a training, and in the first steps.
+
+    python mechanism.py --output mechanism --dataset digits --seed 1
+
+`equivalence.py` has the algebra: the logits start γ0 times as large, and so do all gradients of convolutions. Here, the
+same is measured.
+"""
+
+import argparse
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice, repeat
+
+import settings as flags
+from command_line import FlagError, Parser, answer_at_once, as_typed, folder, one_line_endings, say, whole
+from plan import is_flag
+
+DIGITS = ["--batch_size", "64", "--learning_rate", "0.05"]  # what the README trains digits with
+COMPARED = ("baseline", "proposed")
+BN_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0)
+MEASURED = (0, 1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000)  # steps after which there is a measurement
+
+
+def make_parser() -> Parser:
+    """The flags of the command itself."""
+    epilog = "All other flags are those of train.py, see python train.py --help."
+    parser = Parser(prog="mechanism.py", description=__doc__.split("\n")[0], epilog=epilog, allow_abbrev=False)
+    flag = parser.add_argument
+    flag("--output", type=folder, required=True, help="folder for the figures")
+    flag("--dataset", default="digits", type=flags.dataset_name, help="as of train.py (default: %(default)s)")
+    flag("--steps", default=100, type=whole(1), help="training steps to look at (default: %(default)s)")
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags, with the settings of the runs to look at in `runs`, by name. FlagError says what is wrong."""
+    args, others = make_parser().parse_known_args(argv)
+    for name in flags.COMPARED:
+        if any(is_flag(other, name) for other in others):
+            raise FlagError(f"argument --{name}: leave it out: {' and '.join(COMPARED)} have their own")
+    shared = ["--dataset", args.dataset, *(DIGITS if args.dataset == "digits" else []), *others]
+    args.runs = {}
+    for name in COMPARED:
+        own = [f"--{flag}={as_typed(value)}" for flag, value in flags.PAPER[name].items()]
+        args.runs[name] = flags.parse([*shared, *own])
+    return args
+
+
+if __name__ == "__main__":
+    answer_at_once("mechanism.py", parse)  # before matplotlib and torch are imported
+
+import numpy as np
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor, nn, optim
+from torch.optim.swa_utils import update_bn
+
+from data import Batch, Batches, ImageSet, load_image_set
+from figures import save
+from network_figures import label_axes, line_style, make_axes
+from networks import construct_network
+from seeds import keep_random_states, make_deterministic
+from table import markdown
+from train import compute_logits, measure, network_arguments, prepare
+from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
+
+CONVOLUTION = "convolution, from input to output"
+
+# --- measurements ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AtInitialization:
+    """What a network computes of a batch before its first step.
+
+    Attributes:
+        gradient_norms: Euclidean norm of the gradient of each convolution's weights, by its name, in the order of
+            `network.named_modules()`.
+        logit_deviation: standard deviation of all logits of the batch.
+        loss: cross-entropy, in nats.
+    """
+
+    gradient_norms: dict[str, float]
+    logit_deviation: float
+    loss: float
+
+
+def measure_initialization(network: nn.Module, images: Tensor, labels: Tensor) -> AtInitialization:
+    """Measure a network in training mode on one batch, as `Batches` gives it. The network is left as it is."""
+    network = copy.deepcopy(network).train()
+    network.zero_grad()
+    logits = network(images)
+    loss = F.cross_entropy(logits, labels)
+    loss.backward()
+    norms = {name: layer.weight.grad.norm().item() for name, layer in convolutions(network).items()}
+    return AtInitialization(norms, logits.detach().std(correction=0).item(), loss.item())
+
+
+def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
+    """All convolutions by name, in the order of `network.named_modules()`."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+
+
+@dataclass
+class FirstSteps:
+    """The first steps of a training, in arrays with an element for each of M measurements.
+
+    Attributes:
+        steps: how many steps were made until then, int (M,).
+        running: test accuracy in percent, (M,), as usual: with the running statistics of the batch norms.
+        estimated_anew: the same, of a copy whose statistics were estimated anew, with the weights as they are.
+        angles: between the weights of each convolution and its initial ones, in degrees, (M,), by its name.
+    """
+
+    steps: np.ndarray
+    running: np.ndarray
+    estimated_anew: np.ndarray
+    angles: dict[str, np.ndarray]
+
+
+def construct(settings: argparse.Namespace, image_set: ImageSet) -> nn.Module:
+    """The network of a run before its first step, with the random generators as they are then."""
+    make_deterministic(settings.seed)
+    arguments = network_arguments(settings, image_set.size)
+    return construct_network(settings.network, len(image_set.classes), **arguments).to(settings.device)
+
+
+def measure_first_steps(
+    settings: argparse.Namespace, image_set: ImageSet, steps: Iterable[int], num_images: int = 1000
+) -> FirstSteps:
+    """Train as `train.train` does, at the initial learning rate all along, and measure after some of the steps.
+
+    Args:
+        settings: those of the run, as `train.parse` returns them.
+        image_set: its data set, on its device.
+        steps: after how many steps to measure; 0 is before the first.
+        num_images: how many test images to measure on, and about how many training images to estimate statistics on.
+    """
+    network, wanted = construct(settings, image_set), set(steps)
+    groups = adjust_weight_decay_and_learning_rate(network, settings.weight_decay, settings.learning_rate, settings.c)
+    optimizer = optim.SGD(groups, momentum=settings.momentum)
+    few = replace(image_set, splits={**image_set.splits, "test": image_set.splits["test"][:num_images]})
+    train_batches, test_batches = (
+        Batches(few, split, settings.batch_size, normalize=settings.input_norm == "dataset")
+        for split in ("train", "test")
+    )
+    initial = {name: layer.weight.detach().clone() for name, layer in convolutions(network).items()}
+    found: dict[int, tuple[float, float, list[float]]] = {}
+    epochs = chain.from_iterable(repeat(train_batches))
+    for step, (images, labels) in enumerate(epochs):
+        if step in wanted:
+            with keep_random_states():
+                anew = estimate_statistics(network, islice(train_batches, math.ceil(num_images / settings.batch_size)))
+                accuracies = [measure(one, test_batches, settings)[1] for one in (network, anew)]
+            angles = [angle(initial[name], layer.weight) for name, layer in convolutions(network).items()]
+            found[step] = (*accuracies, angles)
+        if step == max(wanted):
+            break
+        network.train()
+        optimizer.zero_grad()
+        F.cross_entropy(compute_logits(network, images, settings), labels).backward()
+        optimizer.step()
+    running, estimated_anew, angles = map(np.array, zip(*found.values(), strict=True))
+    return FirstSteps(np.array(list(found)), running, estimated_anew, dict(zip(initial, angles.T, strict=True)))
+
+
+def estimate_statistics(network: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+    """A copy of a network whose batch norms have mean and variance of these batches instead of running statistics."""
+    anew = copy.deepcopy(network)
+    update_bn(batches, anew)
+    return anew
+
+
+def angle(one: Tensor, other: Tensor) -> float:
+    """The angle between two tensors of the same shape, as vectors, in degrees."""
+    one, other = (F.normalize(tensor.detach().double().flatten(), dim=0) for tensor in (one, other))
+    return math.degrees(
+        2 * math.atan2((one - other).norm().item(), (one + other).norm().item())
+    )  # exact for small ones
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def draw_initialization(measured: Mapping[float, AtInitialization]) -> Figure:
+    """Gradients by depth, and scale of the logits and loss, by the initial γ."""
+    by_depth, by_scale = make_axes(columns=2)
+    for index, (bn_weight, at) in enumerate(measured.items()):
+        norms = list(at.gradient_norms.values())
+        by_depth.plot(range(1, len(norms) + 1), norms, label=f"γ = {bn_weight:g}", **line_style(index))
+    label_axes(by_depth, CONVOLUTION, "norm of the gradient")
+    by_depth.set_yscale("log")
+    by_depth.legend(fontsize=8, title="start", title_fontsize=8)
+    bn_weights, deviations = np.array(list(measured)), np.array([at.logit_deviation for at in measured.values()])
+    by_scale.plot(bn_weights, deviations, label="standard deviation of the logits", **line_style(0))
+    by_scale.plot(bn_weights, [at.loss for at in measured.values()], label="loss (nats)", **line_style(1))
+    proportional = deviations[-1] * bn_weights / bn_weights[-1]
+    by_scale.plot(bn_weights, proportional, color="0.5", linewidth=1, label="in proportion to γ")
+    by_scale.set(xscale="log", yscale="log", xlabel="initial γ")
+    by_scale.grid(alpha=0.3)
+    by_scale.legend(fontsize=8)
+    return by_scale.figure
+
+
+def draw_statistics(runs: Mapping[str, FirstSteps]) -> Figure:
+    """Test accuracy by step, with running statistics and with those that are estimated anew; a panel for each run."""
+    panels = make_axes(columns=len(runs), sharey=True, squeeze=False)[0]
+    for panel, (name, run) in zip(panels, runs.items(), strict=True):
+        panel.plot(run.steps, run.running, label="running statistics", **line_style(0))
+        panel.plot(run.steps, run.estimated_anew, label="estimated anew", **line_style(1))
+        label_axes(panel, "training step", "test accuracy (%)" if panel is panels[0] else "")
+        panel.set_title(name)
+    panels[0].set_ylim(0, 100)
+    panels[0].legend()
+    return panels[0].figure
+
+
+def draw_rotation(runs: Mapping[str, FirstSteps], num_panels: int = 3) -> Figure:
+    """How far the weights of each convolution have turned, by depth: a panel for each of some measurements."""
+    steps = next(iter(runs.values())).steps
+    places = np.unique(np.linspace(0, len(steps) - 1, num_panels + 1).round().astype(int)[1:])  # not before the first
+    panels = make_axes(columns=len(places), width=4.2, squeeze=False)[0]
+    for panel, place in zip(panels, places, strict=True):
+        for index, (name, run) in enumerate(runs.items()):
+            angles = [of_steps[place] for of_steps in run.angles.values()]
+            panel.plot(range(1, len(angles) + 1), angles, label=name, **line_style(index))
+        label_axes(panel, CONVOLUTION, "angle to the initial weights (degrees)" if panel is panels[0] else "")
+        panel.set_ylim(bottom=0)
+        panel.set_title(f"after {steps[place]} step{'s' * (steps[place] > 1)}")
+    panels[0].legend()
+    return panels[0].figure
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def tabulate(measured: Mapping[float, AtInitialization], runs: Mapping[str, FirstSteps]) -> str:
+    """What the figures show, as two Markdown tables."""
+    at_first = []
+    for bn_weight, at in measured.items():
+        norms = list(at.gradient_norms.values())
+        row = {"initial γ": f"{bn_weight:g}", "logits": f"{at.logit_deviation:.3g}", "loss": f"{at.loss:.3f}"}
+        places = {"first": 0, "middle": len(norms) // 2, "last": -1}
+        at_first.append(row | {f"gradient, {name}": f"{norms[place]:.2g}" for name, place in places.items()})
+    by_step = []
+    for name, run in runs.items():
+        for place, step in enumerate(run.steps):
+            row = {"setting": name, "step": f"{step}", "running (%)": f"{run.running[place]:.1f}"}
+            row |= {"estimated anew (%)": f"{run.estimated_anew[place]:.1f}"}
+            angles = [of_steps[place] for of_steps in run.angles.values()]
+            by_step.append(row | {"median angle": f"{np.median(angles):.2f}°"})
+    return "\n\n".join(markdown(rows, list(rows[0])) for rows in (at_first, by_step))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: measure, write three figures, print the numbers; see `one_line_endings` for its exit codes."""
+    with one_line_endings("mechanism.py"):
+        args = parse(argv)
+        runs = {name: prepare(settings) for name, settings in args.runs.items()}
+        first = runs["proposed"]
+        options = {"image_size": first.image_size, "flip": not first.no_flip, "workers": first.workers}
+        image_set = load_image_set(first.dataset, first.path / "images", first.device, **options, report=say)
+        measured = {}
+        for bn_weight in BN_WEIGHTS:
+            network = construct(argparse.Namespace(**{**vars(first), "bn_weight": bn_weight}), image_set)
+            batch = next(iter(Batches(image_set, "train", first.batch_size, normalize=False)))
+            measured[bn_weight] = measure_initialization(network, *batch)
+        steps = [*(step for step in MEASURED if step < args.steps), args.steps]
+        of_runs = {name: measure_first_steps(settings, image_set, steps) for name, settings in runs.items()}
+        say(tabulate(measured, of_runs), "")
+        figures = {"initialization": draw_initialization(measured), "running-statistics": draw_statistics(of_runs)}
+        figures["rotation"] = draw_rotation(of_runs)
+        for name, figure in figures.items():
+            say(*save(figure, args.output / f"mechanism-{name}"))
+
+
+if __name__ == "__main__":
+    main()

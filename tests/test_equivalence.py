@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn, optim
+
+from data import Batches, load_image_set
+from equivalence import equivalent, logits_alone
+from networks import construct_network
+from seeds import make_deterministic
+from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
+
+
+class Residual(nn.Module):
+    """A small network with all that matters: a branch, pooling, biases, and a linear layer before the last one."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.downsample = nn.Sequential(nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8))
+        self.activation, self.pool = nn.LeakyReLU(), nn.MaxPool2d(2)
+        self.hidden, self.last = nn.Linear(8, 12), nn.Linear(12, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = self.pool(self.activation(self.bn1(self.conv1(images))))
+        second = self.activation(self.bn2(self.conv2(first)) + self.downsample(first))
+        return self.last(self.activation(self.hidden(second.mean((2, 3)))))
+
+
+def construct(name: str, bn_weight: float, input_norm: str) -> nn.Module:
+    make_deterministic(1)
+    network = construct_network(name, 10, "digits", bn_weight, input_norm).double()
+    with torch.no_grad():  # as in the midst of a training
+        for parameter_name, parameter in network.named_parameters():
+            if parameter_name.endswith(("bn1.weight", "bn2.weight")):
+                parameter *= 1 + 0.3 * torch.rand_like(parameter)
+            elif "bias" in parameter_name and parameter.requires_grad:
+                parameter += 0.2 * bn_weight * torch.randn_like(parameter)
+    return network
+
+
+def train_six_steps(network: nn.Module, groups: list[dict]) -> tuple[list[float], Tensor]:
+    """The losses, and logits in evaluation mode."""
+    make_deterministic(2)
+    batches = [(images.double(), labels) for images, labels in Batches(load_image_set("digits"), "train", 16, False)]
+    optimizer, losses = optim.SGD(groups, momentum=0.9), []
+    for images, labels in batches[:6]:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, network.eval()(batches[6][0]).detach()
+
+
+@pytest.mark.parametrize("input_norm", ["bn", "dataset"])
+@pytest.mark.parametrize(("bn_weight", "c", "name"), [(0.1, 100, "resnet"), (0.02, 7, "small"), (3, 1, "small")])
+def test_equivalent_trains_alike(bn_weight, c, name, input_norm, few_digits):
+    name = {"resnet": "torchvision.models:resnet18", "small": "test_equivalence:Residual"}[name]
+    network = construct(name, bn_weight, input_norm)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    rates = {"weight_decay": 0.01, "learning_rate": 0.05, "c": c}
+    other, groups = equivalent(network, bn_weight, **rates)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    losses, logits = train_six_steps(network, adjust_weight_decay_and_learning_rate(network, **rates))
+    of_other, logits_of_other = train_six_steps(other, groups)
+    assert np.ptp(losses) > 0.05  # they have learned something
+    np.testing.assert_allclose(of_other, losses, rtol=0, atol=1e-8)
+    torch.testing.assert_close(logits_of_other, logits, rtol=0, atol=1e-8)
+    theirs = dict(other.named_parameters())
+    for key, parameter in network.named_parameters():
+        of_images = (key, input_norm) == ("conv1.bias", "dataset")  # what no batch norm has scaled as yet
+        if key.endswith(("fc.weight", "last.weight")):
+            factor = 1 / bn_weight
+        elif parameter.dim() == 1 and not key.endswith(("fc.bias", "last.bias")) and not of_images:
+            factor = bn_weight
+        else:
+            factor = 1
+        torch.testing.assert_close(parameter, factor * theirs[key], rtol=1e-6, atol=1e-9)
+
+
+def test_rates_of_the_equivalent():
+    network = construct_network("resnet18", 10, "digits", 0.1, "bn")
+    other, groups = equivalent(network, 0.1, weight_decay=1e-4, learning_rate=0.05, c=100)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    expected = {"weight": (0.05, 1e-4), "fc.weight": (0.0005, 0.01), "fc.bias": (0.05, 0)}  # the convolutions; the last
+    for name, module in other.named_modules():
+        if hasattr(module, "running_mean"):
+            torch.testing.assert_close(module.weight, torch.full_like(module.weight, 1 if name != "0" else 0.58))
+            assert rates[id(module.weight)] == pytest.approx((0.05, 0))
+            assert module.eps == pytest.approx(1e-5 if name == "0" else 1e-3)
+            assert name == "0" or rates[id(module.bias)] == pytest.approx((5, 0))  # that of the input layer is frozen
+    for name in ("1.conv1.weight", "1.layer4.1.conv2.weight", "1.fc.weight", "1.fc.bias"):
+        key = name[2:] if "fc" in name else "weight"
+        assert rates[id(other.get_parameter(name))] == pytest.approx(expected[key])
+    assert len(rates) == sum(parameter.requires_grad for parameter in other.parameters())
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([nn.BatchNorm2d(3), nn.Hardswish(), nn.Flatten(), nn.Linear(3, 2)], "not homogeneous: Hardswish"),
+        ([nn.BatchNorm2d(3, affine=False), nn.Flatten(), nn.Linear(3, 2)], "a batch norm lacks γ or β"),
+        ([nn.BatchNorm2d(3), nn.Flatten()], "no linear layer"),
+    ],
+)
+def test_what_has_no_equivalent(layers, message):
+    with pytest.raises(ValueError, match=message):
+        equivalent(nn.Sequential(*layers), 0.1)
+
+
+def test_logits_alone():
+    make_deterministic(1)
+    network = construct_network("test_equivalence:Residual", 10, "digits", 1.0, "dataset").double()
+    other, groups = logits_alone(network, 0.1, weight_decay=0.01, learning_rate=0.05)
+    images, labels = torch.rand(8, 3, 8, 8).double(), torch.arange(8)
+    bias, weight = network.last.bias.detach(), network.last.weight.detach()
+    logits = other(images)
+    torch.testing.assert_close(logits, 0.1 * (network(images) - bias) + bias)
+    F.cross_entropy(logits, labels).backward()
+    gradient, hidden = other.last.weight.grad.clone(), other.hidden.weight.grad.clone()
+    optim.SGD(groups, momentum=0.9).step()
+    torch.testing.assert_close(other.last.weight, 0.1 * weight - 0.0005 * (gradient + 1.0 * 0.1 * weight))
+    torch.testing.assert_close(
+        other.hidden.weight, network.hidden.weight - 0.05 * (hidden + 0.01 * network.hidden.weight)
+    )
+    torch.testing.assert_close(other.bn1.weight, 1 - 0.05 * other.bn1.weight.grad)
