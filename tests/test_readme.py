@@ -176,7 +176,7 @@ def test_sentences_about_cifar10_are_those_of_the_committed_files():
 def test_first_screen_is_that_of_the_committed_files():
     first_screen = " ".join(README.split("## The method")[0].split())
     sentence = (
-        r"it reaches ([\d.]+) % with it and ([\d.]+) % without: a gain of ([\d.]+) percentage points"
+        r"a ResNet-18 reaches ([\d.]+) % with it and ([\d.]+) % without: a gain of ([\d.]+) percentage points"
         r" \(95 % interval ([\d.]+) to ([\d.]+), 15 seeds, p = ([\d.]+)\)"
     )
     proposed = committed_accuracies("digits/*-weight0.1-c100-bn-seed*.csv")
