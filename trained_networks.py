@@ -62,7 +62,7 @@ def rebuild_network(run: Results, weights_file: str | os.PathLike) -> nn.Module:
     weights = load_weights(weights_file)
     arguments = {name: settings[name] for name in ("dataset", "input_norm", "stem")}
     first = weights.get("conv1.weight", weights.get("1.conv1.weight"))
-    arguments["image_size"] = 32 if first is not None and first.shape[-1] == 3 else None  # 3×3: for small images
+    arguments["image_size"] = 32 if first is not None and first.shape[-1] == 3 else 224  # 3×3: for small images
     construct = partial(construct_network, settings["network"], **arguments)
     with torch.device("cpu"), keep_random_states():  # initial weights are drawn, but nobody sees them
         network = construct(10)
