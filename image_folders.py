@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from command_line import until_stopped
 from results import write_atomically
 
 try:
@@ -174,17 +175,20 @@ def resize(image: Tensor, size: Size, margin: float = 1) -> Tensor:
     return v2.functional.center_crop(image, list(size))
 
 
-def decode_all(images: Images, size: Size, workers: int, show_bar: bool = False) -> Tensor:
-    """All images in one tensor, uint8 (N, 3, H, W), decoded by `workers` threads; see `read_image`."""
+def decode_all(images: Images, size: Size, workers: int, show_bar: bool = False, stops: Sequence[int] = ()) -> Tensor:
+    """All images in one tensor, uint8 (N, 3, H, W), decoded by `workers` threads; see `read_image`.
+
+    KeyboardInterrupt with the first of `stops`.
+    """
     decoded = torch.empty(len(images), 3, *size, dtype=torch.uint8)
 
     def decode(index: int) -> None:
         image = images[index]
         decoded[index] = resize(image if isinstance(image, Tensor) else read_image(image), size)
 
-    with ThreadPoolExecutor(workers) as threads:
-        done = threads.map(decode, range(len(images)))
-        for _ in tqdm(done, "decoding", len(images), unit="image", disable=not show_bar, leave=False):
+    with ThreadPoolExecutor(workers) as threads, closing(threads.map(decode, range(len(images)))) as done:
+        bar = tqdm(done, "decoding", len(images), unit="image", disable=not show_bar, leave=False)
+        for _ in until_stopped(bar, stops):
             pass
     return decoded
 
