@@ -65,6 +65,12 @@ class ImageSet:
         images = f"{train:,} training, {val:,} validation and {test:,} test images"
         return f"{images} of {len(self.classes):,} classes"
 
+    @property
+    def notes(self) -> dict[str, str]:
+        """What a result file says of the images: `numbers` and, if known, `mean` and `std`."""
+        statistics = {"mean": self.mean, "std": self.std} if self.mean else {}
+        return {"images": self.numbers, **{name: " ".join(map(repr, of)) for name, of in statistics.items()}}
+
     def take(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
         """For each vector of indices its images as they are for evaluation, uint8 (n, 3, H, W), on the device."""
         if isinstance(self.images, Tensor):

@@ -84,7 +84,7 @@ def train(
         if settings.dataset not in flags.DATASETS:  # of these, the images were known before
             flags.check_batch_size(settings, len(image_set.splits["train"]))
             check_network(settings, len(image_set.classes), image_set.size, len(image_set.splits["train"]))
-            note_images(run, image_set.numbers)
+            note_images(run, image_set.notes)
         train_batches, val_batches, test_batches = (
             Batches(image_set, split, settings.batch_size, normalize=settings.input_norm == "dataset")
             for split in ("train", "val", "test")
@@ -186,13 +186,14 @@ def check_finite(loss: float, what: str) -> None:
         raise FloatingPointError(f"{what} is {loss}: the training has diverged; try a smaller --learning_rate")
 
 
-def note_images(run: Run, numbers: str) -> None:
-    """Let the result file say how many images and classes there are. ValueError where a run is resumed with others."""
-    earlier = run.results.settings.get("images", numbers) if run.results else numbers
-    if earlier != numbers:
-        changed = f"the images of {run.settings.dataset} have changed since {run.settings.name} was stopped"
-        raise ValueError(f"{changed}: {earlier} before, {numbers} now: {REMEDY}")
-    run.notes["images"] = numbers
+def note_images(run: Run, notes: dict[str, str]) -> None:
+    """Let the result file say what the images are like. ValueError where a run is resumed with others."""
+    earlier = run.results.settings if run.results else {}
+    for name, note in notes.items():
+        if (before := earlier.get(name, note)) != note:
+            changed = f"the images of {run.settings.dataset} have changed since {run.settings.name} was stopped"
+            raise ValueError(f"{changed}: {name} were {before}, now {note}: {REMEDY}")
+    run.notes.update(notes)
 
 
 def introduce(run: Run, network: nn.Module, numbers: str, steps: int) -> list[str]:

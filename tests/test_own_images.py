@@ -4,6 +4,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 import image_folders
 import reproduce
@@ -12,6 +14,7 @@ import train
 from data import load_image_set
 from folders import make_folder
 from results import read_results
+from trained_networks import load_network
 
 NETWORK = """
 from torch import nn
@@ -47,13 +50,33 @@ def test_run_is_not_resumed_with_other_images(beetles, capsys):
     with pytest.raises(SystemExit, match="1"):
         train.main([*few, "2"])
     assert capsys.readouterr().err == (
-        f"train.py: error: the images of beetles have changed since x was stopped: {numbers} before, 54 training,"
-        " 7 validation and 9 test images of 3 classes now: give --restart to start over, or another --name\n"
+        f"train.py: error: the images of beetles have changed since x was stopped: images were {numbers}, now 54"
+        " training, 7 validation and 9 test images of 3 classes: give --restart to start over, or another --name\n"
     )
     assert Path("results/x.csv").read_bytes() == before
     train.main([*few, "1"])  # a finished run needs none
     assert "7 validation" in train.main([*few, "1", "--restart"]).settings["images"]
     assert train.main([*few, "2"]).num_epochs == 2
+
+
+def test_statistics_of_the_images_are_those_of_the_run(beetles, capsys):
+    """The trained network needs no images, and a run is not resumed with others, be they as many."""
+    few = flags("--name", "x", "--input_norm", "dataset", "--scheduler", "none", "--num_epochs")
+    run = train.main([*few, "1"])
+    image_set = load_image_set("beetles", "images")
+    images = image_set.images[:5] / 255
+    mean, std = (torch.tensor(of).view(3, 1, 1) for of in (image_set.mean, image_set.std))
+    beetles.rename("elsewhere")
+    network = load_network("results/x.csv")
+    with torch.no_grad():
+        assert torch.equal(network(images), network[1]((images - mean) / std))
+    Path("elsewhere").rename(beetles)
+    Image.new("RGB", (16, 16), "red").save(beetles / "train" / "Käfer" / "0.png")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1"):
+        train.main([*few, "2"])
+    changed = "train.py: error: the images of beetles have changed since x was stopped: mean were "
+    assert capsys.readouterr().err.startswith(changed + run.settings["mean"] + ", now 0.")
 
 
 def test_experiment_says_that_its_images_have_changed(beetles, capsys):
