@@ -22,7 +22,7 @@ import torch
 from torch import nn, optim
 
 from circumstances import code_version, describe_run
-from command_line import on_signals
+from command_line import on_signals, until_stopped
 from lock import lock_run
 from results import (
     COLUMNS,
@@ -34,7 +34,7 @@ from results import (
     write_results,
 )
 from seeds import random_states, set_random_states
-from settings import RunFiles, determining, differences, run_files
+from settings import RunFiles, Value, determining, differences, run_files
 
 FORMAT = 1  # raise it when a change makes older checkpoints useless
 REMEDY = "give --restart to start over, or another --name"
@@ -66,6 +66,7 @@ class Run:
         self.stops = [] if stops is None else stops
         self.files = run_files(settings.path, settings.name)
         self.results: Results | None = None  # the numbers so far
+        self.notes: dict[str, Value] = {}  # what else the result file shall say
         self.state: dict[str, Any] | None = None  # all that the epochs so far have led to
         self.saved_state: dict[str, Any] | None = None  # the same as it was at the last checkpoint
         self.last_save = -math.inf
@@ -127,9 +128,7 @@ class Run:
 
     def steps(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, one after the other; KeyboardInterrupt with the number of a signal that has arrived."""
-        for batch in batches:
-            if self.stops:
-                raise KeyboardInterrupt(self.stops[0])
+        for batch in until_stopped(batches, self.stops):
             self.keep_lock()
             yield batch
 
@@ -142,7 +141,8 @@ class Run:
         self.keep_lock()
         earlier = self.results.columns if self.results else dict.fromkeys(COLUMNS, np.array([], dtype=int))
         columns = {name: np.append(earlier[name], value) for name, value in zip(COLUMNS, numbers, strict=True)}
-        self.results = Results(describe_run(self.settings, time.monotonic() - self.start, self.results), columns)
+        described = describe_run(self.settings, time.monotonic() - self.start, self.results)
+        self.results = Results(described | self.notes, columns)
         if self.results.best_epoch == self.results.num_epochs:
             weights = self.parts["network"].state_dict()
             best_weights = {name: value.cpu().clone() for name, value in weights.items()}

@@ -10,14 +10,16 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 # what ends a command: Ctrl-C, a polite request, and, where there are terminals, one that was closed
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+Item = TypeVar("Item")
 
 BEGUN: list[str] = []  # the commands that handle signals, or have
 
@@ -174,6 +176,14 @@ def one_line_endings(program: str, stopped: Callable[[], str] = lambda: "stopped
         if not isinstance(error, MemoryError) and not re.search(words, str(error), re.IGNORECASE):
             raise
         end(1, "error: there is too little memory: give a smaller --batch_size or another --device", program)
+
+
+def until_stopped(items: Iterable[Item], stops: Sequence[int]) -> Iterator[Item]:
+    """The items, one after the other; KeyboardInterrupt as soon as `stops` has the number of a signal."""
+    for item in items:
+        if stops:
+            raise KeyboardInterrupt(stops[0])
+        yield item
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from cifar import find_cifar
+from command_line import until_stopped
 from image_folders import KEPT, FoundImages, Size, Statistics, decode_all, find_images, keep_statistics, own_size
 from seeds import make_complex
 from settings import DATASETS
@@ -57,6 +58,19 @@ class ImageSet:
         """Height and width of an image."""
         return tuple(self.images.shape[2:]) if isinstance(self.images, Tensor) else self.images.size
 
+    @property
+    def numbers(self) -> str:
+        """How many images and classes there are."""
+        train, val, test = (len(self.splits[name]) for name in ("train", "val", "test"))
+        images = f"{train:,} training, {val:,} validation and {test:,} test images"
+        return f"{images} of {len(self.classes):,} classes"
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What a result file says of the images: `numbers` and, if known, `mean` and `std`."""
+        statistics = {"mean": self.mean, "std": self.std} if self.mean else {}
+        return {"images": self.numbers, **{name: " ".join(map(repr, of)) for name, of in statistics.items()}}
+
     def take(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
         """For each vector of indices its images as they are for evaluation, uint8 (n, 3, H, W), on the device."""
         if isinstance(self.images, Tensor):
@@ -79,6 +93,7 @@ def load_image_set(
     statistics: bool = True,
     report: Callable[[str], None] = lambda line: None,
     show_bar: bool = False,
+    stops: Sequence[int] = (),
 ) -> ImageSet:
     """Load a data set, its pixels onto a device where they are small enough to be kept.
 
@@ -99,6 +114,7 @@ def load_image_set(
             `keep_statistics`.
         report: called with a line of text where they cannot be kept.
         show_bar: whether to draw a progress bar on standard error while images are decoded.
+        stops: numbers of signals; as soon as there is one, decoding ends with KeyboardInterrupt.
 
     Raises:
         ValueError: a file is no image, or the classes are not those that a data set must have.
@@ -116,14 +132,14 @@ def load_image_set(
     if decoded and size == own:
         images = found.images.to(device)
     elif max(size) <= KEPT:
-        images = decode_all(found.images, size, max(workers, 1), show_bar).to(device)
+        images = decode_all(found.images, size, max(workers, 1), show_bar, stops).to(device)
     else:
         images = StreamedImages(found.images, size, flip, workers, pin_memory=device.type == "cuda")
     labels = torch.tensor(found.labels)
     splits = split_indices(labels, found.num_train, device)
     image_set = ImageSet(images, labels.to(device), splits, found.classes, flip)
     if statistics:
-        compute = partial(compute_statistics, image_set, found.num_train, show_bar)
+        compute = partial(compute_statistics, image_set, found.num_train, show_bar, stops)
         image_set.mean, image_set.std = found.statistics or keep_statistics(found, image_set.size, compute, report)
     return image_set
 
@@ -180,15 +196,17 @@ def stratified_split(labels: np.ndarray, test_size: float) -> list[np.ndarray]:
     return train_test_split(np.arange(len(labels)), test_size=test_size, stratify=labels, random_state=make_complex(0))
 
 
-def compute_statistics(image_set: ImageSet, num_images: int, show_bar: bool = False) -> Statistics:
+def compute_statistics(
+    image_set: ImageSet, num_images: int, show_bar: bool = False, stops: Sequence[int] = ()
+) -> Statistics:
     """Mean and standard deviation of the channels of the first images of a set, as they are for evaluation.
 
-    ValueError where a channel has one value only.
+    ValueError where a channel has one value only; KeyboardInterrupt with the first of `stops`.
     """
     sums, squares, count = np.zeros(3, np.int64), np.zeros(3, np.int64), 0  # whole numbers add up in any order
     parts = torch.arange(num_images, device=image_set.labels.device).split(100)
     with tqdm(total=num_images, desc="statistics", unit="image", disable=not show_bar, leave=False) as bar:
-        for batch in image_set.take(parts):
+        for batch in until_stopped(image_set.take(parts), stops):
             channels = batch.transpose(0, 1).flatten(1)
             counts = torch.stack([torch.bincount(channel, minlength=256) for channel in channels]).cpu().numpy()
             sums += counts @ np.arange(256)

@@ -4,10 +4,12 @@ import io
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +21,15 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from command_line import until_stopped
 from results import write_atomically
 
 try:
     import simplejpeg  # faster than PIL, to the same pixels
 except ImportError:
     simplejpeg = None
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF and of large images, which are read all the same
 
 Size = tuple[int, int]  # height and width
 Images = Sequence[Path] | Tensor  # files, or uint8 (N, 3, H, W)
@@ -68,9 +73,10 @@ class Classes(ImageFolder):
         return classes, {name: label for label, name in enumerate(classes)}
 
 
-def is_image(file: str) -> bool:
-    """Whether the name of a file is that of an image."""
-    return has_file_allowed_extension(file, IMG_EXTENSIONS) and not Path(file).name.startswith(".")
+def is_image(folder: Path, file: str) -> bool:
+    """Whether a file somewhere in a folder has the name of an image, and nothing on the way to it is hidden."""
+    hidden = f"{os.sep}." in file.removeprefix(str(folder))
+    return has_file_allowed_extension(file, IMG_EXTENSIONS) and not hidden
 
 
 def find_images(folder: Path) -> FoundImages:
@@ -89,7 +95,7 @@ def find_images(folder: Path) -> FoundImages:
             raise FileNotFoundError(
                 f"{folder} has no folder {names}: images belong into {folder}/train/CLASS and so on"
             )
-    train, test = (Classes(part, is_valid_file=is_image, allow_empty=True) for part in parts)
+    train, test = (Classes(part, is_valid_file=partial(is_image, part), allow_empty=True) for part in parts)
     for part, found in zip(parts, (train, test), strict=True):
         if unlike := sorted(set(train.classes) ^ set(test.classes)):
             raise ValueError(f"{parts[0]} and {parts[1]} must have the same classes; only one has {listed(unlike)}")
@@ -125,7 +131,8 @@ def read_image(file: Path) -> Tensor:
         with Image.open(io.BytesIO(content)) as opened:
             upright = opened.getexif().get(ORIENTATION, 1) == 1
             if simplejpeg and opened.format == "JPEG" and opened.mode == "RGB" and upright:
-                return torch.from_numpy(simplejpeg.decode_jpeg(content)).permute(2, 0, 1)
+                with suppress(ValueError):  # of a slight damage, which PIL may pass over
+                    return torch.from_numpy(simplejpeg.decode_jpeg(content)).permute(2, 0, 1)
             image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # PIL would cut off at 255
@@ -168,17 +175,20 @@ def resize(image: Tensor, size: Size, margin: float = 1) -> Tensor:
     return v2.functional.center_crop(image, list(size))
 
 
-def decode_all(images: Images, size: Size, workers: int, show_bar: bool = False) -> Tensor:
-    """All images in one tensor, uint8 (N, 3, H, W), decoded by `workers` threads; see `read_image`."""
+def decode_all(images: Images, size: Size, workers: int, show_bar: bool = False, stops: Sequence[int] = ()) -> Tensor:
+    """All images in one tensor, uint8 (N, 3, H, W), decoded by `workers` threads; see `read_image`.
+
+    KeyboardInterrupt with the first of `stops`.
+    """
     decoded = torch.empty(len(images), 3, *size, dtype=torch.uint8)
 
     def decode(index: int) -> None:
         image = images[index]
         decoded[index] = resize(image if isinstance(image, Tensor) else read_image(image), size)
 
-    with ThreadPoolExecutor(workers) as threads:
-        done = threads.map(decode, range(len(images)))
-        for _ in tqdm(done, "decoding", len(images), unit="image", disable=not show_bar, leave=False):
+    with ThreadPoolExecutor(workers) as threads, closing(threads.map(decode, range(len(images)))) as done:
+        bar = tqdm(done, "decoding", len(images), unit="image", disable=not show_bar, leave=False)
+        for _ in until_stopped(bar, stops):
             pass
     return decoded
 

@@ -2,8 +2,7 @@
 
     python reproduce.py --dataset digits --num_epochs 5 --batch_size 64 --learning_rate 0.05 --seeds 1-15 --jobs 2
 
-Every flag of train.py that is not the experiment's own goes to every run. A stopped experiment is resumed by the same
-command: finished runs are not made again, the others continue from their checkpoints.
+All flags of train.py go to every run. The same command resumes an experiment: finished runs are not made again.
 """
 
 import argparse
@@ -113,11 +112,14 @@ class Display:
 
 
 def check_here(args: argparse.Namespace, planned: Sequence[PlannedRun]) -> None:
-    """FlagError where this machine cannot make the runs of one of the settings."""
+    """FlagError where this machine cannot make the runs of one of the settings; see `find_images` for the others."""
+    from image_folders import find_images
     from train import prepare  # networks are not needed where another machine makes the runs
 
     for run in {run.setting: run for run in planned}.values():
         prepare(argparse.Namespace(**{**vars(run.settings), "device": args.device}))
+    if args.first.dataset not in flags.DATASETS:
+        find_images(args.path / "images" / args.first.dataset)
 
 
 def make_what_is_left(args: argparse.Namespace, planned: Sequence[PlannedRun], outcomes: Outcomes) -> None:
@@ -154,6 +156,8 @@ def make_what_is_left(args: argparse.Namespace, planned: Sequence[PlannedRun], o
                     outcomes.diverged[name] = outcome
                     note_divergence(args.path / "results", settings, outcome)
                     text = f"{name} counts as 0 %: {outcome}"
+                elif outcome.startswith(wrong_flag := f"{flags.FlagError.__name__}: "):  # for all runs
+                    raise flags.FlagError(outcome.removeprefix(wrong_flag))
                 else:
                     outcomes.failed[name] = outcome
                     text = f"{name} failed: {outcome}"

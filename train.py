@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 from tqdm import tqdm
 
-from checkpoint import Run
+from checkpoint import REMEDY, Run
 from data import Batch, Batches, load_image_set
 from image_folders import Size
 from networks import check_images, construct_network, speed_up, try_images, use_precision
@@ -79,10 +79,12 @@ def train(
             statistics=settings.input_norm == "dataset",
             report=report,
             show_bar=show_bar,
+            stops=run.stops,
         )
         if settings.dataset not in flags.DATASETS:  # of these, the images were known before
             flags.check_batch_size(settings, len(image_set.splits["train"]))
             check_network(settings, len(image_set.classes), image_set.size, len(image_set.splits["train"]))
+            note_images(run, image_set.notes)
         train_batches, val_batches, test_batches = (
             Batches(image_set, split, settings.batch_size, normalize=settings.input_norm == "dataset")
             for split in ("train", "val", "test")
@@ -102,7 +104,7 @@ def train(
             scheduler = optim.lr_scheduler.ConstantLR(optimizer, factor=1)
 
         run.resume(network, optimizer, scheduler)
-        for line in introduce(run, network, train_batches, val_batches, test_batches):
+        for line in introduce(run, network, image_set.numbers, len(train_batches)):
             report(line)
         num_images, num_epochs = train_batches.num_images, settings.num_epochs
         images = {"total": num_epochs * num_images, "initial": (run.epochs[0] - 1) * num_images}
@@ -184,12 +186,21 @@ def check_finite(loss: float, what: str) -> None:
         raise FloatingPointError(f"{what} is {loss}: the training has diverged; try a smaller --learning_rate")
 
 
-def introduce(run: Run, network: nn.Module, *splits: Batches) -> list[str]:
+def note_images(run: Run, notes: dict[str, str]) -> None:
+    """Let the result file say what the images are like. ValueError where a run is resumed with others."""
+    earlier = run.results.settings if run.results else {}
+    for name, note in notes.items():
+        if (before := earlier.get(name, note)) != note:
+            changed = f"the images of {run.settings.dataset} have changed since {run.settings.name} was stopped"
+            raise ValueError(f"{changed}: {name} were {before}, now {note}: {REMEDY}")
+    run.notes.update(notes)
+
+
+def introduce(run: Run, network: nn.Module, numbers: str, steps: int) -> list[str]:
     """What a run does, in a line, with a second one where it is resumed and one where its first accuracies mislead."""
-    settings, steps = run.settings, len(splits[0])
+    settings = run.settings
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    images = "{:,} training, {:,} validation and {:,} test images".format(*(split.num_images for split in splits))
-    what = f"{settings.network}, {millions:.1f} million parameters; {settings.dataset}, {images}"
+    what = f"{settings.network}, {millions:.1f} million parameters; {settings.dataset}, {numbers}"
     lines = [f"{what}; {settings.device}, {settings.precision}"]
     if run.results:
         lines.append(f"{settings.name} resumes at epoch {run.epochs[0]} of {settings.num_epochs}")

@@ -28,6 +28,7 @@ def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLik
     Returns:
         A module from images, float (N, 3, H, W) with values in [0, 1], to logits (N, classes). Where the run's
         `input_norm` is 'dataset', it normalizes the images first, with the statistics of the run's data set.
+        For a folder of images these are in the result file.
 
     Raises:
         FileNotFoundError: one of the files is missing.
@@ -42,7 +43,9 @@ def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLik
     network = rebuild_network(run, weights_file or run_files(folder, settings["name"] or file.stem).best_weights)
     if settings["input_norm"] == "dataset":
         statistics = CIFAR10_STATISTICS
-        if settings["dataset"] != "cifar10":
+        if "mean" in settings:
+            statistics = tuple([float(number) for number in settings[name].split()] for name in ("mean", "std"))
+        elif settings["dataset"] != "cifar10":
             image_set = load_image_set(settings["dataset"], folder / "images", image_size=settings["image_size"])
             statistics = image_set.mean, image_set.std
         network = nn.Sequential(Normalize(*statistics), network).eval()
@@ -62,7 +65,7 @@ def rebuild_network(run: Results, weights_file: str | os.PathLike) -> nn.Module:
     weights = load_weights(weights_file)
     arguments = {name: settings[name] for name in ("dataset", "input_norm", "stem")}
     first = weights.get("conv1.weight", weights.get("1.conv1.weight"))
-    arguments["image_size"] = 32 if first is not None and first.shape[-1] == 3 else None  # 3×3: for small images
+    arguments["image_size"] = 32 if first is not None and first.shape[-1] == 3 else 224  # 3×3: for small images
     construct = partial(construct_network, settings["network"], **arguments)
     with torch.device("cpu"), keep_random_states():  # initial weights are drawn, but nobody sees them
         network = construct(10)

@@ -1,9 +1,12 @@
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
@@ -13,6 +16,7 @@ from data import load_image_set
 from folders import CLASSES, make_folder, smooth_image
 from image_folders import find_images, own_size, read_image, resize
 
+ROOT = Path(__file__).parent.parent
 RANDOM = np.random.default_rng(1)
 
 
@@ -22,8 +26,10 @@ def pixels(file: Path) -> np.ndarray:
 
 
 def test_files_classes_and_labels(tmp_path):
-    folder = make_folder(tmp_path / "beetles", num_train=7, num_test=4)
+    folder = make_folder(tmp_path / ".data" / "beetles", num_train=7, num_test=4)
     (folder / "train" / ".cache").mkdir()
+    (folder / "train" / "Käfer" / ".ipynb_checkpoints").mkdir()
+    (folder / "train" / "Käfer" / ".ipynb_checkpoints" / "0-checkpoint.jpg").write_text("of a notebook")
     (folder / "train" / "Käfer" / "._0.jpg").write_text("of another system")
     (folder / "train" / "Käfer" / "Thumbs.db").write_text("of another system")
     found = find_images(folder)
@@ -85,6 +91,35 @@ def test_jpeg_has_the_pixels_that_pil_finds(tmp_path, mode, orientation):
     assert expected.shape == ((50, 71, 3) if orientation < 5 else (71, 50, 3))
     assert (pixels(file) == expected).all()
     assert own_size([file]) == (expected.shape[:2] if max(expected.shape) <= 64 else None)
+
+
+def test_slightly_damaged_jpeg_is_read_as_pil_reads_it(tmp_path):
+    """Whether the faster decoder, which refuses it, is installed or not."""
+    file = tmp_path / "image.jpg"
+    smooth_image(RANDOM, 80, 80).save(file, quality=90)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 2] = b"\xff\xd3"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="Corrupt JPEG data"):
+        simplejpeg.decode_jpeg(bytes(content))
+    assert (pixels(file) == np.asarray(Image.open(file))).all()
+
+
+def test_nothing_is_said_of_odd_exif_and_of_large_images(tmp_path):
+    file = tmp_path / "image.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (9500, 9500)).save(file, exif=exif)
+    content = bytearray(file.read_bytes())
+    entry = content.find(b"Exif") + 20
+    content[entry : entry + 6] = b"\xff" * 6
+    file.write_bytes(content)
+    script = (
+        f"import image_folders as i; file = i.Path({str(file)!r}); print(i.read_image(file).shape, i.own_size([file]))"
+    )
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "torch.Size([3, 9500, 9500]) None\n" and not run.stderr
 
 
 def test_grey_black_and_white_palette_and_transparency(tmp_path):

@@ -70,6 +70,14 @@ def test_networks_of_the_paper(input_norm, network, stem, tmp_path):
         load_network(file)
 
 
+def test_built_in_images_made_large(tmp_path):
+    """A ResNet has its own first layers then, whatever the size of the images was."""
+    trained = construct_network("resnet18", 10, "digits", image_size=(70, 70))
+    assert (
+        load_network(write_run(tmp_path, trained.state_dict(), image_size=70))(torch.rand(1, 3, 70, 70)).shape[1] == 10
+    )
+
+
 def test_weights_in_another_place(small_network, tmp_path):
     weights = trained_networks.construct_network("", 10, "digits").state_dict()
     file = write_run(tmp_path)

@@ -1,0 +1,127 @@
+"""Runs and experiments on folders of images that are not as they should be, or change."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import image_folders
+import reproduce
+import streamed_images
+import train
+from data import load_image_set
+from folders import make_folder
+from results import read_results
+from trained_networks import load_network
+
+NETWORK = """
+from torch import nn
+
+
+def small(num_classes):
+    layers = [nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(8, num_classes))
+"""
+
+
+@pytest.fixture
+def beetles(tmp_path, monkeypatch) -> Path:
+    """60 training images of 16×16 pixels, of which 6 are for validation, and 9 test images."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "network_for_images.py").write_text(NETWORK)
+    return make_folder(tmp_path / "images" / "beetles", size=(16, 16))
+
+
+def flags(*others: str) -> list[str]:
+    usual = "--dataset beetles --network network_for_images:small --batch_size 16 --device cpu"
+    return [*usual.split(), *others]
+
+
+def test_run_is_not_resumed_with_other_images(beetles, capsys):
+    few = flags("--name", "x", "--scheduler", "none", "--num_epochs")
+    numbers = "54 training, 6 validation and 9 test images of 3 classes"
+    assert train.main([*few, "1"]).settings["images"] == numbers
+    more = beetles / "train" / "Käfer" / "more.png"
+    more.write_bytes((beetles / "train" / "Käfer" / "0.png").read_bytes())
+    before = Path("results/x.csv").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1"):
+        train.main([*few, "2"])
+    assert capsys.readouterr().err == (
+        f"train.py: error: the images of beetles have changed since x was stopped: images were {numbers}, now 54"
+        " training, 7 validation and 9 test images of 3 classes: give --restart to start over, or another --name\n"
+    )
+    assert Path("results/x.csv").read_bytes() == before
+    train.main([*few, "1"])  # a finished run needs none
+    assert "7 validation" in train.main([*few, "1", "--restart"]).settings["images"]
+    assert train.main([*few, "2"]).num_epochs == 2
+
+
+def test_statistics_of_the_images_are_those_of_the_run(beetles, capsys):
+    """The trained network needs no images, and a run is not resumed with others, be they as many."""
+    few = flags("--name", "x", "--input_norm", "dataset", "--scheduler", "none", "--num_epochs")
+    run = train.main([*few, "1"])
+    image_set = load_image_set("beetles", "images")
+    images = image_set.images[:5] / 255
+    mean, std = (torch.tensor(of).view(3, 1, 1) for of in (image_set.mean, image_set.std))
+    beetles.rename("elsewhere")
+    network = load_network("results/x.csv")
+    with torch.no_grad():
+        assert torch.equal(network(images), network[1]((images - mean) / std))
+    Path("elsewhere").rename(beetles)
+    Image.new("RGB", (16, 16), "red").save(beetles / "train" / "Käfer" / "0.png")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1"):
+        train.main([*few, "2"])
+    changed = "train.py: error: the images of beetles have changed since x was stopped: mean were "
+    assert capsys.readouterr().err.startswith(changed + run.settings["mean"] + ", now 0.")
+
+
+def test_experiment_says_that_its_images_have_changed(beetles, capsys):
+    experiment = flags("--num_epochs", "1", "--seeds")
+    reproduce.main([*experiment, "1"])
+    assert "not all runs have the same images" not in capsys.readouterr().out
+    (beetles / "test" / "Käfer" / "0.png").unlink()
+    reproduce.main([*experiment, "1-2"])
+    assert "not all runs have the same images: 54 training, 6 validation and 8 test" in capsys.readouterr().out
+    assert "images" in read_results(next(Path("results").glob("*-seed1.csv"))).settings
+
+
+@pytest.mark.parametrize(
+    ("change", "others", "code", "message"),
+    [
+        (True, [], 1, "has no folder test (or val)"),
+        (False, ["--batch_size", "55"], 2, "argument --batch_size: beetles has 54 training images, fewer than"),
+        (False, ["--network", "vgg11_bn"], 2, "argument --network: vgg11_bn cannot train on images of 16×16 pixels"),
+    ],
+)
+def test_what_is_wrong_for_all_runs_is_said_once(beetles, capsys, change, others, code, message):
+    if change:
+        (beetles / "test").rename(beetles / "exam")
+    with pytest.raises(SystemExit, match=str(code)):
+        reproduce.main(flags("--num_epochs", "1", "--seeds", "1-3", *others))
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("reproduce.py: error: ") and message in err
+
+
+@pytest.mark.parametrize(("module", "image_size"), [(image_folders, 8), (streamed_images, 66)])
+def test_signal_while_images_are_decoded(beetles, monkeypatch, module, image_size):
+    """As in a process of `--jobs`, which is told of signals through a list."""
+    stops, read = [], []
+
+    def read_slowly(file: Path):
+        read.append(file)
+        if len(read) == 3:
+            stops.append(15)
+        time.sleep(0.01)
+        return image_folders_read(file)
+
+    image_folders_read = image_folders.read_image
+    monkeypatch.setattr(module, "read_image", read_slowly)
+    make_folder(beetles, num_train=300, size=(16, 16))
+    with pytest.raises(KeyboardInterrupt) as stop:
+        load_image_set("beetles", "images", image_size=image_size, workers=0, stops=stops)
+    assert stop.value.args == (15,) and len(read) <= 200
+    assert not list(beetles.glob("*.json*"))
