@@ -228,7 +228,7 @@ def draw_rotation(runs: Mapping[str, FirstSteps], num_panels: int = 3) -> Figure
             panel.plot(range(1, len(angles) + 1), angles, label=name, **line_style(index))
         label_axes(panel, CONVOLUTION, "angle to the initial weights (degrees)" if panel is panels[0] else "")
         panel.set_ylim(bottom=0)
-        panel.set_title(f"after {steps[place]} step{'s' * (steps[place] > 1)}")
+        panel.set_title(f"after {steps[place]} step{'s' * int(steps[place] > 1)}")
     panels[0].legend()
     return panels[0].figure
 
