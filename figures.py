@@ -39,7 +39,7 @@ from network_figures import label_axes, learned_scales_and_shifts, line_style, m
 from observations import observe_runs
 from results import Results, read_results, write_atomically
 from t_test import LEVEL, accuracy_by_seed, check_alike, compare, compare_all, read_by_seed
-from table import Comparison
+from table import Comparison, is_contrast
 
 Runs = Mapping[str, Mapping[int, Results]]  # finished runs by setting and seed
 
@@ -103,31 +103,27 @@ def forest_plot(comparisons: Sequence[Comparison]) -> Figure:
     if not comparisons:
         raise ValueError("there is no comparison with a pair of runs")
     panel = make_axes(width=7, height=1.2 + 0.6 * len(comparisons))
+    handles: dict[str, Artist] = {}
     for row, c in enumerate(comparisons):
-        values = list(c.differences.values())
-        dots = {"color": "white", "markeredgecolor": "0.4", "markersize": 4, "linestyle": "none", "zorder": 2}
-        label = {"label": "one seed"} if row == 0 else {}
-        rounded = np.round(values, 9)
-        ties = np.array([np.count_nonzero(rounded[:place] == value) for place, value in enumerate(rounded)])
+        values = np.round(list(c.differences.values()), 9)
+        ties = np.array([np.count_nonzero(values[:place] == value) for place, value in enumerate(values)])
         heights = row + 0.2 + ties * min(0.1, 0.4 / max(ties.max(), 1))  # equal ones below each other
-        panel.plot(values, heights, marker="o", **dots, **label)
+        style = {"color": "white", "markeredgecolor": "0.4", "markersize": 4, "linestyle": "none"}
+        [handles["one seed"]] = panel.plot(values, heights, marker="o", **style)
+        text = f"{c.difference:+.2f}"
         if np.isfinite(c.interval).all():
-            label = {"label": "95 % interval of the mean"} if row == 0 else {}
-            panel.hlines(row, *c.interval, color="black", linewidth=2.5, zorder=3, **label)
-        label = {"label": "mean"} if row == 0 else {}
-        panel.plot([c.difference], [row], color="black", marker="D", markersize=7, linestyle="none", zorder=4, **label)
-        text = f"{c.difference:+.2f} ({c.interval[0]:+.2f} to {c.interval[1]:+.2f})".replace(" (+nan to +nan)", "")
+            handles["95 % interval of the mean"] = panel.hlines(row, *c.interval, color="black", linewidth=2.5)
+            text += " ({:+.2f} to {:+.2f})".format(*c.interval)
+        style = {"color": "black", "markersize": 7, "linestyle": "none"}
+        [handles["mean"]] = panel.plot([c.difference], [row], marker="D", **style)
         panel.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     panel.axvline(0, color="black", linestyle="--", linewidth=1, zorder=1)
-    panel.set_yticks(range(len(comparisons)), [c.setting for c in comparisons])
-    panel.set_ylim(len(comparisons) - 0.3, -0.4)  # the first at the top
-    panel.set_xlabel(
-        "test accuracy − baseline's, of A vs B: A's − B's (percentage points)"
-        if any(c.reference != "baseline" for c in comparisons)
-        else "test accuracy − baseline's (percentage points)"
-    )
+    names = [c.setting if is_contrast(c) else f"{c.setting} vs {c.reference}" for c in comparisons]
+    panel.set_yticks(range(len(names)), names)
+    panel.set_ylim(len(names) - 0.3, -0.4)  # the first at the top
+    panel.set_xlabel("difference in test accuracy (percentage points)")
     panel.grid(alpha=0.3, axis="x")
-    panel.figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    panel.figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return panel.figure
 
 

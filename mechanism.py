@@ -189,10 +189,10 @@ def draw_initialization(measured: Mapping[float, AtInitialization]) -> Figure:
     by_depth, by_scale = make_axes(columns=2)
     for index, (bn_weight, at) in enumerate(measured.items()):
         norms = list(at.gradient_norms.values())
-        by_depth.plot(range(1, len(norms) + 1), norms, label=f"γ = {bn_weight:g}", **line_style(index))
+        by_depth.plot(range(1, len(norms) + 1), norms, label=f"initial γ {bn_weight:g}", **line_style(index))
     label_axes(by_depth, CONVOLUTION, "norm of the gradient")
     by_depth.set_yscale("log")
-    by_depth.legend(fontsize=8, title="start", title_fontsize=8)
+    by_depth.figure.legend(loc="outside upper left", ncols=len(measured), fontsize=8)
     bn_weights, deviations = np.array(list(measured)), np.array([at.logit_deviation for at in measured.values()])
     by_scale.plot(bn_weights, deviations, label="standard deviation of the logits", **line_style(0))
     by_scale.plot(bn_weights, [at.loss for at in measured.values()], label="loss (nats)", **line_style(1))
@@ -221,14 +221,14 @@ def draw_rotation(runs: Mapping[str, FirstSteps], num_panels: int = 3) -> Figure
     """How far the weights of each convolution have turned, by depth: a panel for each of some measurements."""
     steps = next(iter(runs.values())).steps
     places = np.unique(np.linspace(0, len(steps) - 1, num_panels + 1).round().astype(int)[1:])  # not before the first
-    panels = make_axes(columns=len(places), width=4.2, squeeze=False)[0]
+    panels = make_axes(columns=len(places), width=4.2, sharey=True, squeeze=False)[0]
     for panel, place in zip(panels, places, strict=True):
         for index, (name, run) in enumerate(runs.items()):
             angles = [of_steps[place] for of_steps in run.angles.values()]
             panel.plot(range(1, len(angles) + 1), angles, label=name, **line_style(index))
         label_axes(panel, CONVOLUTION, "angle to the initial weights (degrees)" if panel is panels[0] else "")
-        panel.set_ylim(bottom=0)
-        panel.set_title(f"after {steps[place]} step{'s' * (steps[place] > 1)}")
+        panel.set_title(f"after {steps[place]} step{'s' * int(steps[place] > 1)}")
+    panels[0].set_ylim(bottom=0)
     panels[0].legend()
     return panels[0].figure
 

@@ -62,8 +62,11 @@ def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mappin
         panel.axhline(start, color="black", linestyle="--", linewidth=0.8, zorder=0, label="start")
         label_axes(panel, "", name)
     panels[1].set_xlabel(DEPTH)
-    panels[0].legend(fontsize=8, title="median, 5 to 95 %, all", title_fontsize=8, loc="upper right")
-    return panels[0].figure
+    figure = panels[0].figure
+    title = "median, 5 to 95 % of the channels, all of them"
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, title=title, title_fontsize=8)
+    return figure
 
 
 def normalized_values(measured: Mapping[str, Sequence[NormalizedValues]]) -> Figure:

@@ -98,7 +98,7 @@ def test_forest_plot():
     comparisons = compare_all(RUNS, contrasts=[("proposed", "bn_weight 0.5")])
     panel = figures.forest_plot(comparisons).axes[0]
     assert [label.get_text() for label in panel.get_yticklabels()] == [
-        *("proposed", "bn_weight 0.5", "proposed vs bn_weight 0.5")
+        *("proposed vs baseline", "bn_weight 0.5 vs baseline", "proposed vs bn_weight 0.5")
     ]
     expected = [[3, -1, 3], [5, 5, 5.5], [-2, -6, -2.5]]
     dots = [line for line in panel.lines if line.get_marker() == "o"]

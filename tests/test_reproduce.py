@@ -357,12 +357,15 @@ def accuracies_in(folder: Path, runs: str, epoch: int) -> list[float]:
     return [read_results(folder / f"{runs}-seed{seed}.csv").columns["test_accuracy"][epoch - 1] for seed in range(1, 5)]
 
 
-def test_contrasts(no_training, tmp_path, capsys):
+def test_contrasts(no_training, tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figures", lambda *of: ([], drawn.extend(c.setting for c in of[3]) or []))
     flags = ["--seeds", "1-4", "--settings", "baseline", "proposed", "init", "--contrast", "proposed", "init"]
     assert run(tmp_path, *flags) == 0
     runs = {"baseline": BASELINE, "proposed": PROPOSED, "init": f"{EXPERIMENT}-weight0.1-c1-bn"}
     accuracies = {name: accuracies_in(tmp_path / "results", of, epoch=1) for name, of in runs.items()}
     pairs = {"proposed": "baseline", "init": "baseline", "proposed vs init": "init"}
+    assert drawn == ["baseline", "proposed", "init", "proposed vs init"]
     summary = read_summary(tmp_path / "results" / f"{EXPERIMENT}.csv")
     assert summary["compared_with"].dropna().to_dict() == pairs
     p_values = {name: p_value(accuracies[name.split()[0]], accuracies[other]) for name, other in pairs.items()}
