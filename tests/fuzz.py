@@ -33,6 +33,7 @@ from torch import nn
 
 import cifar
 import figures
+import plan
 import reproduce
 import small
 import t_test
@@ -270,7 +271,7 @@ def try_flags(path: Path, draw: random.Random, number: int, counts: Counter) -> 
     [file] = (path / "results").glob("*.csv")
     bases = {
         train: ([*SMALL, "--path", path], train.flags.make_parser()),
-        reproduce: ([*SMALL, "--path", path, "--seeds", "1"], reproduce.make_parser()),
+        reproduce: ([*SMALL, "--path", path, "--seeds", "1"], plan.make_parser()),
         t_test: (["--proposed", file, "--baseline", file], t_test.make_parser()),
         figures: ([file, "--output", path], figures.make_parser()),
     }

@@ -10,6 +10,7 @@ def test_notebook_runs_and_shows_its_figures():
     notebook = nbformat.read(FOLDER / "quickstart.ipynb", as_version=4)
     NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}).execute()  # raises where a cell fails
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
     assert not [output for output in outputs if output.get("name") == "stderr"]
-    assert any("| proposed | 5 " in output.get("text", "") for output in outputs)
+    [table] = [output["text"] for output in outputs if "| proposed | 15 " in output.get("text", "")]
+    assert "+0.36 to +1.42" in table  # as in the README

@@ -163,8 +163,9 @@ def test_sentences_about_cifar10_are_those_of_the_committed_files():
     text = " ".join(README.split("### CIFAR-10, five epochs")[1].split("###")[0].split())
     means = [f"{of.mean():.2f} ± {of.std(ddof=1):.2f} %" for of in (ours, theirs)]
     sentence = (
-        f"accuracy is {means[0]} (mean ± standard deviation over {len(seeds)} seeds), without it {means[1]}: a difference"
-        f" of {(ours - theirs).mean():.2f} percentage points (95 % interval {low:.2f} to {high:.2f}, p = {p_value})."
+        f"accuracy is {means[0]} (mean ± standard deviation over {len(seeds)} seeds), without it {means[1]}: a"
+        f" difference of {(ours - theirs).mean():.2f} percentage points (95 % interval {low:.2f} to {high:.2f},"
+        f" p = {p_value})."
     )
     assert sentence in text
     assert f"A run took {np.median(seconds):,.0f} seconds in the median" in text
