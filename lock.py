@@ -10,6 +10,25 @@ from filelock import lock_descriptor
 from settings import RunFiles
 
 
+HELD: set[int] = set()  # the descriptors of this process's locks
+
+
+def let_go(descriptor: int) -> None:
+    """Close the descriptor of a lock."""
+    HELD.discard(descriptor)
+    os.close(descriptor)
+
+
+def let_go_of_all() -> None:
+    """In a forked process, such as one that decodes images: a lock is free when the process that took it ends."""
+    for descriptor in list(HELD):
+        let_go(descriptor)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=let_go_of_all)
+
+
 @contextmanager
 def lock_run(files: RunFiles) -> Iterator[Callable[[], None]]:
     """Keep every other process from working on the same run. The lock is free again when the process ends.
@@ -45,7 +64,8 @@ def take_lock(files: RunFiles, descriptors: ExitStack) -> int:
     files.lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(files.lock, os.O_RDWR | os.O_CREAT, 0o666)
-        descriptors.callback(os.close, descriptor)
+        HELD.add(descriptor)
+        descriptors.callback(let_go, descriptor)
         taken = lock_descriptor(descriptor, blocking=False)
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):

@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import multiprocessing
 import os
 import random
 import re
@@ -524,6 +525,21 @@ def test_two_runs_with_one_name(tmp_path):
         assert "another process is at work" in (tmp_path / "output").read_text()
         assert finish(tmp_path, "--name", "y", small=True) == 0
     assert finish(tmp_path, small=True) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes do not inherit locks here")
+def test_lock_is_free_although_a_process_of_the_run_still_lives(tmp_path):
+    """As one that decodes images, a moment after the run was killed."""
+    files, processes = run_files(tmp_path, "x"), multiprocessing.get_context("fork")
+    with lock_run(files):
+        begun, done = processes.Event(), processes.Event()
+        child = processes.Process(target=lambda: begun.set() or done.wait(), daemon=True)
+        child.start()
+        begun.wait()
+    with lock_run(files):
+        assert child.is_alive()
+    done.set()
+    child.join()
 
 
 def test_removed_lock(alone, tmp_path, monkeypatch):

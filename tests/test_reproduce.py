@@ -30,7 +30,7 @@ from settings import determining, run_files
 
 FOLDER = Path(__file__).parent
 FLAGS = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "2"]
-FIGURES = ("learning-curves", "paired-differences", "scales-and-shifts", "normalized-values")
+FIGURES = ("forest", "learning-curves", "paired-differences", "scales-and-shifts", "normalized-values")
 EXPERIMENT = "digits-resnet18-batch_size=48-num_epochs=2"
 BASELINE, PROPOSED = f"{EXPERIMENT}-weight1-c1-dataset", f"{EXPERIMENT}-weight0.1-c100-bn"
 

@@ -420,8 +420,5 @@ def test_address_of_no_scheduler(listens, light_runs, tmp_path, monkeypatch):
 
 def test_runs_may_have_processes_of_their_own(light_runs, tmp_path):
     """As those that decode images."""
-    assert outcomes(tmp_path, "parent", "parent too", jobs=2) == {
-        "parent": "done on cuda:0",
-        "parent too": "done on cuda:1",
-    }
+    assert sorted(outcomes(tmp_path, "parent", "parent too", jobs=2).values()) == ["done on cuda:0", "done on cuda:1"]
     assert (tmp_path / "begun" / "parent's child").exists() and (tmp_path / "begun" / "parent too's child").exists()
