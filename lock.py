@@ -9,7 +9,6 @@ from filelock import lock_descriptor
 
 from settings import RunFiles
 
-
 HELD: set[int] = set()  # the descriptors of this process's locks
 
 
