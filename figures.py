@@ -35,6 +35,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from batch_norm import SETTLED
 from network_figures import label_axes, learned_scales_and_shifts, line_style, make_axes, normalized_values
 from observations import observe_runs
 from results import Results, read_results, write_atomically
@@ -44,7 +45,6 @@ from table import Comparison, is_contrast
 Runs = Mapping[str, Mapping[int, Results]]  # finished runs by setting and seed
 
 SHOWN = ("baseline", "proposed", "init")  # the settings whose trained networks are shown
-UNSETTLED = 100  # steps until the running statistics of batch norm have forgotten where they started
 
 
 def learning_curves(runs: Runs) -> Figure:
@@ -75,7 +75,7 @@ def learning_curves(runs: Runs) -> Figure:
         make_logarithmic(panel, np.concatenate(of_panel))
     axes[0].set_ylim(top=min(100, axes[0].get_ylim()[1]))
     axes[0].set_title(
-        f"For about {UNSETTLED} steps, evaluation uses running statistics\nof batch norm that have not settled.",
+        f"For about {SETTLED} steps, evaluation uses running statistics\nof batch norm that have not settled.",
         fontsize=9,
     )
     axes[1].legend(title="median, middle half of the seeds", fontsize=8, title_fontsize=8)

@@ -96,9 +96,9 @@ def find_images(folder: Path) -> FoundImages:
                 f"{folder} has no folder {names}: images belong into {folder}/train/CLASS and so on"
             )
     train, test = (Classes(part, is_valid_file=partial(is_image, part), allow_empty=True) for part in parts)
+    if unlike := sorted(set(train.classes) ^ set(test.classes)):
+        raise ValueError(f"{parts[0]} and {parts[1]} must have the same classes; only one has {listed(unlike)}")
     for part, found in zip(parts, (train, test), strict=True):
-        if unlike := sorted(set(train.classes) ^ set(test.classes)):
-            raise ValueError(f"{parts[0]} and {parts[1]} must have the same classes; only one has {listed(unlike)}")
         if len(found.classes) < 2:
             raise ValueError(f"{part} must have a folder for each class, at least two; it has {len(found.classes)}")
         labels = {label for _, label in found.samples}
@@ -145,6 +145,12 @@ def read_image(file: Path) -> Tensor:
         raise unreadable(file, error) from error
 
 
+def get_image(images: Images, index: int) -> Tensor:
+    """One of the images, uint8 (3, H, W); raises as `read_image` does."""
+    image = images[index]
+    return image if isinstance(image, Tensor) else read_image(image)
+
+
 def own_size(files: Iterable[Path]) -> Size | None:
     """Height and width that all these images have, upright, or None where they differ or are larger than `KEPT`."""
     sizes = set()
@@ -183,8 +189,7 @@ def decode_all(images: Images, size: Size, workers: int, show_bar: bool = False,
     decoded = torch.empty(len(images), 3, *size, dtype=torch.uint8)
 
     def decode(index: int) -> None:
-        image = images[index]
-        decoded[index] = resize(image if isinstance(image, Tensor) else read_image(image), size)
+        decoded[index] = resize(get_image(images, index), size)
 
     with ThreadPoolExecutor(workers) as threads, closing(threads.map(decode, range(len(images)))) as done:
         bar = tqdm(done, "decoding", len(images), unit="image", disable=not show_bar, leave=False)

@@ -57,13 +57,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn, optim
 from torch.optim.swa_utils import update_bn
 
-from data import Batch, Batches, ImageSet, load_image_set
+import train
+from data import Batch, Batches, ImageSet
 from figures import save
 from network_figures import label_axes, line_style, make_axes
-from networks import construct_network
 from seeds import keep_random_states, make_deterministic
 from table import markdown
-from train import compute_logits, measure, network_arguments, prepare
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 CONVOLUTION = "convolution, from input to output"
@@ -123,8 +122,7 @@ class FirstSteps:
 def construct(settings: argparse.Namespace, image_set: ImageSet) -> nn.Module:
     """The network of a run before its first step, with the random generators as they are then."""
     make_deterministic(settings.seed)
-    arguments = network_arguments(settings, image_set.size)
-    return construct_network(settings.network, len(image_set.classes), **arguments).to(settings.device)
+    return train.construct(settings, len(image_set.classes), image_set.size).to(settings.device)
 
 
 def measure_first_steps(
@@ -153,14 +151,14 @@ def measure_first_steps(
         if step in wanted:
             with keep_random_states():
                 anew = estimate_statistics(network, islice(train_batches, math.ceil(num_images / settings.batch_size)))
-                accuracies = [measure(one, test_batches, settings)[1] for one in (network, anew)]
+                accuracies = [train.measure(one, test_batches, settings)[1] for one in (network, anew)]
             angles = [angle(initial[name], layer.weight) for name, layer in convolutions(network).items()]
             found[step] = (*accuracies, angles)
         if step == max(wanted):
             break
         network.train()
         optimizer.zero_grad()
-        F.cross_entropy(compute_logits(network, images, settings), labels).backward()
+        F.cross_entropy(train.compute_logits(network, images, settings), labels).backward()
         optimizer.step()
     running, estimated_anew, angles = map(np.array, zip(*found.values(), strict=True))
     return FirstSteps(np.array(list(found)), running, estimated_anew, dict(zip(initial, angles.T, strict=True)))
@@ -258,10 +256,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line: measure, write three figures, print the numbers; see `one_line_endings` for its exit codes."""
     with one_line_endings("mechanism.py"):
         args = parse(argv)
-        runs = {name: prepare(settings) for name, settings in args.runs.items()}
+        runs = {name: train.prepare(settings) for name, settings in args.runs.items()}
         first = runs["proposed"]
-        options = {"image_size": first.image_size, "flip": not first.no_flip, "workers": first.workers}
-        image_set = load_image_set(first.dataset, first.path / "images", first.device, **options, report=say)
+        image_set = train.load_images(runs["baseline"], report=say)  # with the statistics, which it needs
         measured = {}
         for bn_weight in BN_WEIGHTS:
             network = construct(argparse.Namespace(**{**vars(first), "bn_weight": bn_weight}), image_set)

@@ -111,12 +111,12 @@ class Display:
             line.close()
 
 
-def check_here(args: argparse.Namespace, planned: Sequence[PlannedRun]) -> None:
+def check_here(args: argparse.Namespace) -> None:
     """FlagError where this machine cannot make the runs of one of the settings; see `find_images` for the others."""
     from image_folders import find_images
     from train import prepare  # networks are not needed where another machine makes the runs
 
-    for run in {run.setting: run for run in planned}.values():
+    for run in {run.setting: run for run in args.tuning_runs or args.runs}.values():
         prepare(argparse.Namespace(**{**vars(run.settings), "device": args.device}))
     if args.first.dataset not in flags.DATASETS:
         find_images(args.path / "images" / args.first.dataset)
@@ -124,8 +124,6 @@ def check_here(args: argparse.Namespace, planned: Sequence[PlannedRun]) -> None:
 
 def make_what_is_left(args: argparse.Namespace, planned: Sequence[PlannedRun], outcomes: Outcomes) -> None:
     """Make all runs of which nothing has come yet."""
-    if not args.scheduler:
-        check_here(args, planned)
     left = {run.settings.name: run for run in outcomes.left(planned)}
     if not left:
         return
@@ -262,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         stem, restart, outcomes = folder / args.table_name, args.first.restart, Outcomes()
         in_table = read_table_size(stem, args.shared)
+        if args.report is None and not args.scheduler:
+            check_here(args)
         read_and_make(args, args.tuning_runs, folder, outcomes)
         explained = choose(args, outcomes)
         read_and_make(args, args.runs, folder, outcomes)

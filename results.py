@@ -92,7 +92,7 @@ def write_results(file: str | os.PathLike, results: Results) -> None:
         raise ValueError(f"columns must be {', '.join(COLUMNS)}, not {', '.join(results.columns)}")
     for key, value in results.settings.items():
         check_setting(key, value)
-    header = [f"# {key}: {to_text(value)}".encode() for key, value in results.settings.items()]
+    header = [line.encode() for line in header_lines(results.settings)]
     lines = [",".join(COLUMNS).encode()]
     rows = zip(*(results.columns[name].tolist() for name in COLUMNS), strict=True)
     for number, row in enumerate(rows, start=1):
@@ -166,7 +166,7 @@ def write_table(stem: Path, settings: Mapping[str, Value], rows: Sequence[Mappin
         OSError: a file cannot be written.
     """
     content = io.StringIO()
-    content.writelines(f"# {name}: {to_text(value)}\n" for name, value in settings.items())
+    content.writelines(f"{line}\n" for line in header_lines(settings))
     names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
     writer = csv.DictWriter(content, list(names), restval="", lineterminator="\n")
     writer.writeheader()
@@ -185,14 +185,14 @@ def read_table_size(stem: Path, settings: Mapping[str, Value]) -> int:
     if not file.exists():
         return 0
     lines = file.read_text(errors="replace").splitlines()
-    earlier = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
+    earlier = DEFAULTS | read_header(lines)
     try:
         finished = sum(
             int(row["seeds"] or 0) for row in csv.DictReader(line for line in lines if not line.startswith("#"))
         )
     except (KeyError, TypeError, ValueError, csv.Error):
         raise ValueError(f"{file} is not the table of an experiment, and is kept: give another --name") from None
-    found = {name: from_text(earlier[name]) if name in earlier else DEFAULTS.get(name) for name in settings}
+    found = {name: earlier.get(name) for name in settings}
     unlike = [f"{name} {found[name]}, here {value}" for name, value in settings.items() if found[name] != value]
     if unlike:
         raise ValueError(f"{file} is of other settings, and is kept: {'; '.join(unlike)}. Give another --name")
@@ -224,6 +224,17 @@ def check_row(row: Sequence[float], number: int, settings: Mapping[str, Value]) 
     )
     if not possible:
         raise ValueError(f"these cannot be the numbers of epoch {number}: {', '.join(map(repr, row))}")
+
+
+def header_lines(settings: Mapping[str, Value]) -> list[str]:
+    """The lines by which a file says its settings."""
+    return [f"# {name}: {to_text(value)}" for name, value in settings.items()]
+
+
+def read_header(lines: Iterable[str]) -> dict[str, Value]:
+    """The settings in the lines of a file, of which others are passed over."""
+    texts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
+    return {name: from_text(text) for name, text in texts.items()}
 
 
 def to_text(value: Value) -> str:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from command_line import STOP_SIGNALS
-from image_folders import Images, Size, read_image, resize
+from image_folders import Images, Size, get_image, resize
 
 Key = tuple[int, int | None]  # which image, and the seed of its augmentation, None for none
 
@@ -42,7 +42,7 @@ class StreamedImages:
     """
 
     def __init__(self, images: Images, size: Size, flip: bool, workers: int, pin_memory: bool = False) -> None:
-        self.images, self.size = images, size
+        self.size = size
         self.plan = Plan()
         if multiprocessing.current_process().daemon:  # such as one of a cluster may not have processes of its own
             workers = 0
@@ -54,9 +54,6 @@ class StreamedImages:
             self.loader = DataLoader(Decoder(images, size, flip), **options)
         LOADERS.add(self.loader)
         Finalize(self, end_workers, [self.loader], exitpriority=0)
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def batches(self, keys: Iterable[Sequence[Key]]) -> Iterator[Tensor]:
         """A batch for each of the `keys`, uint8 (n, 3, H, W), on the CPU.
@@ -90,8 +87,7 @@ class Decoder(Dataset):
         """One image, uint8 (3, H, W), or what is wrong with it: errors would lose their form between processes."""
         index, seed = key
         try:
-            image = self.images[index]
-            image = image if isinstance(image, Tensor) else read_image(image)
+            image = get_image(self.images, index)
         except (OSError, ValueError) as error:
             return str(error)
         if seed is None:

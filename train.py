@@ -27,15 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 from tqdm import tqdm
 
+from batch_norm import SETTLED
 from checkpoint import REMEDY, Run
-from data import Batch, Batches, load_image_set
+from data import Batch, Batches, ImageSet, load_image_set
 from image_folders import Size
 from networks import check_images, construct_network, speed_up, try_images, use_precision
 from results import Results
 from seeds import keep_random_states, make_deterministic
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
-
-SETTLED = 100  # steps after which the running statistics of batch norm have forgotten where they started
 
 
 def train(
@@ -69,29 +68,17 @@ def train(
             return run.results
 
         make_deterministic(settings.seed)
-        image_set = load_image_set(
-            settings.dataset,
-            settings.path / "images",
-            settings.device,
-            image_size=settings.image_size,
-            flip=not settings.no_flip,
-            workers=settings.workers,
-            statistics=settings.input_norm == "dataset",
-            report=report,
-            show_bar=show_bar,
-            stops=run.stops,
-        )
-        if settings.dataset not in flags.DATASETS:  # of these, the images were known before
-            flags.check_batch_size(settings, len(image_set.splits["train"]))
-            check_network(settings, len(image_set.classes), image_set.size, len(image_set.splits["train"]))
-            note_images(run, image_set.notes)
+        image_set = load_images(settings, report=report, show_bar=show_bar, stops=run.stops)
         train_batches, val_batches, test_batches = (
             Batches(image_set, split, settings.batch_size, normalize=settings.input_norm == "dataset")
             for split in ("train", "val", "test")
         )
 
-        num_classes, arguments = len(image_set.classes), network_arguments(settings, image_set.size)
-        network = construct_network(settings.network, num_classes, **arguments)
+        network = construct(settings, len(image_set.classes), image_set.size)
+        if settings.dataset not in flags.DATASETS:  # of these, the images were known before
+            flags.check_batch_size(settings, train_batches.num_images)
+            check_network(settings, network, image_set.size, train_batches.num_images, len(image_set.classes))
+            note_images(run, image_set.notes)
         network.to(settings.device)
         speed_up(network, settings.precision, settings.compile)
         parameters = adjust_weight_decay_and_learning_rate(
@@ -125,10 +112,23 @@ def train(
         return run.results
 
 
-def network_arguments(settings: argparse.Namespace, size: Size | None) -> dict[str, Any]:
-    """What `construct_network` is told of the flags, and of the height and width of the images."""
+def load_images(settings: argparse.Namespace, **options: Any) -> ImageSet:
+    """The data set of a run; `options` are further ones of `load_image_set`."""
+    options |= {"image_size": settings.image_size, "flip": not settings.no_flip, "workers": settings.workers}
+    options |= {"statistics": settings.input_norm == "dataset"}
+    return load_image_set(settings.dataset, settings.path / "images", settings.device, **options)
+
+
+def construct(settings: argparse.Namespace, num_classes: int, size: Size | None) -> nn.Module:
+    """The network of a run, for images of this height and width, with its initial weights, on the CPU.
+
+    FlagError where there is no such network.
+    """
     arguments = {name: getattr(settings, name) for name in ("dataset", "bn_weight", "input_norm", "stem")}
-    return {**arguments, "image_size": size}
+    try:
+        return construct_network(settings.network, num_classes, **arguments, image_size=size)
+    except ValueError as error:
+        raise FlagError(f"argument --network: {error}") from error
 
 
 def train_one_epoch(
@@ -225,25 +225,21 @@ def prepare(settings: argparse.Namespace) -> argparse.Namespace:
     if not known and not folder.is_dir():
         built_in = ", ".join(flags.DATASETS)
         raise FlagError(f"argument --dataset: {settings.dataset} is none of {built_in}, and there is no {folder}")
+    size = None  # the images of a folder are not known yet
     if known:
         pixels = settings.image_size or known.pixels
-        check_network(settings, num_classes=10, size=(pixels, pixels), num_train=known.num_train)
-    else:  # its images are not known yet
-        check_network(settings, num_classes=10)
+        size = (pixels, pixels)
+    with keep_random_states():
+        network = construct(settings, 10, size)
+    if known:
+        check_network(settings, network, size, known.num_train, num_classes=10)
     return settings
 
 
 def check_network(
-    settings: argparse.Namespace, num_classes: int, size: Size | None = None, num_train: int | None = None
+    settings: argparse.Namespace, network: nn.Module, size: Size, num_train: int, num_classes: int
 ) -> None:
-    """FlagError where there is no such network, or it cannot train on so many images of this height and width."""
-    try:
-        with keep_random_states():
-            network = construct_network(settings.network, num_classes, **network_arguments(settings, size))
-    except ValueError as error:
-        raise FlagError(f"argument --network: {error}") from error
-    if size is None:
-        return
+    """FlagError where a run's network cannot train on so many images of this height and width."""
     try:
         check_images(network, *size, num_classes)
     except ValueError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from command_line import as_typed
-from results import from_text, to_text, write_atomically
+from results import header_lines, read_header, write_atomically
 from settings import Value, determining, differences
 from table import markdown
 
@@ -69,8 +69,8 @@ def divergence_file(folder: Path, settings: argparse.Namespace) -> Path:
 
 def note_divergence(folder: Path, settings: argparse.Namespace, reason: str) -> None:
     """Write why a run has diverged, in one line below the settings that determined it."""
-    lines = [f"# {name}: {to_text(value)}\n" for name, value in determining(settings).items()]
-    write_atomically(divergence_file(folder, settings), "".join((*lines, reason, "\n")).encode())
+    lines = [*header_lines(determining(settings)), reason, ""]
+    write_atomically(divergence_file(folder, settings), "\n".join(lines).encode())
 
 
 def read_divergence(folder: Path, settings: argparse.Namespace) -> str | None:
@@ -79,6 +79,4 @@ def read_divergence(folder: Path, settings: argparse.Namespace) -> str | None:
     if not file.exists():
         return None
     *lines, reason = file.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-    earlier = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
-    earlier = {name: from_text(value) for name, value in earlier.items()}
-    return None if differences(earlier, determining(settings)) else reason
+    return None if differences(read_header(lines), determining(settings)) else reason

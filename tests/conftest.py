@@ -1,8 +1,6 @@
 """Small image sets, so that a whole training takes a second."""
 
-import hashlib
 import os
-import pickle
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side, each with a thread of its own
@@ -34,13 +32,6 @@ def small_network(few_digits, monkeypatch):
     monkeypatch.setattr(trained_networks, "construct_network", small.construct_small_network)
 
 
-def write_pickle(file: Path, content: dict) -> list[str]:
-    """Write a file of CIFAR; returns its name and MD5 sum, as torchvision lists them."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(pickle.dumps(content))
-    return [file.name, hashlib.md5(file.read_bytes()).hexdigest()]
-
-
 @pytest.fixture
 def small_cifar10(tmp_path, monkeypatch) -> Path:
     """A folder with random images in the files of CIFAR-10: 45 to train on, 5 for validation, 15 for the test."""
@@ -63,7 +54,7 @@ def small_cifar100(tmp_path, monkeypatch) -> Path:
 
     cifar100 = torchvision.datasets.CIFAR100
     names = {"fine_label_names": ["apple", "bee", "cloud", "dolphin"], "coarse_label_names": ["thing"]}
-    monkeypatch.setattr(cifar100, "train_list", [write_pickle(files / "train", images(40))])
-    monkeypatch.setattr(cifar100, "test_list", [write_pickle(files / "test", images(4))])
-    monkeypatch.setattr(cifar100, "meta", {**cifar100.meta, "md5": write_pickle(files / "meta", names)[1]})
+    monkeypatch.setattr(cifar100, "train_list", [small.write_pickle(files / "train", images(40))])
+    monkeypatch.setattr(cifar100, "test_list", [small.write_pickle(files / "test", images(4))])
+    monkeypatch.setattr(cifar100, "meta", {**cifar100.meta, "md5": small.write_pickle(files / "meta", names)[1]})
     return folder

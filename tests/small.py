@@ -38,23 +38,25 @@ def train_small() -> None:
     train.construct_network = construct_small_network
 
 
+def write_pickle(file: Path, content: dict) -> list[str]:
+    """Write a file of CIFAR; returns its name and MD5 sum, as torchvision lists them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(pickle.dumps(content))
+    return [file.name, hashlib.md5(file.read_bytes()).hexdigest()]
+
+
 def write_small_cifar10(folder: Path, set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
     """Write random images in the files of CIFAR-10: 45 to train on, 5 for validation, 15 for the test."""
     batches = folder / "cifar-10-batches-py"
-    batches.mkdir(parents=True)
     generator = np.random.default_rng(0)
-
-    def write(name: str, content: dict) -> str:
-        (batches / name).write_bytes(pickle.dumps(content))
-        return hashlib.md5((batches / name).read_bytes()).hexdigest()
 
     def images(number: int) -> dict:
         labels = [n % 5 for n in range(number)]
         return {"data": generator.integers(0, 256, (number, 3072), dtype=np.uint8), "labels": labels}
 
     cifar10 = torchvision.datasets.CIFAR10
-    meta = {"label_names": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]}
-    train_list = [[name := f"data_batch_{n}", write(name, images(10))] for n in range(1, 6)]
-    set_attribute(cifar10, "train_list", train_list)
-    set_attribute(cifar10, "test_list", [["test_batch", write("test_batch", images(15))]])
-    set_attribute(cifar10, "meta", {**cifar10.meta, "md5": write("batches.meta", meta)})
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    set_attribute(cifar10, "train_list", [write_pickle(batches / f"data_batch_{n}", images(10)) for n in range(1, 6)])
+    set_attribute(cifar10, "test_list", [write_pickle(batches / "test_batch", images(15))])
+    _, meta_md5 = write_pickle(batches / "batches.meta", {"label_names": names})
+    set_attribute(cifar10, "meta", {**cifar10.meta, "md5": meta_md5})

@@ -9,7 +9,6 @@ from PIL import Image
 
 import image_folders
 import reproduce
-import streamed_images
 import train
 from data import load_image_set
 from folders import make_folder
@@ -106,8 +105,8 @@ def test_what_is_wrong_for_all_runs_is_said_once(beetles, capsys, change, others
     assert out == "" and err.count("\n") == 1 and err.startswith("reproduce.py: error: ") and message in err
 
 
-@pytest.mark.parametrize(("module", "image_size"), [(image_folders, 8), (streamed_images, 66)])
-def test_signal_while_images_are_decoded(beetles, monkeypatch, module, image_size):
+@pytest.mark.parametrize("image_size", [8, 66], ids=["kept", "streamed"])
+def test_signal_while_images_are_decoded(beetles, monkeypatch, image_size):
     """As in a process of `--jobs`, which is told of signals through a list."""
     stops, read = [], []
 
@@ -119,7 +118,7 @@ def test_signal_while_images_are_decoded(beetles, monkeypatch, module, image_siz
         return image_folders_read(file)
 
     image_folders_read = image_folders.read_image
-    monkeypatch.setattr(module, "read_image", read_slowly)
+    monkeypatch.setattr(image_folders, "read_image", read_slowly)
     make_folder(beetles, num_train=300, size=(16, 16))
     with pytest.raises(KeyboardInterrupt) as stop:
         load_image_set("beetles", "images", image_size=image_size, workers=0, stops=stops)

@@ -286,12 +286,12 @@ def test_report(small_network, tmp_path, monkeypatch, capsys):
 
 
 @contextmanager
-def interrupted_at_seed_2(monkeypatch) -> Iterator[None]:
-    """SIGTERM comes when the first run with seed 2 begins."""
+def interrupted_at_seed(seed: int, monkeypatch) -> Iterator[None]:
+    """SIGTERM comes when the first run with this seed begins."""
     whole = train.train
 
     def interrupted(settings, **options):
-        if settings.seed == 2:
+        if settings.seed == seed:
             raise KeyboardInterrupt(signal.SIGTERM)
         return whole(settings, **options)
 
@@ -301,7 +301,7 @@ def interrupted_at_seed_2(monkeypatch) -> Iterator[None]:
 
 
 def test_interrupted_experiment_goes_on(small_network, no_figures, tmp_path, monkeypatch, capsys):
-    with interrupted_at_seed_2(monkeypatch):
+    with interrupted_at_seed(2, monkeypatch):
         assert run(tmp_path, "--seeds", "1-3") == 143
     captured = capsys.readouterr()
     assert captured.err.startswith("reproduce.py: stopped;")
@@ -486,13 +486,7 @@ def test_tuned_experiment_shares_runs_at_the_default_rate(no_training, tmp_path,
 
 
 def test_interrupted_tuning_goes_on(no_training, tmp_path, monkeypatch, capsys):
-    def interrupted(settings, **options):
-        if settings.seed == 17:
-            raise KeyboardInterrupt(signal.SIGTERM)
-        return fake_train(settings, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train", interrupted)
+    with interrupted_at_seed(17, monkeypatch):
         assert run(tmp_path, "--seeds", "1-2", *RATES) == 143
     captured = capsys.readouterr()
     assert captured.err.startswith("reproduce.py: stopped;")
@@ -628,7 +622,7 @@ def test_another_sigterm_does_not_cost_the_table(small_network, no_figures, tmp_
         return []
 
     monkeypatch.setattr(reproduce, "mixed_circumstances", send)
-    with interrupted_at_seed_2(monkeypatch):
+    with interrupted_at_seed(2, monkeypatch):
         assert run(tmp_path, "--seeds", "1-3") == 143
     captured = capsys.readouterr()
     assert "| interim: 1 of 3 pairs |" in captured.out and captured.err.startswith("reproduce.py: stopped; the epochs")
@@ -662,7 +656,7 @@ def test_signal_before_a_training_begins(small_network, tmp_path, monkeypatch):
 
 def test_restarted_experiment_goes_on_without_the_flag(small_network, no_figures, tmp_path, monkeypatch, capsys):
     assert run(tmp_path, "--seeds", "1-3") == 0
-    with interrupted_at_seed_2(monkeypatch):
+    with interrupted_at_seed(2, monkeypatch):
         assert run(tmp_path, "--seeds", "1-3", "--restart") == 143
     assert "run the same command without --restart to resume" in capsys.readouterr().err
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 2  # what was there before is gone
