@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from results import (
+    CHECKSUM,
     COLUMNS,
     DamagedFileError,
     Results,
@@ -19,6 +20,7 @@ from results import (
     write_atomically,
     write_results,
 )
+from settings import DEFAULTS
 
 
 def make_results(**settings) -> Results:
@@ -51,8 +53,8 @@ def test_what_is_written_is_read(tmp_path):
     assert_same(read_results(file), results)
 
 
-settings_of_any_kind = st.dictionaries(
-    st.text().filter(str.isidentifier),
+settings_of_any_kind = st.dictionaries(  # what is named as a flag may only have values as that flag has
+    st.text().filter(lambda name: name.isidentifier() and name not in {*DEFAULTS, CHECKSUM}),
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
 )
 
