@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import platform
 import subprocess
+import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 import torchvision
 
+from command_line import FlagError
 from results import Results
 from settings import Value, determining
 
@@ -52,3 +54,17 @@ def machine_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     instructions = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()} with {instructions}, {torch.get_num_threads()} threads"
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, by default the accelerator that torch finds, else the CPU. FlagError if missing."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what torch says of 'mkldnn', beside the error
+            device = torch.device(name if name is not None else accelerator or "cpu")
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises differs by device
+        found = ["cpu", *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()) if accelerator)]
+        reason = str(error).partition("\n")[0]
+        raise FlagError(f"argument --device: {name!r} is not one of {', '.join(found)} ({reason})") from error
+    return device

@@ -1,5 +1,6 @@
 """The paper's method as a network with γ = 1 that starts with smaller logits, and learns at other rates."""
 
+import argparse
 import copy
 from collections.abc import Mapping
 from typing import Any
@@ -77,15 +78,25 @@ def equivalent(
 
 
 def logits_alone(
-    network: nn.Module, bn_weight: float, weight_decay: float = 1e-4, learning_rate: float = 0.1
+    network: nn.Module, bn_weight: float, weight_decay: float = 1e-4, learning_rate: float = 0.1, c: float = 1
 ) -> tuple[nn.Module, Groups]:
     """Of all that `equivalent` changes, the last layer alone: a copy of a network, and its parameter groups.
 
     The weights of its last `nn.Linear` are `bn_weight` times as large, and learn as they do there; all else learns as
-    in the baseline. ValueError where there is no linear layer.
+    it does in the given network. ValueError where there is no linear layer.
     """
     other = copy.deepcopy(network)
-    return other, rescale(other, {last_layer(other).weight: 1 / bn_weight}, weight_decay, learning_rate, c=1)
+    return other, rescale(other, {last_layer(other).weight: 1 / bn_weight}, weight_decay, learning_rate, c)
+
+
+def rewrite(network: nn.Module, settings: argparse.Namespace) -> tuple[nn.Module, Groups]:
+    """The network that `--equivalent` asks to train in place of that of a run, and its parameter groups.
+
+    Its γ's start at 1, but for the input layer's. ValueError where there is none.
+    """
+    functions = {"logits": logits_alone, "logits+rates": equivalent}
+    rates = settings.weight_decay, settings.learning_rate, settings.c
+    return functions[settings.equivalent](network, settings.bn_weight, *rates)
 
 
 def last_layer(network: nn.Module) -> nn.Linear:

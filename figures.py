@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from command_line import Parser, answer_at_once, folder, one_line_endings, say
-from settings import COMPARED, DEFAULTS, PAPER
+from settings import COMPARED, DEFAULTS, NAMED, PAPER
 
 
 def make_parser() -> Parser:
@@ -171,7 +171,8 @@ def accuracy_by_bn_weight(runs: Runs, baseline: str = "baseline") -> Figure:
     points = []
     for setting, seeds in runs.items():
         settings = DEFAULTS | next(iter(seeds.values())).settings if seeds else {}
-        if all(settings.get(name) == PAPER["proposed"][name] for name in ("c", "input_norm")):
+        of_proposed = DEFAULTS | PAPER["proposed"]
+        if all(settings.get(name) == of_proposed[name] for name in COMPARED if name != "bn_weight"):
             points.append((settings["bn_weight"], compare(setting, accuracy_by_seed(seeds), theirs)))
     if len({weight for weight, _ in points}) < 3:
         raise ValueError("there are fewer than three bn_weights to compare")
@@ -249,12 +250,14 @@ def read_runs(files: Iterable[Path]) -> Runs:
     OSError where a file cannot be read; ValueError where one is damaged or of an unfinished run, or where the runs
     differ in more than their seed and `COMPARED`.
     """
-    groups: dict[str, list[Path]] = {name: [] for name in PAPER}
+    named = {name: {key: (DEFAULTS | values)[key] for key in COMPARED} for name, values in NAMED.items()}
+    groups: dict[str, list[Path]] = {name: [] for name in named}
     for file in files:
         settings = DEFAULTS | read_results(file).settings
         values = {name: settings[name] for name in COMPARED}
         own_name = "γ {bn_weight}, c {c}, {input_norm}".format(**values)
-        groups.setdefault(next((name for name in PAPER if PAPER[name] == values), own_name), []).append(file)
+        own_name += f", {values['equivalent']}" * (values["equivalent"] != DEFAULTS["equivalent"])
+        groups.setdefault(next((name for name in named if named[name] == values), own_name), []).append(file)
     runs = {name: read_by_seed(group, name) for name, group in groups.items() if group}
     first, *others = (next(iter(seeds.values())) for seeds in runs.values())
     for other in others:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import settings as flags
 from command_line import FlagError, Parser, as_typed, file_name, folder, whole
-from settings import COMPARED, DEFAULTS, PAPER, SCHEDULES, SELECTIONS, named_setting, scheduler, seed_range
+from settings import COMPARED, DEFAULTS, NAMED, PAPER, SCHEDULES, SELECTIONS, named_setting, scheduler, seed_range
 
 DESCRIPTION = """The paper's experiment: settings × seeds, one run of train.py each, and a paired t-test over the seeds.
 
@@ -46,7 +46,7 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     flag = parser.add_argument
-    settings_help = f"any of {', '.join(PAPER)}, or your own as NAME:bn_weight=0.2,c=50 (default: baseline proposed)"
+    settings_help = f"any of {', '.join(NAMED)}, or your own as NAME:bn_weight=0.2,c=50 (default: baseline proposed)"
     seeds_help = "such as 1-15 or 1 2 5-7 (default: 1-15)"
     default = [{name: PAPER[name]} for name in ("baseline", "proposed")]
     flag("--settings", nargs="+", default=default, type=named_setting, metavar="SETTING", help=settings_help)

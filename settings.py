@@ -26,16 +26,21 @@ SCHEDULES = ("cos", "none")
 STEMS = ("auto", "small", "own")
 INPUT_NORMS = ("bn", "dataset")
 SELECTIONS = ("best", "last")  # the epoch whose test accuracy counts: that of the best validation accuracy, the last
+EQUIVALENTS = ("no", "logits", "logits+rates")
 PRECISIONS = ("float32", "strict", "tf32", "bfloat16")
 MAX_SEED = 88265  # from 0 to here, every seed makes draws of its own
 
-COMPARED = ("bn_weight", "c", "input_norm")  # the settings that the paper compares
+COMPARED = ("bn_weight", "c", "input_norm", "equivalent")  # the flags in which settings that are compared differ
 PAPER = {  # what it compares, by name
     "baseline": {"bn_weight": 1.0, "c": 1.0, "input_norm": "dataset"},
     "proposed": {"bn_weight": 0.1, "c": 100.0, "input_norm": "bn"},
     "init": {"bn_weight": 0.1, "c": 1.0, "input_norm": "bn"},
     "rate": {"bn_weight": 1.0, "c": 100.0, "input_norm": "bn"},
     "input": {"bn_weight": 1.0, "c": 1.0, "input_norm": "bn"},
+}
+NAMED = PAPER | {  # with those of equivalence.py
+    "logits": {"bn_weight": 0.1, "c": 1.0, "input_norm": "bn", "equivalent": "logits"},
+    "logits+rates": {"bn_weight": 0.1, "c": 100.0, "input_norm": "bn", "equivalent": "logits+rates"},
 }
 # from 1e-30 to 1e30: what float32 can hold, with room for a product of two
 positive = number("a number from 1e-30 to 1e30", lambda x: 1e-30 <= x <= 1e30)
@@ -91,6 +96,8 @@ def make_parser() -> Parser:
     flag("--workers", type=whole(0), help="processes that decode large images (default: the cores)")
     flag("--precision", default="float32", choices=PRECISIONS, help="of products and layers (default: %(default)s)")
     flag("--compile", action="store_true", help="compile the network with torch.compile")
+    equivalent_help = "train a network with γ = 1 that starts with the same logits, or also learns the same way"
+    flag("--equivalent", default="no", choices=EQUIVALENTS, help=equivalent_help)
     # what the paper is about
     flag("--bn_weight", default=0.1, type=positive, help="initial scale of every batch norm (default: %(default)s)")
     flag("--c", default=100.0, type=reduction, help="divides the learning rate of the scales (default: %(default)g)")
@@ -124,24 +131,27 @@ def check_batch_size(settings: argparse.Namespace, num_train: int) -> None:
 
 
 def named_setting(text: str) -> dict[str, dict[str, Value]]:
-    """The type of a flag that takes a setting: its name, with its bn_weight, c and input_norm."""
+    """The type of a flag that takes a setting: its name, with the flags of `COMPARED` that make it up."""
     name, colon, rest = text.partition(":")
     if not colon:
-        if name not in PAPER:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(PAPER)}, and has no :bn_weight=...")
-        return {name: PAPER[name]}
-    values = dict(PAPER["proposed"])
+        if name not in NAMED:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(NAMED)}, and has no :bn_weight=...")
+        return {name: NAMED[name]}
+    values = PAPER["proposed"] | {"equivalent": DEFAULTS["equivalent"]}
     for part in rest.split(","):
         key, _, value = part.partition("=")
         try:
             values[key] = type(values[key])(value)
         except (KeyError, ValueError):
             raise argparse.ArgumentTypeError(f"{text!r}: {part!r} is no {', '.join(COMPARED)}=VALUE") from None
-    if name in PAPER or file_name(name) == "":
+    if name in NAMED or file_name(name) == "":
         raise argparse.ArgumentTypeError(f"{text!r} needs a name of its own before the colon")
-    if values["input_norm"] not in INPUT_NORMS:
-        raise argparse.ArgumentTypeError(f"{text!r}: input_norm is one of {', '.join(INPUT_NORMS)}")
+    for key, allowed in {"input_norm": INPUT_NORMS, "equivalent": EQUIVALENTS}.items():
+        if values[key] not in allowed:
+            raise argparse.ArgumentTypeError(f"{text!r}: {key} is one of {', '.join(allowed)}")
     values["c"] = values["c"] or 1.0  # both mean no reduction
+    if values["equivalent"] == DEFAULTS["equivalent"]:
+        del values["equivalent"]  # as in the paper's settings
     return {name: values}
 
 
@@ -175,7 +185,8 @@ def determining(settings: argparse.Namespace) -> dict[str, Value]:
 
 def setting_name(settings: argparse.Namespace) -> str:
     """The part of a default name that stands for what the paper compares."""
-    return f"weight{as_typed(settings.bn_weight)}-c{as_typed(settings.c)}-{settings.input_norm}"
+    name = f"weight{as_typed(settings.bn_weight)}-c{as_typed(settings.c)}-{settings.input_norm}"
+    return name if settings.equivalent == DEFAULTS["equivalent"] else f"{name}-{settings.equivalent}"
 
 
 def experiment_name(settings: argparse.Namespace) -> str:

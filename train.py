@@ -10,7 +10,6 @@ import argparse
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from operator import add
@@ -29,7 +28,9 @@ from tqdm import tqdm
 
 from batch_norm import SETTLED
 from checkpoint import REMEDY, Run
+from circumstances import find_device
 from data import Batch, Batches, ImageSet, load_image_set
+from equivalence import rewrite
 from image_folders import Size
 from networks import check_images, construct_network, speed_up, try_images, use_precision
 from results import Results
@@ -80,10 +81,12 @@ def train(
             check_network(settings, network, image_set.size, train_batches.num_images, len(image_set.classes))
             note_images(run, image_set.notes)
         network.to(settings.device)
-        speed_up(network, settings.precision, settings.compile)
         parameters = adjust_weight_decay_and_learning_rate(
             network, settings.weight_decay, settings.learning_rate, settings.c
         )
+        if settings.equivalent != "no":
+            network, parameters = rewrite(network, settings)
+        speed_up(network, settings.precision, settings.compile)
         optimizer = optim.SGD(parameters, momentum=settings.momentum, fused=settings.device.type == "cuda")
         if settings.scheduler == "cos":
             scheduler = optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.num_epochs, eta_min=1e-8)
@@ -125,6 +128,8 @@ def construct(settings: argparse.Namespace, num_classes: int, size: Size | None)
     FlagError where there is no such network.
     """
     arguments = {name: getattr(settings, name) for name in ("dataset", "bn_weight", "input_norm", "stem")}
+    if settings.equivalent == "logits":
+        arguments["bn_weight"] = 1.0
     try:
         return construct_network(settings.network, num_classes, **arguments, image_size=size)
     except ValueError as error:
@@ -231,6 +236,11 @@ def prepare(settings: argparse.Namespace) -> argparse.Namespace:
         size = (pixels, pixels)
     with keep_random_states():
         network = construct(settings, 10, size)
+    if settings.equivalent != "no":
+        try:
+            rewrite(network, settings)
+        except ValueError as error:
+            raise FlagError(f"argument --equivalent: {settings.network}: {error}") from error
     if known:
         check_network(settings, network, size, known.num_train, num_classes=10)
     return settings
@@ -252,20 +262,6 @@ def check_network(
                 f"argument --batch_size: {settings.batch_size} leaves a last batch of one of the {num_train} training"
                 f" images of {settings.dataset}, where {settings.network} cannot train on one; take another size"
             ) from error
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device of that name, by default the accelerator that torch finds, else the CPU. FlagError if missing."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # what torch says of 'mkldnn', beside the error
-            device = torch.device(name if name is not None else accelerator or "cpu")
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises differs by device
-        found = ["cpu", *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()) if accelerator)]
-        reason = str(error).partition("\n")[0]
-        raise FlagError(f"argument --device: {name!r} is not one of {', '.join(found)} ({reason})") from error
-    return device
 
 
 def main(argv: Sequence[str] | None = None) -> Results:

@@ -12,6 +12,7 @@ from torchvision.transforms import Normalize
 from checkpoint import has_digest
 from cifar import CIFAR10_STATISTICS
 from data import load_image_set
+from equivalence import equivalent
 from networks import construct_network
 from results import Results, read_results
 from seeds import keep_random_states
@@ -77,6 +78,8 @@ def rebuild_network(run: Results, weights_file: str | os.PathLike) -> nn.Module:
         }
         if len(unlike) == 1:  # the last layer alone, which has an output for each class
             network = construct(*unlike.pop())
+    if settings["equivalent"] == "logits+rates":
+        network, _ = equivalent(network, settings["bn_weight"])  # which has another eps
     try:
         network.load_state_dict(weights)
     except RuntimeError:  # its message has a line for each weight

@@ -4,10 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
+import train
 from data import Batches, load_image_set
-from equivalence import equivalent, logits_alone
+from equivalence import equivalent, logits_alone, rewrite
 from networks import construct_network
+from results import COLUMNS
 from seeds import make_deterministic
+from trained_networks import load_network
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 
@@ -126,3 +129,43 @@ def test_logits_alone():
         other.hidden.weight, network.hidden.weight - 0.05 * (hidden + 0.01 * network.hidden.weight)
     )
     torch.testing.assert_close(other.bn1.weight, 1 - 0.05 * other.bn1.weight.grad)
+
+
+QUICK = ["--dataset", "digits", "--num_epochs", "4", "--batch_size", "16", "--device", "cpu", "--learning_rate", "0.05"]
+
+
+def test_runs_of_the_equivalent(few_digits, tmp_path):
+    """A run has the numbers of its equivalent but for rounding, and their weights predict alike."""
+    flags = [*QUICK, "--path", str(tmp_path), "--network", "test_equivalence:Residual", "--bn_weight", "0.02"]
+    results = [train.main([*flags, "--equivalent", equivalent]) for equivalent in ("no", "logits+rates")]
+    for column in COLUMNS:
+        np.testing.assert_allclose(results[1].columns[column], results[0].columns[column], rtol=1e-4)
+    names = [result.settings["name"] for result in results]
+    assert names[1] == names[0].replace("-bn-", "-bn-logits+rates-")
+    networks = [load_network(tmp_path / "results" / f"{name}.csv") for name in names]
+    images = torch.rand(16, 3, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(networks[1](images), networks[0](images), rtol=0, atol=1e-4)
+    eps = [module.eps for module in networks[1].modules() if isinstance(module, nn.BatchNorm2d)]
+    assert eps == pytest.approx([0.025] * 3)
+
+
+def test_logits_start_smaller_and_nothing_else():
+    own = ["--network", "test_equivalence:Residual"]
+    settings = [train.parse([*QUICK, *own, *more]) for more in (["--bn_weight", "1"], ["--equivalent", "logits"])]
+    networks = []
+    for of_run in settings:
+        make_deterministic(1)
+        networks.append(train.construct(of_run, 10, (8, 8)))
+    usual, given = networks
+    network, _ = rewrite(given, settings[1])
+    weights = usual.state_dict()
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value, weights[name] * (0.1 if name.endswith("last.weight") else 1))
+
+
+def test_flag_where_there_is_no_equivalent():
+    flags = [*QUICK, "--network", "mobilenet_v3_small", "--image_size", "64", "--equivalent"]
+    train.parse([*flags, "logits"])
+    with pytest.raises(train.FlagError, match=r"argument --equivalent: mobilenet_v3_small: .* not homogeneous: Hard"):
+        train.parse([*flags, "logits+rates"])

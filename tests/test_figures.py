@@ -227,7 +227,7 @@ def test_read_runs(tmp_path):
     other.settings["momentum"] = 0.5
     write_results(tmp_path / "other.csv", other)
     with pytest.raises(
-        ValueError, match=r"the runs differ in more than bn_weight, c, input_norm: momentum 0\.9 and 0\.5"
+        ValueError, match=r"the runs differ in more than bn_weight, c, input_norm, equivalent: momentum 0\.9 and 0\.5"
     ):
         figures.read_runs([tmp_path / "baseline-1.csv", tmp_path / "other.csv"])
 

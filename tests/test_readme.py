@@ -13,11 +13,11 @@ import plan
 import settings
 import train
 from folders import make_folder
-from settings import PAPER
+from settings import NAMED, PAPER
 
 ROOT = Path(__file__).parent.parent
 README, MODULES = ((ROOT / name).read_text() for name in ("README.md", "MODULES.md"))
-NOT_OF_THE_PAPER = {"stem", "image_size", "no_flip", "workers", "precision", "compile"}
+NOT_OF_THE_PAPER = {"stem", "image_size", "no_flip", "workers", "precision", "compile", "equivalent"}
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 EXAMPLES = [*EXAMPLE.findall(README), *EXAMPLE.findall(MODULES)]
 
@@ -60,11 +60,12 @@ def test_every_flag_is_explained(parser):
 
 
 def test_settings_of_the_experiment_are_explained():
-    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| `(\w+)` \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w+]+)` \| ([\d.]+) \| ([\d.]+) \| `(\w+)` \|(?: `--equivalent (\S+)`)?", README, re.M)
     assert {
         name: {"bn_weight": float(bn_weight), "c": float(c), "input_norm": input_norm}
-        for name, bn_weight, c, input_norm in rows
-    } == PAPER
+        | ({"equivalent": equivalent} if equivalent else {})
+        for name, bn_weight, c, input_norm, equivalent in rows
+    } == NAMED
 
 
 def test_command_of_the_paper_has_every_flag():

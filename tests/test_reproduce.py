@@ -75,10 +75,11 @@ def test_commands_for_another_machine(tmp_path, monkeypatch, capsys):
     ("flags", "message"),
     [
         (["--settings", "nonsense"], "'nonsense' is none of baseline"),
-        (["--settings", "a:bn_weight=x"], "'bn_weight=x' is no bn_weight, c, input_norm=VALUE"),
+        (["--settings", "a:bn_weight=x"], "'bn_weight=x' is no bn_weight, c, input_norm, equivalent=VALUE"),
         (["--settings", "a:momentum=0.5"], "'momentum=0.5' is no bn_weight"),
         (["--settings", "a:bn_weight=-1"], "argument --bn_weight: must be a number from 1e-30"),
         (["--settings", "a:input_norm=x"], "input_norm is one of bn, dataset"),
+        (["--settings", "a:equivalent=x"], "equivalent is one of no, logits, logits+rates"),
         (["--settings", "baseline:c=5"], "needs a name of its own"),
         (["--settings", ":c=5"], "needs a name of its own"),
         (["--settings", "init", "a:c=1"], "two of init, a are the same"),
