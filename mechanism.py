@@ -28,7 +28,7 @@ def make_parser() -> Parser:
     epilog = "All other flags are those of train.py, see python train.py --help."
     parser = Parser(prog="mechanism.py", description=__doc__.split("\n")[0], epilog=epilog, allow_abbrev=False)
     flag = parser.add_argument
-    flag("--output", type=folder, required=True, help="folder for the figures")
+    flag("--output", type=folder, required=True, help="folder for the numbers and figures")
     flag("--dataset", default="digits", type=flags.dataset_name, help="as of train.py (default: %(default)s)")
     flag("--steps", default=100, type=whole(1), help="training steps to look at (default: %(default)s)")
     return parser
@@ -61,6 +61,7 @@ import train
 from data import Batch, Batches, ImageSet
 from figures import save
 from network_figures import label_axes, line_style, make_axes
+from results import write_atomically
 from seeds import keep_random_states, make_deterministic
 from table import markdown
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
@@ -253,7 +254,7 @@ def tabulate(measured: Mapping[float, AtInitialization], runs: Mapping[str, Firs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: measure, write three figures, print the numbers; see `one_line_endings` for its exit codes."""
+    """The command line: measure, write numbers and figures, print the numbers; see `one_line_endings` for exit codes."""
     with one_line_endings("mechanism.py"):
         args = parse(argv)
         runs = {name: train.prepare(settings) for name, settings in args.runs.items()}
@@ -266,7 +267,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             measured[bn_weight] = measure_initialization(network, *batch)
         steps = [*(step for step in MEASURED if step < args.steps), args.steps]
         of_runs = {name: measure_first_steps(settings, image_set, steps) for name, settings in runs.items()}
-        say(tabulate(measured, of_runs), "")
+        text = tabulate(measured, of_runs)
+        write_atomically(args.output / "mechanism.md", f"{text}\n".encode())
+        say(text, "")
         figures = {"initialization": draw_initialization(measured), "running-statistics": draw_statistics(of_runs)}
         figures["rotation"] = draw_rotation(of_runs)
         for name, figure in figures.items():

@@ -8,7 +8,7 @@ from math import nan
 import numpy as np
 
 from power import LEVEL, POWER, detectable_difference, effect_size, seeds_needed, sign_flip_p_value
-from settings import COMPARED, Value
+from settings import COMPARED, DEFAULTS, Value
 
 
 @dataclass
@@ -81,18 +81,17 @@ class Comparison:
     def verdict(self) -> str:
         """What the corrected p-value says at the level of 0.05, or why it cannot say anything yet."""
         if len(self.differences) < self.planned:
-            return f"interim: {len(self.differences)} of {self.planned} pairs"
+            return f"interim: {len(self.differences)} of {self.planned}"
         if len(self.differences) < 2:
-            other = "the baseline" if self.reference == "baseline" else self.reference
-            return f"no test: it takes two pairs with {other}, not {len(self.differences)}"
+            return "no test: under 2 pairs"
         if np.isnan(self.p_value):
-            return "no test: all differences are equal"
-        return "significantly better" if self.corrected_p_value <= LEVEL else "not significant"
+            return "no test: all are equal"
+        return "significant" if self.corrected_p_value <= LEVEL else "not significant"
 
 
-CONTRAST_COLUMNS = ("setting", "pairs", "difference", "95 % interval", "p", "p (Holm)", "improved", "verdict")
-TABLE_COLUMNS = ("setting", "seeds", "test accuracy (%)", *CONTRAST_COLUMNS[1:])
-NARROW_TABLE_COLUMNS = ("setting", "seeds", "test accuracy (%)", "difference", "p", "p (Holm)")
+CONTRAST_COLUMNS = ("setting", "difference (95 % CI)", "p", "p (Holm)", "improved", "verdict")
+TABLE_COLUMNS = ("setting", "seeds", "accuracy (%)", *CONTRAST_COLUMNS[1:])
+NARROW_TABLE_COLUMNS = ("setting", "seeds", "accuracy (%)", "difference", "p", "p (Holm)")
 
 
 def tables(comparisons: Sequence[Comparison]) -> list[str]:
@@ -108,13 +107,13 @@ def table(comparisons: Sequence[Comparison], columns: Sequence[str] = TABLE_COLU
     rows = []
     for c in comparisons:
         row = {"setting": c.setting, "seeds": f"{len(c.accuracies)}"}
-        row["test accuracy (%)"] = f"{c.mean:.2f} ± {c.deviation:.2f}".replace("nan", "–")
+        row["accuracy (%)"] = f"{c.mean:.2f} ± {c.deviation:.2f}".replace("nan", "–")
         if c.setting != c.reference:
-            numbers = {"difference": f"{c.difference:+.2f}", "95 % interval": "{:+.2f} to {:+.2f}".format(*c.interval)}
+            numbers = {"difference": f"{c.difference:+.2f}", "interval": "({:+.2f} to {:+.2f})".format(*c.interval)}
             numbers |= {"p": f"{c.p_value:.2g}", "p (Holm)": f"{c.corrected_p_value:.2g}"}
             row |= {name: "–" if "nan" in number else number for name, number in numbers.items()}
-            pairs = len(c.differences)
-            row |= {"pairs": f"{pairs}", "improved": f"{c.improved} of {pairs}", "verdict": c.verdict}
+            row["difference (95 % CI)"] = " ".join((row["difference"], row["interval"]))
+            row |= {"improved": f"{c.improved} of {len(c.differences)}", "verdict": c.verdict}
         rows.append(row)
     return markdown(rows, columns)
 
@@ -163,7 +162,8 @@ def table_rows(
     for c in comparisons:
         row = {"setting": c.setting, **dict.fromkeys(COMPARED), "seeds": None, "mean": nan, "standard_deviation": nan}
         if not is_contrast(c):
-            row |= {**settings[c.setting], "seeds": len(c.accuracies), "mean": c.mean}
+            values = DEFAULTS | settings[c.setting]
+            row |= {name: values[name] for name in COMPARED} | {"seeds": len(c.accuracies), "mean": c.mean}
             row |= {"standard_deviation": c.deviation}
         if c.setting != c.reference:
             row |= {"pairs": len(c.differences), "difference": c.difference, "lower": c.interval[0]}

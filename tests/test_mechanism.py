@@ -183,6 +183,7 @@ def test_figures():
 def test_command(few_digits, tmp_path, capsys):
     mechanism.main([*FLAGS, "--steps", "4", "--output", str(tmp_path), "--seed", "1"])
     at_first, by_step, files = capsys.readouterr().out.split("\n\n")
+    assert (tmp_path / "mechanism.md").read_text() == f"{at_first}\n\n{by_step}\n"
     assert [line.split()[1] for line in at_first.splitlines()[2:]] == ["0.01", "0.03", "0.1", "0.3", "1"]
     image_set = load_image_set("digits")
     for line in at_first.splitlines()[2:]:
@@ -198,7 +199,8 @@ def test_command(few_digits, tmp_path, capsys):
     assert [row[3] for row in rows] == ["0", "1", "2", "4"] * 2
     names = [f"mechanism-{name}" for name in ("initialization", "running-statistics", "rotation")]
     expected = [tmp_path / f"{name}.{kind}" for name in names for kind in ("png", "pdf")]
-    assert files.split() == list(map(str, expected)) and sorted(tmp_path.iterdir()) == sorted(expected)
+    assert files.split() == list(map(str, expected))
+    assert sorted(tmp_path.iterdir()) == sorted([*expected, tmp_path / "mechanism.md"])
     with Image.open(expected[0]) as image:
         assert image.convert("L").getextrema() == (0, 255)
 

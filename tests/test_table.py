@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from settings import COMPARED
 from table import NARROW_TABLE_COLUMNS, Comparison, certainty_table, markdown, table, table_rows, tables
 
 BASELINE = Comparison("baseline", {1: 94.0, 2: 95.0, 3: 93.0}, {}, (math.nan, math.nan), math.nan)
@@ -24,18 +25,27 @@ def test_columns_are_aligned():
 def test_every_number_of_the_table():
     baseline, proposed = table([BASELINE, PROPOSED]).splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (baseline, proposed)]
-    assert cells[0] == ["baseline", "3", "94.00 ± 1.00", *[""] * 7]
-    numbers = ["proposed", "3", "95.17 ± 0.29", "3", "+1.17", "-0.70 to +3.10", "0.06", "0.12", "3 of 3"]
+    assert cells[0] == ["baseline", "3", "94.00 ± 1.00", *[""] * 5]
+    numbers = ["proposed", "3", "95.17 ± 0.29", "+1.17 (-0.70 to +3.10)", "0.06", "0.12", "3 of 3"]
     assert cells[1] == [*numbers, "not significant"]
     narrow = table([PROPOSED], NARROW_TABLE_COLUMNS).splitlines()[2]
-    assert [cell.strip() for cell in narrow.strip("|").split("|")] == [*numbers[:3], *numbers[4:5], *numbers[6:8]]
+    assert [cell.strip() for cell in narrow.strip("|").split("|")] == [*numbers[:3], "+1.17", *numbers[4:6]]
 
 
 def test_what_cannot_be_computed_is_a_dash():
     row = certainty_table([ONE_PAIR]).splitlines()[2]
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["single", "–", "–", "–", "–"]
     row = table([ONE_PAIR]).splitlines()[2]
-    assert [cell.strip() for cell in row.strip("|").split("|")][6:] == ["–", "–", "1 of 1", "interim: 1 of 3 pairs"]
+    assert [cell.strip() for cell in row.strip("|").split("|")][3:] == ["+1.00 –", "–", "–", "1 of 1", "interim: 1 of 3"]
+
+
+def test_tables_of_the_paper_are_at_most_120_columns_wide():
+    """With the longest that there can be in each column, down to a p-value of 1e-100."""
+    pairs = dict.fromkeys(range(1, 16), 10.0)
+    wide = [Comparison("bn_weight 0.25", dict(enumerate([100, 0] * 7)), pairs, (-10.25, 12.5), 1e-100, 1e-100, 15)]
+    wide.append(Comparison("proposed vs logits+rates", {}, {1: 1.0}, (-10.0, 12.5), 1e-100, 1e-100, 15, "logits+rates"))
+    lines = "\n".join(tables(wide)).splitlines()
+    assert len(lines) == 10 and max(map(len, lines)) <= 120
 
 
 def test_contrasts_have_a_table_of_their_own():
@@ -43,13 +53,13 @@ def test_contrasts_have_a_table_of_their_own():
     assert tables([BASELINE, PROPOSED]) == [table([BASELINE, PROPOSED]), certainty_table([BASELINE, PROPOSED])]
     first, contrasts, certainty = tables([BASELINE, PROPOSED, CONTRAST])
     assert first == table([BASELINE, PROPOSED])
-    assert contrasts.splitlines()[2].startswith("| proposed vs single | 1 ") and "accuracy" not in contrasts
+    assert contrasts.splitlines()[2].startswith("| proposed vs single | +0.00 ") and "accuracy" not in contrasts
     assert [line.split("|")[1].strip() for line in certainty.splitlines()[2:]] == ["proposed", "proposed vs single"]
 
 
 def test_rows_with_all_digits():
     baseline, proposed, single, contrast = table_rows([BASELINE, PROPOSED, ONE_PAIR, CONTRAST], SETTINGS)
-    assert list(baseline) == ["setting", "bn_weight", "c", "input_norm", "seeds", "mean", "standard_deviation"]
+    assert list(baseline) == ["setting", *COMPARED, "seeds", "mean", "standard_deviation"]
     assert list(proposed)[: len(baseline) + 8] == [
         *baseline,
         *("pairs", "difference", "lower", "upper", "p_value", "corrected_p_value", "improved", "verdict"),
