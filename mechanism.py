@@ -254,7 +254,7 @@ def tabulate(measured: Mapping[float, AtInitialization], runs: Mapping[str, Firs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: measure, write numbers and figures, print the numbers; see `one_line_endings` for exit codes."""
+    """The command line: measure, write and print the numbers, draw; see `one_line_endings` for its exit codes."""
     with one_line_endings("mechanism.py"):
         args = parse(argv)
         runs = {name: train.prepare(settings) for name, settings in args.runs.items()}

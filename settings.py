@@ -45,7 +45,7 @@ NAMED = PAPER | {  # with those of equivalence.py
 # from 1e-30 to 1e30: what float32 can hold, with room for a product of two
 positive = number("a number from 1e-30 to 1e30", lambda x: 1e-30 <= x <= 1e30)
 # flags that leave a run's numbers alone
-WITHOUT_EFFECT = ("path", "name", "device", "checkpoint_seconds", "restart", "workers")
+WITHOUT_EFFECT = ("path", "name", "device", "checkpoint_seconds", "restart", "workers", "tensorboard")
 
 
 def dataset_name(text: str) -> str:
@@ -90,6 +90,7 @@ def make_parser() -> Parser:
     flag("--checkpoint_seconds", default=60.0, type=not_negative, help="between checkpoints (default: %(default)g)")
     flag("--restart", action="store_true", help="start over, replacing what an earlier run of this name left")
     # not in the paper's script
+    flag("--tensorboard", action="store_true", help="write what TensorBoard shows of the run, too")
     flag("--stem", default="auto", choices=STEMS, help="first layers of a ResNet: for small images or its own")
     flag("--image_size", type=whole(1), help="pixels of an image (default: its own if small, else 224)")
     flag("--no_flip", action="store_true", help="never mirror an image")

@@ -35,6 +35,7 @@ from image_folders import Size
 from networks import check_images, construct_network, speed_up, try_images, use_precision
 from results import Results
 from seeds import keep_random_states, make_deterministic
+from tensorboard_curves import Curves, check_tensorboard
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 
@@ -63,7 +64,7 @@ def train(
         OSError: a file cannot be read or written.
         torch.OutOfMemoryError: the device has too little memory.
     """
-    with Run(settings, stops) as run, use_precision(settings.precision):
+    with Run(settings, stops) as run, Curves(run) as curves, use_precision(settings.precision):
         if run.finished:
             report(f"{settings.name} is finished already")
             return run.results
@@ -107,7 +108,9 @@ def train(
                 val_loss, val_accuracy = measure(network, run.steps(val_batches), settings)
                 _, test_accuracy = measure(network, run.steps(test_batches), settings)
                 check_finite(val_loss, f"the validation loss after epoch {epoch}")
-                run.record(epoch, train_loss, val_loss, val_accuracy, test_accuracy)
+                numbers = train_loss, val_loss, val_accuracy, test_accuracy
+                curves.add(network, epoch, *numbers)
+                run.record(epoch, *numbers)
                 report(
                     f"epoch {epoch}/{num_epochs}: train loss {train_loss:.6f}, val loss {val_loss:.6f}, val accuracy"
                     f" {val_accuracy:.3f} %, test accuracy {test_accuracy:.3f} %, {speed:,.0f} images/s"
@@ -224,6 +227,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def prepare(settings: argparse.Namespace) -> argparse.Namespace:
     """The same settings, with a device. FlagError where they are wrong in a way that only torch can tell."""
+    if settings.tensorboard:
+        check_tensorboard()
     settings.device = find_device(settings.device)
     known = flags.DATASETS.get(settings.dataset)
     folder = settings.path / "images" / settings.dataset

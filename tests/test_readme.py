@@ -17,7 +17,7 @@ from settings import NAMED, PAPER
 
 ROOT = Path(__file__).parent.parent
 README, MODULES = ((ROOT / name).read_text() for name in ("README.md", "MODULES.md"))
-NOT_OF_THE_PAPER = {"stem", "image_size", "no_flip", "workers", "precision", "compile", "equivalent"}
+NOT_OF_THE_PAPER = {"stem", "image_size", "no_flip", "workers", "precision", "compile", "equivalent", "tensorboard"}
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 EXAMPLES = [*EXAMPLE.findall(README), *EXAMPLE.findall(MODULES)]
 

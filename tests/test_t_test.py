@@ -218,7 +218,10 @@ def test_runs_that_differ_in_more_are_refused(tmp_path, fails):
     one = write_runs(tmp_path, PROPOSED, bn_weight=0.1)
     other = write_runs(tmp_path, BASELINE, bn_weight=1.0, batch_size=32, dataset="cifar10", momentum=0.5)
     message = fails(one, other)
-    assert "differ in more than bn_weight, c, input_norm, equivalent: batch_size 64 and 32; dataset digits and cifar10;" in message
+    assert (
+        "differ in more than bn_weight, c, input_norm, equivalent: batch_size 64 and 32; dataset digits and cifar10;"
+        in message
+    )
     assert "momentum 0.9 and 0.5" in message
     third = write_runs(tmp_path, [95.0], bn_weight=0.2, seed=9)
     assert f"{third[0]} and the first file of --proposed differ: bn_weight 0.2 and 0.1" in fails(one + third, one)

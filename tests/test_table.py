@@ -36,7 +36,13 @@ def test_what_cannot_be_computed_is_a_dash():
     row = certainty_table([ONE_PAIR]).splitlines()[2]
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["single", "–", "–", "–", "–"]
     row = table([ONE_PAIR]).splitlines()[2]
-    assert [cell.strip() for cell in row.strip("|").split("|")][3:] == ["+1.00 –", "–", "–", "1 of 1", "interim: 1 of 3"]
+    assert [cell.strip() for cell in row.strip("|").split("|")][3:] == [
+        "+1.00 –",
+        "–",
+        "–",
+        "1 of 1",
+        "interim: 1 of 3",
+    ]
 
 
 def test_tables_of_the_paper_are_at_most_120_columns_wide():

@@ -1,0 +1,79 @@
+"""A live view of a run in TensorBoard: the columns of its result file, its settings, γ and β by layer."""
+
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from checkpoint import Run
+from command_line import FlagError
+from results import COLUMNS
+from settings import determining
+
+METRICS = ("val_accuracy", "test_accuracy")  # what TensorBoard lists beside the settings of each run
+
+
+class Curves:
+    """What TensorBoard shows of a run, in the folder tensorboard/NAME; nothing without `--tensorboard`.
+
+    A context manager. TensorBoard drops what an earlier process has written of epochs that are made again. Where it has
+    written nothing, the numbers of its epochs are added, without γ and β, which are not known any more.
+
+    Args:
+        run: the run, as an earlier process has left it. Its own numbers are added to it after they are added here, so
+            that whatever is saved is shown.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.folder = run.settings.path / "tensorboard" / run.settings.name
+        self.writer: Any = None
+
+    def __enter__(self) -> "Curves":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.writer:
+            self.writer.close()
+
+    def add(self, network: nn.Module, epoch: int, *numbers: float) -> None:
+        """Add an epoch: its numbers in the order of `results.COLUMNS`, and the network's γ and β after it."""
+        if not self.run.settings.tensorboard:
+            return
+        if self.writer is None:
+            self.open(epoch)
+        self.add_numbers(epoch, *numbers)
+        for name, layer in network.named_modules():
+            if isinstance(layer, _BatchNorm) and layer.affine:
+                self.writer.add_histogram(f"γ/{name}", layer.weight, epoch)
+                self.writer.add_histogram(f"β/{name}", layer.bias, epoch)
+        self.writer.flush()
+
+    def open(self, epoch: int) -> None:
+        """Begin to write, from this epoch on."""
+        from torch.utils.tensorboard import SummaryWriter  # it takes seconds, and most runs do without
+        from torch.utils.tensorboard.summary import hparams
+
+        earlier = list(self.folder.glob("events.*"))
+        if epoch == 1:  # they are of a run that this one replaces
+            for file in earlier:
+                file.unlink()
+        self.writer = SummaryWriter(self.folder, purge_step=epoch if earlier else None)
+        settings = {name: "" if value is None else value for name, value in determining(self.run.settings).items()}
+        for summary in hparams(settings, dict.fromkeys(METRICS, 0.0))[:2]:  # the third says that the run has ended
+            self.writer.file_writer.add_summary(summary)
+        if not earlier and self.run.results:
+            for row in zip(*(self.run.results.columns[name].tolist() for name in COLUMNS), strict=True):
+                self.add_numbers(*row)
+
+    def add_numbers(self, epoch: int, *numbers: float) -> None:
+        """Add the numbers of an epoch."""
+        for name, number in zip(COLUMNS[1:], numbers, strict=True):
+            self.writer.add_scalar(name, number, epoch)
+
+
+def check_tensorboard() -> None:
+    """FlagError where TensorBoard is not installed."""
+    if find_spec("tensorboard") is None:
+        raise FlagError("argument --tensorboard: there is no TensorBoard here: pip install tensorboard")

@@ -1,0 +1,140 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from checkpoint import Run
+from results import COLUMNS, read_results
+
+NAME = "run"
+FLAGS = ["--dataset", "digits", "--batch_size", "16", "--learning_rate", "0.05", "--device", "cpu", "--name", NAME]
+
+
+@pytest.fixture
+def make_run(small_network, tmp_path):
+    """Make a run of five epochs, or what is left of it."""
+
+    def make(*flags: str, tensorboard: bool = True) -> None:
+        train.main([*FLAGS, "--num_epochs", "5", "--path", str(tmp_path), *["--tensorboard"] * tensorboard, *flags])
+
+    return make
+
+
+def shown(tmp_path: Path) -> EventAccumulator:
+    """What TensorBoard reads of the run, all points of all curves."""
+    return EventAccumulator(
+        str(tmp_path / "tensorboard" / NAME), size_guidance={"scalars": 0, "histograms": 0}
+    ).Reload()
+
+
+def check_curves(tmp_path: Path) -> None:
+    """Each column as a curve with one point for each epoch."""
+    curves, columns = shown(tmp_path), read_results(tmp_path / "results" / f"{NAME}.csv").columns
+    for name in COLUMNS[1:]:
+        points = curves.Scalars(name)
+        assert [point.step for point in points] == columns["epoch"].tolist()
+        np.testing.assert_allclose([point.value for point in points], columns[name], rtol=1e-6)
+
+
+def stop_in_epoch(epoch: int, monkeypatch) -> None:
+    """Let the next run fail after the training of this epoch."""
+
+    def measure(*args):
+        raise OSError("the disk is full")
+
+    original = train.train_one_epoch
+
+    def train_one_epoch(network, batches, optimizer, settings, current, bar):
+        if current == epoch:
+            monkeypatch.setattr(train, "measure", measure)
+        return original(network, batches, optimizer, settings, current, bar)
+
+    monkeypatch.setattr(train, "train_one_epoch", train_one_epoch)
+
+
+def test_a_run_is_shown(make_run, tmp_path):
+    make_run(tensorboard=False)
+    file = tmp_path / "results" / f"{NAME}.csv"
+    without = read_results(file).columns
+    make_run("--restart")
+    for name, values in read_results(file).columns.items():
+        np.testing.assert_array_equal(values, without[name])
+    check_curves(tmp_path)
+    curves = shown(tmp_path)
+    weights = torch.load(tmp_path / "networks" / f"{NAME}-last.pt")["network"]
+    for letter, kind in {"γ": "weight", "β": "bias"}.items():
+        for layer in ("0", "2"):  # the batch norms of the small network
+            points = curves.Histograms(f"{letter}/{layer}")
+            assert [point.step for point in points] == [1, 2, 3, 4, 5]
+            values, found = weights[f"{layer}.{kind}"].double(), points[-1].histogram_value
+            assert (found.num, found.min, found.max) == (len(values), values.min(), values.max())
+            assert found.sum == pytest.approx(values.sum().item())
+    content = curves.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"bn_weight" in content and b"learning_rate" in content
+
+
+def test_a_run_that_goes_on(make_run, tmp_path, monkeypatch):
+    """Once from its last epoch, once, as after a kill, from a checkpoint that is older than the curves."""
+    with monkeypatch.context() as patch:
+        stop_in_epoch(2, patch)
+        with pytest.raises(SystemExit):
+            make_run()
+    files = tmp_path / "networks"
+    shutil.copytree(files, tmp_path / "after one epoch")
+    with monkeypatch.context() as patch:
+        stop_in_epoch(4, patch)
+        with pytest.raises(SystemExit):
+            make_run()
+    assert [point.step for point in shown(tmp_path).Scalars("train_loss")] == [1, 2, 3]
+    shutil.rmtree(files)
+    shutil.move(tmp_path / "after one epoch", files)
+    make_run()
+    check_curves(tmp_path)
+    assert [point.step for point in shown(tmp_path).Histograms("γ/2")] == [1, 2, 3, 4, 5]
+    make_run()  # there is nothing left to do
+    check_curves(tmp_path)
+
+
+def test_flag_given_later(make_run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_in_epoch(4, patch)
+        with pytest.raises(SystemExit):
+            make_run(tensorboard=False)
+    make_run()
+    check_curves(tmp_path)
+    assert [point.step for point in shown(tmp_path).Histograms("γ/2")] == [4, 5]
+
+
+def test_restart_begins_new_curves(make_run, tmp_path):
+    make_run()
+    make_run("--restart", "--bn_weight", "0.2", "--scheduler", "none")
+    check_curves(tmp_path)
+    assert len(list((tmp_path / "tensorboard" / NAME).iterdir())) == 1  # nothing of the run before
+    make_run("--num_epochs", "7", "--bn_weight", "0.2", "--scheduler", "none")  # a constant rate: it goes on
+    check_curves(tmp_path)
+
+
+def test_what_is_saved_is_shown(make_run, tmp_path, monkeypatch):
+    original = Run.record
+
+    def record(run, epoch, *numbers):
+        assert [point.step for point in shown(tmp_path).Scalars("test_accuracy")] == list(range(1, epoch + 1))
+        original(run, epoch, *numbers)
+
+    monkeypatch.setattr(Run, "record", record)
+    make_run()
+
+
+def test_without_tensorboard(make_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tensorboard_curves.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        make_run()
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1
+    assert "pip install tensorboard" in captured.err
+    make_run(tensorboard=False)
+    assert not (tmp_path / "tensorboard").exists()
