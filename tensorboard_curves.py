@@ -46,8 +46,11 @@ class Curves:
         self.add_numbers(epoch, *numbers)
         for name, layer in network.named_modules():
             if isinstance(layer, _BatchNorm) and layer.affine:
-                self.writer.add_histogram(f"γ/{name}", layer.weight, epoch)
-                self.writer.add_histogram(f"β/{name}", layer.bias, epoch)
+                if self.run.settings.input_norm == "bn":  # let the other layers be called as they are without it
+                    name = "input" if name == "0" else name.removeprefix("1.")
+                for letter, values in {"γ": layer.weight, "β": layer.bias}.items():
+                    if values.requires_grad:  # β of the input layer stays 0
+                        self.writer.add_histogram(f"{letter}/{name}", values, epoch, bins="auto")
         self.writer.flush()
 
     def open(self, epoch: int) -> None:

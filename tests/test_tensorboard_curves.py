@@ -67,8 +67,8 @@ def test_a_run_is_shown(make_run, tmp_path):
     curves = shown(tmp_path)
     weights = torch.load(tmp_path / "networks" / f"{NAME}-last.pt")["network"]
     for letter, kind in {"γ": "weight", "β": "bias"}.items():
-        for layer in ("0", "2"):  # the batch norms of the small network
-            points = curves.Histograms(f"{letter}/{layer}")
+        for layer, name in {"0": "input", "2": "2"}.items():  # the batch norms of the small network
+            points = curves.Histograms(f"{letter}/{name}")
             assert [point.step for point in points] == [1, 2, 3, 4, 5]
             values, found = weights[f"{layer}.{kind}"].double(), points[-1].histogram_value
             assert (found.num, found.min, found.max) == (len(values), values.min(), values.max())

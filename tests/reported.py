@@ -1,0 +1,64 @@
+"""Numbers of the committed result files, computed from them without this project's modules."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas
+from scipy import stats
+
+RESULTS = Path(__file__).parent.parent / "results"
+SETTINGS = {  # as in the names of files
+    "baseline": "weight1-c1-dataset",
+    "proposed": "weight0.1-c100-bn",
+    "init": "weight0.1-c1-bn",
+    "rate": "weight1-c100-bn",
+    "input": "weight1-c1-bn",
+    "logits": "weight0.1-c1-bn-logits",
+    "logits+rates": "weight0.1-c100-bn-logits+rates",
+}
+DIGITS = "digits-resnet18-batch_size=64-num_epochs=5"
+
+
+def read_runs(folder: str, experiment: str, setting: str) -> dict[int, pandas.DataFrame]:
+    """The tables of a setting's result files, by seed."""
+    files = (RESULTS / folder).glob(f"{experiment}-{SETTINGS.get(setting, setting)}-seed*.csv")
+    runs = {int(re.search(r"seed(\d+)$", file.stem)[1]): file for file in files}
+    return {seed: pandas.read_csv(runs[seed], comment="#") for seed in sorted(runs)}
+
+
+def best(run: pandas.DataFrame) -> float:
+    """Test accuracy at the epoch of the best validation accuracy, the first one on a tie."""
+    return run["test_accuracy"][run["val_accuracy"].idxmax()]
+
+
+def best_on_last_tie(run: pandas.DataFrame) -> float:
+    """The same, of the last one on a tie."""
+    return run["test_accuracy"][run["val_accuracy"][::-1].idxmax()]
+
+
+def last(run: pandas.DataFrame) -> float:
+    """Test accuracy at the last epoch."""
+    return run["test_accuracy"].iloc[-1]
+
+
+def accuracies(folder: str, experiment: str, setting: str, select=best, num_seeds: int = 15) -> np.ndarray:
+    """Test accuracies (%) of the seeds 1, 2, ..., in this order."""
+    runs = read_runs(folder, experiment, setting)
+    assert list(runs) == list(range(1, num_seeds + 1)), (folder, setting)
+    return np.array([select(run) for run in runs.values()])
+
+
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """The two-sided 95 % confidence interval of their mean."""
+    return stats.t.interval(0.95, len(differences) - 1, differences.mean(), stats.sem(differences))
+
+
+def p_value(differences: np.ndarray) -> float:
+    """Of the one-sided t-test that their mean is above 0."""
+    return stats.ttest_1samp(differences, 0, alternative="greater").pvalue
+
+
+def spread(values: np.ndarray) -> str:
+    """Mean and sample standard deviation, as the README prints them."""
+    return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"

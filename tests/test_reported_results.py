@@ -1,0 +1,129 @@
+"""Every number of the README's results is that of the committed result files."""
+
+import re
+from itertools import pairwise, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from reported import DIGITS, RESULTS, SETTINGS, accuracies, best, best_on_last_tie, interval, last, p_value, read_runs
+from reported import spread
+
+ROOT = Path(__file__).parent.parent
+README, BENCHMARKS = (ROOT / "README.md").read_text(), (ROOT / "benchmarks" / "README.md").read_text()
+FIRST_SCREEN = " ".join(README.split("## The method")[0].split())
+PAPER = ("baseline", "proposed", "init", "rate", "input")
+AT_005 = f"{DIGITS}-learning_rate=0.05"
+
+
+def section(title: str) -> str:
+    """The text of a section, in one line."""
+    return " ".join(re.search(rf"^### {title}\n(.*?)^##", README, re.DOTALL | re.MULTILINE)[1].split())
+
+
+def holm(p: float, p_values: list[float]) -> float:
+    """A p-value after Holm's correction, which is one of these."""
+    return min(1, max((len(p_values) - j) * q for j, q in enumerate(sorted(p_values)) if q <= p))
+
+
+def test_table_of_modes():
+    rows = re.findall(r"^\| (neither|`[^|]*`) \| ([\d.]+ ± [\d.]+) \|(.*)\|(.*)\|$", BENCHMARKS, re.MULTILINE)
+    modes = {
+        "neither": ("digits", AT_005),
+        "`--precision bfloat16`": ("digits-modes", f"{AT_005}-precision=bfloat16"),
+        "`--compile`": ("digits-modes", f"{AT_005}-compile"),
+    }
+    assert [row[0] for row in rows] == list(modes)
+    of_mode = {mode: accuracies(*of, "proposed") for mode, of in modes.items()}
+    for mode, mean_and_deviation, difference, between in rows:
+        assert mean_and_deviation == spread(of_mode[mode])
+        if mode != "neither":
+            differences = of_mode[mode] - of_mode["neither"]
+            assert difference == f" {differences.mean():+.2f} "
+            assert between == " {:+.2f} to {:+.2f} ".format(*interval(differences))
+
+
+def check_table(text: str, of_setting: dict[str, np.ndarray], num_comparisons: int) -> None:
+    """Every cell of a table of settings, whose first row is the baseline's."""
+    rows = re.findall(r"^\| ([\w+]+) +\| (\d+) +\| (.*) \|$", text, re.MULTILINE)
+    assert [row[0] for row in rows] == list(of_setting)
+    differences = {name: of - of_setting["baseline"] for name, of in of_setting.items() if name != "baseline"}
+    p_values = [p_value(of) for of in differences.values()]
+    assert len(p_values) == num_comparisons
+    for name, seeds, row in rows:
+        fields = [field.strip() for field in row.split("|")]
+        assert (seeds, fields[0]) == ("15", spread(of_setting[name]))
+        if name == "baseline":
+            continue
+        of, p = differences[name], p_value(differences[name])
+        corrected = holm(p, p_values)
+        assert fields[1:] == [
+            "{:+.2f} ({:+.2f} to {:+.2f})".format(of.mean(), *interval(of)),
+            *(f"{p:.2g}", f"{corrected:.2g}", f"{(of > 0).sum()} of 15"),
+            "significant" if corrected <= 0.05 else "not significant",
+        ]
+
+
+def test_table_of_digits():
+    text = README.split("### Digits, five epochs")[1].split("###")[0]
+    check_table(text, {name: accuracies("digits", AT_005, name) for name in PAPER}, 4)
+
+
+def test_how_sure_it_is():
+    text = section("How sure that is")
+    gains = {
+        select: accuracies("digits", AT_005, "proposed", select) - accuracies("digits", AT_005, "baseline", select)
+        for select in (best, best_on_last_tie, last)
+    }
+    gain = gains[best]
+    said = {name: "{:.2f} as well (95 % interval {:.2f} to {:.2f})" for name in (last,)}
+    assert f"the gain of `proposed` is {gain.mean():.2f} percentage points." in text
+    assert said[last].format(gains[last].mean(), *interval(gains[last])) in text
+    flipped = np.array(list(product((1, -1), repeat=15))) @ gain
+    assert f"flips signs gives p = {np.mean(flipped >= gain.sum() - 1e-9):.2g}." in text
+    tables = [table for name in PAPER for table in read_runs("digits", AT_005, name).values()]
+    ties = sum((table["val_accuracy"] == table["val_accuracy"].max()).sum() > 1 for table in tables)
+    assert f"In {ties} of the {len(tables)} runs" in text
+    on_last = gains[best_on_last_tie]
+    assert "the gain is {:.2f} ({:.2f} to {:.2f})".format(on_last.mean(), *interval(on_last)) in text
+    baseline, without = accuracies("digits", AT_005, "baseline"), np.delete(gain, 3)
+    assert baseline.argmin() == 3
+    sentence = "the fourth, where the baseline has {:.2f} %, it is {:.2f} ({:.2f} to {:.2f})."
+    assert sentence.format(baseline[3], without.mean(), *interval(without)) in text
+    size = gain.mean() / gain.std(ddof=1)
+    needed = next(n for n in range(2, 99) if stats.nct.sf(stats.t.ppf(0.95, n - 1), n - 1, size * n**0.5) >= 0.8)
+    assert f"The effect size is {size:.2f}, for which {needed} seeds give a power of 0.8." in text
+
+
+def test_sentences_about_cifar10():
+    of_setting, seconds = {}, []
+    for name in ("proposed", "baseline"):
+        of_setting[name] = read_runs("cifar10-own-stem", "cifar10-resnet18-num_epochs=5-stem=own", name)
+        for file in RESULTS.glob(f"cifar10-own-stem/cifar10-resnet18-num_epochs=5-stem=own-{SETTINGS[name]}-seed*.csv"):
+            seconds.append(float(re.search(r"^# seconds: (.*)$", file.read_text(), re.MULTILINE)[1]))
+    seeds = sorted(of_setting["proposed"].keys() & of_setting["baseline"].keys())
+    assert seeds == list(range(1, 16))
+    ours, theirs = (np.array([best(of[seed]) for seed in seeds]) for of in of_setting.values())
+    gains = ours - theirs
+    text = section("CIFAR-10, five epochs")
+    sentence = (
+        f"accuracy is {spread(ours)} % (mean ± standard deviation over {len(seeds)} seeds), without it {spread(theirs)} %:"
+        f" a difference of {gains.mean():.2f} percentage points (95 % interval {{:.2f}} to {{:.2f}}, p = {p_value(gains):.2g})."
+    )
+    assert sentence.format(*interval(gains)) in text
+    assert f"A run took {np.median(seconds):,.0f} seconds in the median" in text
+    assert f"{ours.mean():.2f} % with the paper's method and {theirs.mean():.2f} % without" in FIRST_SCREEN
+    assert f"({len(seeds)} seeds, p = {p_value(gains):.2g};" in FIRST_SCREEN
+
+
+def test_first_screen():
+    sentence = (
+        r"a ResNet-18 reaches ([\d.]+) % with it and ([\d.]+) % without: a gain of ([\d.]+) percentage points"
+        r" \(95 % interval ([\d.]+) to ([\d.]+), 15 seeds, p = ([\d.]+)\)"
+    )
+    proposed, baseline = (accuracies("digits", AT_005, name) for name in ("proposed", "baseline"))
+    gains = proposed - baseline
+    expected = [f"{x:.2f}" for x in (proposed.mean(), baseline.mean(), gains.mean(), *interval(gains))]
+    assert list(re.search(sentence, FIRST_SCREEN).groups()) == [*expected, f"{p_value(gains):.2g}"]
