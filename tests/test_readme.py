@@ -10,7 +10,7 @@ import plan
 import settings
 import train
 from folders import make_folder
-from settings import NAMED, PAPER
+from settings import NAMED
 
 ROOT = Path(__file__).parent.parent
 README, MODULES, BENCHMARKS = (

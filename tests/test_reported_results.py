@@ -1,15 +1,25 @@
 """Every number of the README's results is that of the committed result files."""
 
 import re
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
-import pytest
 from scipy import stats
 
-from reported import DIGITS, RESULTS, SETTINGS, accuracies, best, best_on_last_tie, interval, last, p_value, read_runs
-from reported import spread
+from reported import (
+    DIGITS,
+    RESULTS,
+    SETTINGS,
+    accuracies,
+    best,
+    best_on_last_tie,
+    interval,
+    last,
+    p_value,
+    read_runs,
+    spread,
+)
 
 ROOT = Path(__file__).parent.parent
 README, BENCHMARKS = (ROOT / "README.md").read_text(), (ROOT / "benchmarks" / "README.md").read_text()
@@ -78,7 +88,7 @@ def test_how_sure_it_is():
         for select in (best, best_on_last_tie, last)
     }
     gain = gains[best]
-    said = {name: "{:.2f} as well (95 % interval {:.2f} to {:.2f})" for name in (last,)}
+    said = dict.fromkeys((last,), "{:.2f} as well (95 % interval {:.2f} to {:.2f})")
     assert f"the gain of `proposed` is {gain.mean():.2f} percentage points." in text
     assert said[last].format(gains[last].mean(), *interval(gains[last])) in text
     flipped = np.array(list(product((1, -1), repeat=15))) @ gain
