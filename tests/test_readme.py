@@ -13,9 +13,7 @@ from folders import make_folder
 from settings import NAMED
 
 ROOT = Path(__file__).parent.parent
-README, MODULES, BENCHMARKS = (
-    (ROOT / name).read_text() for name in ("README.md", "MODULES.md", "benchmarks/README.md")
-)
+README, MODULES = ((ROOT / name).read_text() for name in ("README.md", "MODULES.md"))
 NOT_OF_THE_PAPER = {"stem", "image_size", "no_flip", "workers", "precision", "compile", "equivalent", "tensorboard"}
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 EXAMPLES = [*EXAMPLE.findall(README), *EXAMPLE.findall(MODULES)]
