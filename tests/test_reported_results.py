@@ -28,15 +28,15 @@ from reported import (
 from seeds import make_deterministic
 
 ROOT = Path(__file__).parent.parent
-README, BENCHMARKS = (ROOT / "README.md").read_text(), (ROOT / "benchmarks" / "README.md").read_text()
+README, MORE, BENCHMARKS = ((ROOT / folder / "README.md").read_text() for folder in ("", "results", "benchmarks"))
 FIRST_SCREEN = " ".join(README.split("## The method")[0].split())
 PAPER = ("baseline", "proposed", "init", "rate", "input")
 AT_005 = f"{DIGITS}-learning_rate=0.05"
 
 
-def section(title: str) -> str:
+def section(title: str, file: str = MORE) -> str:
     """The text of a section, in one line."""
-    return " ".join(re.search(rf"^### {title}\n(.*?)^##", README, re.DOTALL | re.MULTILINE)[1].split())
+    return " ".join(re.search(rf"^##+ {title}\n(.*?)(?=^##|\Z)", file, re.DOTALL | re.MULTILINE)[1].split())
 
 
 def holm(p: float, p_values: list[float]) -> float:
@@ -164,7 +164,7 @@ def test_sentences_about_cifar10():
     assert seeds == list(range(1, 16))
     ours, theirs = (np.array([best(of[seed]) for seed in seeds]) for of in of_setting.values())
     gains = ours - theirs
-    text = section("CIFAR-10, five epochs")
+    text = section("CIFAR-10, five epochs", README)
     low, high = interval(gains)
     sentence = (
         f"accuracy is {spread(ours)} % (mean ± standard deviation over {len(seeds)} seeds), without it {spread(theirs)}"
