@@ -61,30 +61,36 @@ def test_table_of_modes():
             assert between == " {:+.2f} to {:+.2f} ".format(*interval(differences))
 
 
-def check_table(text: str, of_setting: dict[str, np.ndarray], num_comparisons: int) -> None:
-    """Every cell of a table of settings, whose first row is the baseline's."""
-    rows = re.findall(r"^\| ([\w+]+) +\| (\d+) +\| (.*) \|$", text, re.MULTILINE)
-    assert [row[0] for row in rows] == list(of_setting)
-    differences = {name: of - of_setting["baseline"] for name, of in of_setting.items() if name != "baseline"}
-    p_values = [p_value(of) for of in differences.values()]
-    assert len(p_values) == num_comparisons
-    for name, seeds, row in rows:
+def check_tables(text: str, of_setting: dict[str, np.ndarray], contrasts: tuple[tuple[str, str], ...] = ()) -> None:
+    """Every cell of a table of settings, whose first row is the baseline's, and of the table of contrasts below it."""
+    rows = re.findall(r"^\| ([\w+ .]+?) +\| (.*) \|$", text, re.MULTILINE)
+    pairs = {name: (name, "baseline") for name in of_setting if name != "baseline"}
+    pairs |= {f"{one} vs {other}": (one, other) for one, other in contrasts}
+    assert [name for name, _ in rows] == [
+        "setting",
+        "baseline",
+        *list(of_setting)[1:],
+        *["setting"] * bool(contrasts),
+    ] + [f"{one} vs {other}" for one, other in contrasts]
+    differences = {name: of_setting[one] - of_setting[other] for name, (one, other) in pairs.items()}
+    p_values = {name: p_value(of) for name, of in differences.items()}
+    for name, row in rows:
         fields = [field.strip() for field in row.split("|")]
-        assert (seeds, fields[0]) == ("15", spread(of_setting[name]))
-        if name == "baseline":
-            continue
-        of, p = differences[name], p_value(differences[name])
-        corrected = holm(p, p_values)
-        assert fields[1:] == [
-            "{:+.2f} ({:+.2f} to {:+.2f})".format(of.mean(), *interval(of)),
-            *(f"{p:.2g}", f"{corrected:.2g}", f"{(of > 0).sum()} of 15"),
-            "significant" if corrected <= 0.05 else "not significant",
-        ]
+        if name in of_setting:
+            assert fields[:2] == ["15", spread(of_setting[name])]
+            fields = fields[2:]
+        if name in pairs:
+            of, corrected = differences[name], holm(p_values[name], list(p_values.values()))
+            assert fields == [
+                "{:+.2f} ({:+.2f} to {:+.2f})".format(of.mean(), *interval(of)),
+                *(f"{p_values[name]:.2g}", f"{corrected:.2g}", f"{(of > 0).sum()} of 15"),
+                "significant" if corrected <= 0.05 else "not significant",
+            ]
 
 
 def test_table_of_digits():
     text = README.split("### Digits, five epochs")[1].split("###")[0]
-    check_table(text, {name: accuracies("digits", AT_005, name) for name in PAPER}, 4)
+    check_tables(text, {name: accuracies("digits", AT_005, name) for name in PAPER})
 
 
 def test_how_sure_it_is():
