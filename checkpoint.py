@@ -62,8 +62,8 @@ class Run:
     """
 
     def __init__(self, settings: argparse.Namespace, stops: list[int] | None = None) -> None:
-        self.settings = settings
-        self.stops = [] if stops is None else stops
+        self.settings, self.stops = settings, [] if stops is None else stops
+        self.processes = 1  # that make the run together
         self.files = run_files(settings.path, settings.name)
         self.results: Results | None = None  # the numbers so far
         self.notes: dict[str, Value] = {}  # what else the result file shall say
@@ -141,7 +141,7 @@ class Run:
         self.keep_lock()
         earlier = self.results.columns if self.results else dict.fromkeys(COLUMNS, np.array([], dtype=int))
         columns = {name: np.append(earlier[name], value) for name, value in zip(COLUMNS, numbers, strict=True)}
-        described = describe_run(self.settings, time.monotonic() - self.start, self.results)
+        described = describe_run(self.settings, time.monotonic() - self.start, self.results, self.processes)
         self.results = Results(described | self.notes, columns)
         if self.results.best_epoch == self.results.num_epochs:
             weights = self.parts["network"].state_dict()

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import platform
 import subprocess
+import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -11,11 +12,14 @@ from pathlib import Path
 import torch
 import torchvision
 
+from command_line import FlagError
 from results import Results
 from settings import Value, determining
 
 
-def describe_run(settings: argparse.Namespace, seconds: float, earlier: Results | None) -> dict[str, Value]:
+def describe_run(
+    settings: argparse.Namespace, seconds: float, earlier: Results | None, processes: int = 1
+) -> dict[str, Value]:
     """The settings of a run and what else its numbers depend on, for the result file.
 
     Where a run was resumed in another place, the file names both.
@@ -23,7 +27,7 @@ def describe_run(settings: argparse.Namespace, seconds: float, earlier: Results 
     circumstances = {
         "code": code_version(),
         "device": str(settings.device),
-        "machine": machine_name(settings.device),
+        "machine": machine_name(settings.device) + (f", {processes} processes" if processes > 1 else ""),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -52,3 +56,17 @@ def machine_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     instructions = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()} with {instructions}, {torch.get_num_threads()} threads"
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, by default the accelerator that torch finds, else the CPU. FlagError if missing."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what torch says of 'mkldnn', beside the error
+            device = torch.device(name if name is not None else accelerator or "cpu")
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises differs by device
+        found = ["cpu", *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()) if accelerator)]
+        reason = str(error).partition("\n")[0]
+        raise FlagError(f"argument --device: {name!r} is not one of {', '.join(found)} ({reason})") from error
+    return device

@@ -10,9 +10,8 @@ import argparse
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any
 
@@ -35,6 +34,7 @@ from networks import check_images, construct_network, speed_up, try_images, use_
 from results import Results
 from seeds import keep_random_states, make_deterministic
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
+from world import ALONE, OneProcess, join
 
 
 def train(
@@ -42,6 +42,7 @@ def train(
     report: Callable[[str], None] = lambda line: None,
     show_bar: bool = False,
     stops: list[int] | None = None,
+    world: OneProcess = ALONE,
 ) -> Results:
     """Run the training that the flags describe, or what is left of it, and return what is in its result file.
 
@@ -53,6 +54,7 @@ def train(
         report: called with one line of text at the start, and after every epoch.
         show_bar: whether to draw a progress bar on standard error.
         stops: numbers of signals; as soon as there is one, the run ends between two steps with KeyboardInterrupt.
+        world: what `join` gives, for a run that all processes of torchrun make together.
 
     Raises:
         FloatingPointError: a loss is not finite.
@@ -62,15 +64,16 @@ def train(
         OSError: a file cannot be read or written.
         torch.OutOfMemoryError: the device has too little memory.
     """
-    with Run(settings, stops) as run, use_precision(settings.precision):
+    with world.run(settings, stops) as run, use_precision(settings.precision):
         if run.finished:
             report(f"{settings.name} is finished already")
             return run.results
 
         make_deterministic(settings.seed)
-        image_set = load_images(settings, report=report, show_bar=show_bar, stops=run.stops)
+        load = partial(load_images, settings, report=report, show_bar=show_bar, stops=run.stops)
+        image_set = world.load(load, settings.batch_size)
         train_batches, val_batches, test_batches = (
-            Batches(image_set, split, settings.batch_size, normalize=settings.input_norm == "dataset")
+            Batches(image_set, split, settings.batch_size, settings.input_norm == "dataset", world.share)
             for split in ("train", "val", "test")
         )
 
@@ -91,6 +94,7 @@ def train(
             scheduler = optim.lr_scheduler.ConstantLR(optimizer, factor=1)
 
         run.resume(network, optimizer, scheduler)
+        replica = world.replicate(network)
         for line in introduce(run, network, image_set.numbers, len(train_batches)):
             report(line)
         num_images, num_epochs = train_batches.num_images, settings.num_epochs
@@ -98,11 +102,11 @@ def train(
         with tqdm(**images, unit="image", unit_scale=True, disable=not show_bar) as bar:
             for epoch in run.epochs:
                 start = time.perf_counter()
-                train_loss = train_one_epoch(network, run.steps(train_batches), optimizer, settings, epoch, bar)
+                train_loss = train_one_epoch(replica, run.steps(train_batches), optimizer, settings, epoch, bar, world)
                 speed = num_images / (time.perf_counter() - start)
                 scheduler.step()
-                val_loss, val_accuracy = measure(network, run.steps(val_batches), settings)
-                _, test_accuracy = measure(network, run.steps(test_batches), settings)
+                val_loss, val_accuracy = measure(network, run.steps(val_batches), settings, world)
+                _, test_accuracy = measure(network, run.steps(test_batches), settings, world)
                 check_finite(val_loss, f"the validation loss after epoch {epoch}")
                 run.record(epoch, train_loss, val_loss, val_accuracy, test_accuracy)
                 report(
@@ -138,6 +142,7 @@ def train_one_epoch(
     settings: argparse.Namespace,
     epoch: int,
     bar: tqdm,
+    world: OneProcess = ALONE,
 ) -> float:
     """Train on every batch once; returns the mean loss of the batches. FloatingPointError where one is not finite."""
     network.train()
@@ -145,13 +150,13 @@ def train_one_epoch(
     losses = []
     for images, labels in batches:
         optimizer.zero_grad()
-        loss = F.cross_entropy(compute_logits(network, images, settings), labels)
+        loss = world.mean(F.cross_entropy(compute_logits(network, images, settings), labels), len(labels))
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
         if loss.device.type == "cpu":  # elsewhere, reading a loss would make every step wait for the device
             check_finite(loss.item(), f"the loss at epoch {epoch}, step {len(losses)}")
-        if bar.update(len(labels)):  # only now and then is the bar drawn, and the loss needed
+        if bar.update(world.size * len(labels)):  # only now and then is the bar drawn, and the loss needed
             bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
     values = torch.stack(losses).tolist()
     for step, loss in enumerate(values, start=1):
@@ -160,7 +165,9 @@ def train_one_epoch(
 
 
 @torch.inference_mode()
-def measure(network: nn.Module, batches: Iterable[Batch], settings: argparse.Namespace) -> tuple[float, float]:
+def measure(
+    network: nn.Module, batches: Iterable[Batch], settings: argparse.Namespace, world: OneProcess = ALONE
+) -> tuple[float, float]:
     """Loss (mean over the images) and accuracy (in percent) of a network on every batch, in evaluation mode."""
     network.eval()
     losses, correct, num_images = [], [], 0
@@ -169,8 +176,9 @@ def measure(network: nn.Module, batches: Iterable[Batch], settings: argparse.Nam
         logits = compute_logits(network, images, settings)
         losses.append(F.cross_entropy(logits, labels, reduction="sum"))
         correct.append((logits.argmax(1) == labels).sum())
-    loss = reduce(add, torch.stack(losses).tolist()) / num_images
-    return loss, torch.stack(correct).sum().item() / num_images * 100
+    loss, num_correct = reduce(add, torch.stack(losses).tolist()), torch.stack(correct).sum().item()
+    loss, num_correct, num_images = world.sum(loss, num_correct, num_images)
+    return loss / num_images, num_correct / num_images * 100
 
 
 def compute_logits(network: nn.Module, images: Tensor, settings: argparse.Namespace) -> Tensor:
@@ -212,14 +220,14 @@ def introduce(run: Run, network: nn.Module, numbers: str, steps: int) -> list[st
     return lines
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None, world: OneProcess = ALONE) -> argparse.Namespace:
     """The settings of a run from its flags, complete and checked. FlagError names what is wrong."""
-    return prepare(flags.parse(argv))
+    return prepare(flags.parse(argv), world)
 
 
-def prepare(settings: argparse.Namespace) -> argparse.Namespace:
+def prepare(settings: argparse.Namespace, world: OneProcess = ALONE) -> argparse.Namespace:
     """The same settings, with a device. FlagError where they are wrong in a way that only torch can tell."""
-    settings.device = find_device(settings.device)
+    settings.device = world.device(settings.device)
     known = flags.DATASETS.get(settings.dataset)
     folder = settings.path / "images" / settings.dataset
     if not known and not folder.is_dir():
@@ -254,20 +262,6 @@ def check_network(
             ) from error
 
 
-def find_device(name: str | None) -> torch.device:
-    """The device of that name, by default the accelerator that torch finds, else the CPU. FlagError if missing."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # what torch says of 'mkldnn', beside the error
-            device = torch.device(name if name is not None else accelerator or "cpu")
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises differs by device
-        found = ["cpu", *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()) if accelerator)]
-        reason = str(error).partition("\n")[0]
-        raise FlagError(f"argument --device: {name!r} is not one of {', '.join(found)} ({reason})") from error
-    return device
-
-
 def main(argv: Sequence[str] | None = None) -> Results:
     """The command line; see `one_line_endings` for its exit codes. Returns the results of the run."""
     settings, files, began = None, None, time.time()
@@ -278,10 +272,10 @@ def main(argv: Sequence[str] | None = None) -> Results:
         )
         return how_to_resume("without --restart" if replaced else "again")
 
-    with one_line_endings("train.py", stopped):
-        settings = parse(argv)
+    with one_line_endings("train.py", stopped), join() as world:
+        settings = world.together(lambda: parse(argv, world))
         files = flags.run_files(settings.path, settings.name)
-        results = train(settings, say, show_bar=sys.stderr.isatty())
+        results = train(settings, say, show_bar=world.first and sys.stderr.isatty(), world=world)
         weights = f", weights in {files.best_weights}" if files.best_weights.exists() else ""
         say(
             f"best epoch {results.best_epoch}: val accuracy {results.val_accuracy:.3f} %,"

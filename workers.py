@@ -100,8 +100,9 @@ def make_run(settings: argparse.Namespace, device: str | None, stops: list[int])
     """
     try:
         import train  # it takes seconds, and nothing else here needs it
+        from circumstances import find_device
 
-        values = {**vars(settings), "device": train.find_device(device), "restart": False}
+        values = {**vars(settings), "device": find_device(device), "restart": False}
         while not stops:
             try:
                 with on_signals(interrupt):  # until the training handles signals itself
