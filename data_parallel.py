@@ -9,6 +9,7 @@ No exchange has a time limit, as a data set may take an hour to download: `pulse
 """
 
 import argparse
+import itertools
 import os
 import random
 import re
@@ -40,6 +41,7 @@ FOR_EVER = timedelta(days=365)
 JOINING = timedelta(minutes=5)  # for all processes to be there: imports may take long
 ENDING = 30.0  # seconds in which processes wait for each other at the end, as the first one may be saving
 
+RUNS = itertools.count()
 LOST = (
     "a process of this run has died or does not answer: run the same command again (without --restart), with any number"
     " of processes, to resume after the last saved epoch"
@@ -60,14 +62,14 @@ class Processes:
     """
 
     def __init__(self) -> None:
-        self.store, self.rank, self.size = next(dist.rendezvous("env://", timeout=JOINING))
+        store, self.rank, self.size = next(dist.rendezvous("env://", timeout=JOINING))
+        self.store = dist.PrefixStore(f"run {next(RUNS)}", store)  # what it holds outlives a run
         dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=JOINING)
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.first = self.rank == 0
         self.control = dist.new_group(backend="gloo", timeout=FOR_EVER)
         self.group: dist.ProcessGroup | None = None
         self.shared: BaseException | None = None  # the error with which all processes end
-        self.attempt = f"training/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"  # the store outlives a restart
         self.pulse = Pulse(self.say_lost)
 
     def device(self, name: str | None) -> torch.device:
@@ -90,6 +92,7 @@ class Processes:
             gpu = str(torch.cuda.get_device_properties(settings.device).uuid)
         gpus = self.gather(gpu)
         own_gpus = None not in gpus and len(set(gpus)) == self.size and dist.is_nccl_available()
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # it would end the process without a word
         self.group = dist.new_group(backend="nccl" if own_gpus else "gloo", timeout=FOR_EVER)
         return SharedRun(self, settings, stops)
 
@@ -181,7 +184,7 @@ class Processes:
         """Whether this process is the one of its machine to say that another one is lost."""
         try:
             self.store.set_timeout(timedelta(seconds=5))
-            return self.store.add(f"{self.attempt}/lost/{os.environ.get('GROUP_RANK')}", 1) == 1
+            return self.store.add(f"lost/{os.environ['GROUP_RANK']}", 1) == 1
         except RuntimeError:  # the store's machine may be the lost one
             return True
 
@@ -197,16 +200,18 @@ class Processes:
         if lost:
             silence(not self.claim())
             raise ConnectionError(LOST) from None
-        silence(met and not self.first)
+        if met:
+            dist.destroy_process_group()
+        silence(met and not self.first and error is not None)
 
     def wait_for_all(self) -> bool:
         """Wait for all processes to be here; whether they are."""
         deadline = time.monotonic() + ENDING
         with suppress(RuntimeError):
-            here = self.store.add(f"{self.attempt}/ending", 1)
+            here = self.store.add("ending", 1)
             while here < self.size and time.monotonic() < deadline:
                 time.sleep(0.02)
-                here = self.store.add(f"{self.attempt}/ending", 0)
+                here = self.store.add("ending", 0)
             return here >= self.size
         return False
 
