@@ -67,10 +67,10 @@ class Processes:
         dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=JOINING)
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.first = self.rank == 0
+        self.pulse = Pulse(self.say_lost)
         self.control = dist.new_group(backend="gloo", timeout=FOR_EVER)
         self.group: dist.ProcessGroup | None = None
         self.shared: BaseException | None = None  # the error with which all processes end
-        self.pulse = Pulse(self.say_lost)
 
     def device(self, name: str | None) -> torch.device:
         if name in (None, "cuda") and torch.cuda.is_available():
@@ -141,7 +141,7 @@ class Processes:
             raise FlagError(f"argument --batch_size: {batch} leaves no image for some of the {self.size} processes")
 
     def share(self, part: Tensor) -> Tensor:
-        return part[len(part) * self.rank // self.size : len(part) * (self.rank + 1) // self.size]
+        return share(part, self.rank, self.size)
 
     def replicate(self, network: nn.Module) -> nn.Module:
         if next(network.parameters()).is_cuda:
@@ -269,6 +269,11 @@ class SharedRun(Run):
     def record(self, *numbers: float) -> None:
         self.world.together(lambda: Run.record(self, *numbers) if self.world.first else None)
         self.results = self.world.from_first(self.results)
+
+
+def share(part: Tensor, rank: int, size: int) -> Tensor:
+    """What process `rank` of `size` takes of a batch: the shares follow each other, and differ by one at the most."""
+    return part[len(part) * rank // size : len(part) * (rank + 1) // size]
 
 
 def silence(quiet: bool) -> None:

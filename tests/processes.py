@@ -9,13 +9,16 @@ train.py after the folder, it makes one slow run of them, with the small network
 import io
 import json
 import os
+import subprocess
 import sys
 import time
-from contextlib import ExitStack, redirect_stderr
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,6 +29,8 @@ import train
 from small import construct_small_network, load_few_digits
 
 RANK = os.environ.get("RANK", "0")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+DRIVER = str(Path(__file__).absolute())
 
 
 def record(job: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +100,21 @@ def run_slowly(folder: Path, flags: list[str]) -> None:
     except SystemExit as end:
         (folder / f"code-{RANK}").write_text(str(end.code))
         raise
+
+
+@contextmanager
+def started(command: list[str], output: Path) -> Iterator[subprocess.Popen]:
+    """A command, of which nothing is left at the end."""
+    with output.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+        process.wait()
 
 
 def main(folder: Path, *flags: str) -> None:
