@@ -37,8 +37,9 @@ def record(job: dict[str, Any]) -> dict[str, Any]:
     """Make a run in the current folder and return what comes of it.
 
     Args:
-        job: 'flags' of train.py; 'small' for the small network on a few digits; further flags of process R under its
-            number; a version of torch that it shall have, under 'torch R'.
+        job: 'flags' of train.py; 'small' for the small network on a few digits; 'double' for computing in float64, in
+            which rounding stays small; further flags of process R under its number; a version of torch that it shall
+            have, under 'torch R'.
 
     Returns:
         'images', those of every call of the network; 'losses' of every training step; 'groups', the names in the
@@ -50,7 +51,7 @@ def record(job: dict[str, Any]) -> dict[str, Any]:
 
     def noted_logits(network, images, settings):
         seen["images"].append(images)
-        return compute_logits(network, images, settings)
+        return network(images.double()) if job.get("double") else compute_logits(network, images, settings)
 
     def noted_epoch(network, batches, optimizer, *arguments):
         weights = {name.removeprefix("module."): weight for name, weight in network.named_parameters()}
@@ -74,6 +75,9 @@ def record(job: dict[str, Any]) -> dict[str, Any]:
         if job.get("small"):
             patches.enter_context(patch.object(train, "construct_network", construct_small_network))
             patches.enter_context(patch.object(data, "load_digits", load_few_digits))
+        if job.get("double"):
+            patches.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float64)
         patches.enter_context(patch.object(torch, "__version__", job.get(f"torch {RANK}", torch.__version__)))
         patches.enter_context(redirect_stderr(errors))
         try:
