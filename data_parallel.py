@@ -65,8 +65,7 @@ class Processes:
         store, self.rank, self.size = next(dist.rendezvous("env://", timeout=JOINING))
         self.store = dist.PrefixStore(f"run {next(RUNS)}", store)  # what it holds outlives a run
         dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=JOINING)
-        self.local_rank = int(os.environ["LOCAL_RANK"])
-        self.first = self.rank == 0
+        self.first, self.local_rank = self.rank == 0, int(os.environ["LOCAL_RANK"])
         self.pulse = Pulse(self.say_lost)
         self.control = dist.new_group(backend="gloo", timeout=FOR_EVER)
         self.group: dist.ProcessGroup | None = None
@@ -81,11 +80,12 @@ class Processes:
 
     def run(self, settings: argparse.Namespace, stops: list[int] | None) -> Run:
         versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "code": code_version()}
-        self.check_alike({"name": settings.name, **determining(settings), **versions})
+        self.check_alike({"name": settings.name, "device": settings.device.type, **determining(settings), **versions})
         if settings.compile:
             raise FlagError("argument --compile: it is for one process, without torchrun")
         if settings.workers is None:
-            settings.workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"]))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            settings.workers = max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"]))
         gpu = None
         if settings.device.type == "cuda":
             torch.cuda.set_device(settings.device)
@@ -194,7 +194,8 @@ class Processes:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # torchrun sends one when the first process ends
         lost = isinstance(error, RuntimeError) and re.search("gloo|nccl|DistStore", f"{error!r}", re.IGNORECASE)
-        agreed = error in (None, self.shared) or isinstance(error, FlagError | FloatingPointError | KeyboardInterrupt)
+        common = FlagError | FloatingPointError | KeyboardInterrupt | SystemExit  # what ends all alike
+        agreed = error in (None, self.shared) or isinstance(error, common)
         met = not lost and agreed and self.wait_for_all()
         self.pulse.stop(LEAVING if met else FAILING)
         if lost:
