@@ -6,7 +6,6 @@ short, but not a changed byte in a weight. `torch.load` reads them as they are.
 
 import argparse
 import copy
-import hashlib
 import io
 import math
 import os
@@ -28,6 +27,8 @@ from results import (
     COLUMNS,
     DamagedFileError,
     Results,
+    add_digest,
+    has_digest,
     read_results,
     remove_temporaries,
     write_atomically,
@@ -35,10 +36,10 @@ from results import (
 )
 from seeds import random_states, set_random_states
 from settings import RunFiles, Value, determining, differences, run_files
+from tensorboard_curves import Curves
 
 FORMAT = 1  # raise it when a change makes older checkpoints useless
 REMEDY = "give --restart to start over, or another --name"
-DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 class Run:
@@ -62,8 +63,8 @@ class Run:
     """
 
     def __init__(self, settings: argparse.Namespace, stops: list[int] | None = None) -> None:
-        self.settings = settings
-        self.stops = [] if stops is None else stops
+        self.settings, self.stops = settings, [] if stops is None else stops
+        self.processes = 1  # that make the run together
         self.files = run_files(settings.path, settings.name)
         self.results: Results | None = None  # the numbers so far
         self.notes: dict[str, Value] = {}  # what else the result file shall say
@@ -89,6 +90,7 @@ class Run:
             if not self.settings.restart:
                 self.results, self.state = recover_run(self.files, self.settings)
                 self.saved_state = self.state
+            self.curves = contexts.enter_context(Curves(self.settings))
             self.contexts = contexts.pop_all()
         return self
 
@@ -139,9 +141,10 @@ class Run:
         passed since the last, and at the end.
         """
         self.keep_lock()
+        self.curves.add(self.parts["network"], self.results, *numbers)  # first: so all that is saved is shown
         earlier = self.results.columns if self.results else dict.fromkeys(COLUMNS, np.array([], dtype=int))
         columns = {name: np.append(earlier[name], value) for name, value in zip(COLUMNS, numbers, strict=True)}
-        described = describe_run(self.settings, time.monotonic() - self.start, self.results)
+        described = describe_run(self.settings, time.monotonic() - self.start, self.results, self.processes)
         self.results = Results(described | self.notes, columns)
         if self.results.best_epoch == self.results.num_epochs:
             weights = self.parts["network"].state_dict()
@@ -189,16 +192,6 @@ def save_with_digest(content: dict[str, Any], file: Path) -> None:
     torch.save(content, saved)
     add_digest(saved)
     write_atomically(file, saved.getbuffer())
-
-
-def add_digest(stream: io.BytesIO) -> None:
-    """Write the SHA-256 of what is in a stream at its end."""
-    stream.write(hashlib.sha256(stream.getbuffer()).digest())
-
-
-def has_digest(content: bytes) -> bool:
-    """Whether these bytes end with the SHA-256 of what precedes it."""
-    return hashlib.sha256(content[:-DIGEST_SIZE]).digest() == content[-DIGEST_SIZE:]
 
 
 def results_so_far(state: dict[str, Any]) -> Results:

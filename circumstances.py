@@ -17,7 +17,9 @@ from results import Results
 from settings import Value, determining
 
 
-def describe_run(settings: argparse.Namespace, seconds: float, earlier: Results | None) -> dict[str, Value]:
+def describe_run(
+    settings: argparse.Namespace, seconds: float, earlier: Results | None, processes: int = 1
+) -> dict[str, Value]:
     """The settings of a run and what else its numbers depend on, for the result file.
 
     Where a run was resumed in another place, the file names both.
@@ -25,7 +27,7 @@ def describe_run(settings: argparse.Namespace, seconds: float, earlier: Results 
     circumstances = {
         "code": code_version(),
         "device": str(settings.device),
-        "machine": machine_name(settings.device),
+        "machine": machine_name(settings.device) + (f", {processes} processes" if processes > 1 else ""),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

@@ -23,6 +23,8 @@ Item = TypeVar("Item")
 
 BEGUN: list[str] = []  # the commands that handle signals, or have
 
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun, as one of several processes
+
 
 class FlagError(ValueError):
     """A flag is wrong; the message names it."""
@@ -104,7 +106,11 @@ def answer_at_once(program: str, parse: Callable[[], object]) -> None:
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is for a command in the background of a script
         signal.signal(signal.SIGINT, end_now)
     open_streams()
+    if LAUNCHED and program == "train.py":
+        return  # its processes answer together
     try:
+        if LAUNCHED:
+            raise FlagError(f"torchrun is for train.py; start {program} without it")
         parse()
     except FlagError as error:
         end(2, f"error: {error}", program)
@@ -197,7 +203,8 @@ def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
 
     def first(number: int, _: FrameType | None) -> None:
         for other in earlier:
-            signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
+            at_once = other == signal.SIGINT and not LAUNCHED  # torchrun may repeat a Ctrl-C
+            signal.signal(other, signal.SIG_DFL if at_once else signal.SIG_IGN)
         handle(number)
 
     if threading.current_thread() is not threading.main_thread():
@@ -208,8 +215,8 @@ def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        for number, handler in earlier.items():  # torchrun stops its other processes as soon as one has ended
+            signal.signal(number, signal.SIG_IGN if LAUNCHED else handler)
 
 
 def interrupt(number: int) -> NoReturn:

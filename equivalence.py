@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from command_line import FlagError
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 HOMOGENEOUS = (  # what passes a factor above 0 on, or, with a bias or statistics, can be made to
@@ -92,11 +93,14 @@ def logits_alone(
 def rewrite(network: nn.Module, settings: argparse.Namespace) -> tuple[nn.Module, Groups]:
     """The network that `--equivalent` asks to train in place of that of a run, and its parameter groups.
 
-    Its γ's start at 1, but for the input layer's. ValueError where there is none.
+    Its γ's start at 1, but for the input layer's. FlagError where there is no such network.
     """
     functions = {"logits": logits_alone, "logits+rates": equivalent}
     rates = settings.weight_decay, settings.learning_rate, settings.c
-    return functions[settings.equivalent](network, settings.bn_weight, *rates)
+    try:
+        return functions[settings.equivalent](network, settings.bn_weight, *rates)
+    except ValueError as error:
+        raise FlagError(f"argument --equivalent: {settings.network}: {error}") from error
 
 
 def last_layer(network: nn.Module) -> nn.Linear:

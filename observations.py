@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms import Normalize
 
-from checkpoint import add_digest
 from data import ImageSet, load_image_set
 from networks import SIGMA_ACT
-from results import Results, write_atomically
+from results import Results, add_digest, write_atomically
 from settings import DEFAULTS
 from trained_networks import check_digest, rebuild_network
 

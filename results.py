@@ -21,6 +21,8 @@ import numpy as np
 
 from settings import DEFAULTS, WITHOUT_EFFECT, Value
 
+DIGEST_SIZE = hashlib.sha256().digest_size
+
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "test_accuracy")
 CHECKSUM = "sha256"  # stands where the name of a setting does
 
@@ -250,6 +252,16 @@ def from_text(text: str) -> Value:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def add_digest(stream: io.BytesIO) -> None:
+    """Write the SHA-256 of what is in a stream at its end."""
+    stream.write(hashlib.sha256(stream.getbuffer()).digest())
+
+
+def has_digest(content: bytes) -> bool:
+    """Whether these bytes end with the SHA-256 of what precedes it."""
+    return hashlib.sha256(content[:-DIGEST_SIZE]).digest() == content[-DIGEST_SIZE:]
 
 
 def write_atomically(file: str | os.PathLike, content: bytes) -> None:

@@ -108,6 +108,8 @@ class Plan(Sampler):
 
 def stack(items: Sequence[Tensor | str]) -> Tensor | str:
     """The images of a batch in one tensor, or the first complaint."""
+    if not items:  # the share of a process in a batch of fewer images than processes
+        return torch.empty(0, 3, 1, 1, dtype=torch.uint8)
     return next((item for item in items if isinstance(item, str)), None) or torch.stack(items)
 
 

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any
 
@@ -28,15 +28,15 @@ from tqdm import tqdm
 
 from batch_norm import SETTLED
 from checkpoint import REMEDY, Run
-from circumstances import find_device
 from data import Batch, Batches, ImageSet, load_image_set
 from equivalence import rewrite
 from image_folders import Size
 from networks import check_images, construct_network, speed_up, try_images, use_precision
 from results import Results
 from seeds import keep_random_states, make_deterministic
-from tensorboard_curves import Curves, check_tensorboard
+from tensorboard_curves import check_tensorboard
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
+from world import ALONE, OneProcess, join
 
 
 def train(
@@ -44,6 +44,7 @@ def train(
     report: Callable[[str], None] = lambda line: None,
     show_bar: bool = False,
     stops: list[int] | None = None,
+    world: OneProcess = ALONE,
 ) -> Results:
     """Run the training that the flags describe, or what is left of it, and return what is in its result file.
 
@@ -55,6 +56,7 @@ def train(
         report: called with one line of text at the start, and after every epoch.
         show_bar: whether to draw a progress bar on standard error.
         stops: numbers of signals; as soon as there is one, the run ends between two steps with KeyboardInterrupt.
+        world: what `join` gives, for a run that all processes of torchrun make together.
 
     Raises:
         FloatingPointError: a loss is not finite.
@@ -64,15 +66,16 @@ def train(
         OSError: a file cannot be read or written.
         torch.OutOfMemoryError: the device has too little memory.
     """
-    with Run(settings, stops) as run, Curves(run) as curves, use_precision(settings.precision):
+    with world.run(settings, stops) as run, use_precision(settings.precision):
         if run.finished:
             report(f"{settings.name} is finished already")
             return run.results
 
         make_deterministic(settings.seed)
-        image_set = load_images(settings, report=report, show_bar=show_bar, stops=run.stops)
+        load = partial(load_images, settings, report=report, show_bar=show_bar, stops=run.stops)
+        image_set = world.load(load, settings.batch_size)
         train_batches, val_batches, test_batches = (
-            Batches(image_set, split, settings.batch_size, normalize=settings.input_norm == "dataset")
+            Batches(image_set, split, settings.batch_size, settings.input_norm == "dataset", world.share)
             for split in ("train", "val", "test")
         )
 
@@ -95,6 +98,7 @@ def train(
             scheduler = optim.lr_scheduler.ConstantLR(optimizer, factor=1)
 
         run.resume(network, optimizer, scheduler)
+        replica = world.replicate(network)
         for line in introduce(run, network, image_set.numbers, len(train_batches)):
             report(line)
         num_images, num_epochs = train_batches.num_images, settings.num_epochs
@@ -102,15 +106,13 @@ def train(
         with tqdm(**images, unit="image", unit_scale=True, disable=not show_bar) as bar:
             for epoch in run.epochs:
                 start = time.perf_counter()
-                train_loss = train_one_epoch(network, run.steps(train_batches), optimizer, settings, epoch, bar)
+                train_loss = train_one_epoch(replica, run.steps(train_batches), optimizer, settings, epoch, bar, world)
                 speed = num_images / (time.perf_counter() - start)
                 scheduler.step()
-                val_loss, val_accuracy = measure(network, run.steps(val_batches), settings)
-                _, test_accuracy = measure(network, run.steps(test_batches), settings)
+                val_loss, val_accuracy = measure(network, run.steps(val_batches), settings, world)
+                _, test_accuracy = measure(network, run.steps(test_batches), settings, world)
                 check_finite(val_loss, f"the validation loss after epoch {epoch}")
-                numbers = train_loss, val_loss, val_accuracy, test_accuracy
-                curves.add(network, epoch, *numbers)
-                run.record(epoch, *numbers)
+                run.record(epoch, train_loss, val_loss, val_accuracy, test_accuracy)
                 report(
                     f"epoch {epoch}/{num_epochs}: train loss {train_loss:.6f}, val loss {val_loss:.6f}, val accuracy"
                     f" {val_accuracy:.3f} %, test accuracy {test_accuracy:.3f} %, {speed:,.0f} images/s"
@@ -146,6 +148,7 @@ def train_one_epoch(
     settings: argparse.Namespace,
     epoch: int,
     bar: tqdm,
+    world: OneProcess = ALONE,
 ) -> float:
     """Train on every batch once; returns the mean loss of the batches. FloatingPointError where one is not finite."""
     network.train()
@@ -153,13 +156,13 @@ def train_one_epoch(
     losses = []
     for images, labels in batches:
         optimizer.zero_grad()
-        loss = F.cross_entropy(compute_logits(network, images, settings), labels)
+        loss = world.mean(F.cross_entropy(compute_logits(network, images, settings), labels), len(labels))
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
         if loss.device.type == "cpu":  # elsewhere, reading a loss would make every step wait for the device
             check_finite(loss.item(), f"the loss at epoch {epoch}, step {len(losses)}")
-        if bar.update(len(labels)):  # only now and then is the bar drawn, and the loss needed
+        if bar.update(world.size * len(labels)):  # only now and then is the bar drawn, and the loss needed
             bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
     values = torch.stack(losses).tolist()
     for step, loss in enumerate(values, start=1):
@@ -168,7 +171,9 @@ def train_one_epoch(
 
 
 @torch.inference_mode()
-def measure(network: nn.Module, batches: Iterable[Batch], settings: argparse.Namespace) -> tuple[float, float]:
+def measure(
+    network: nn.Module, batches: Iterable[Batch], settings: argparse.Namespace, world: OneProcess = ALONE
+) -> tuple[float, float]:
     """Loss (mean over the images) and accuracy (in percent) of a network on every batch, in evaluation mode."""
     network.eval()
     losses, correct, num_images = [], [], 0
@@ -177,8 +182,9 @@ def measure(network: nn.Module, batches: Iterable[Batch], settings: argparse.Nam
         logits = compute_logits(network, images, settings)
         losses.append(F.cross_entropy(logits, labels, reduction="sum"))
         correct.append((logits.argmax(1) == labels).sum())
-    loss = reduce(add, torch.stack(losses).tolist()) / num_images
-    return loss, torch.stack(correct).sum().item() / num_images * 100
+    loss, num_correct = reduce(add, torch.stack(losses).tolist()), torch.stack(correct).sum().item()
+    loss, num_correct, num_images = world.sum(loss, num_correct, num_images)
+    return loss / num_images, num_correct / num_images * 100
 
 
 def compute_logits(network: nn.Module, images: Tensor, settings: argparse.Namespace) -> Tensor:
@@ -220,16 +226,16 @@ def introduce(run: Run, network: nn.Module, numbers: str, steps: int) -> list[st
     return lines
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None, world: OneProcess = ALONE) -> argparse.Namespace:
     """The settings of a run from its flags, complete and checked. FlagError names what is wrong."""
-    return prepare(flags.parse(argv))
+    return prepare(flags.parse(argv), world)
 
 
-def prepare(settings: argparse.Namespace) -> argparse.Namespace:
+def prepare(settings: argparse.Namespace, world: OneProcess = ALONE) -> argparse.Namespace:
     """The same settings, with a device. FlagError where they are wrong in a way that only torch can tell."""
     if settings.tensorboard:
         check_tensorboard()
-    settings.device = find_device(settings.device)
+    settings.device = world.device(settings.device)
     known = flags.DATASETS.get(settings.dataset)
     folder = settings.path / "images" / settings.dataset
     if not known and not folder.is_dir():
@@ -242,10 +248,7 @@ def prepare(settings: argparse.Namespace) -> argparse.Namespace:
     with keep_random_states():
         network = construct(settings, 10, size)
     if settings.equivalent != "no":
-        try:
-            rewrite(network, settings)
-        except ValueError as error:
-            raise FlagError(f"argument --equivalent: {settings.network}: {error}") from error
+        rewrite(network, settings)
     if known:
         check_network(settings, network, size, known.num_train, num_classes=10)
     return settings
@@ -279,10 +282,10 @@ def main(argv: Sequence[str] | None = None) -> Results:
         )
         return how_to_resume("without --restart" if replaced else "again")
 
-    with one_line_endings("train.py", stopped):
-        settings = parse(argv)
+    with one_line_endings("train.py", stopped), join() as world:
+        settings = world.together(lambda: parse(argv, world))
         files = flags.run_files(settings.path, settings.name)
-        results = train(settings, say, show_bar=sys.stderr.isatty())
+        results = train(settings, say, show_bar=world.first and sys.stderr.isatty(), world=world)
         weights = f", weights in {files.best_weights}" if files.best_weights.exists() else ""
         say(
             f"best epoch {results.best_epoch}: val accuracy {results.val_accuracy:.3f} %,"

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
-from checkpoint import has_digest
 from cifar import CIFAR10_STATISTICS
 from data import load_image_set
 from equivalence import equivalent
 from networks import construct_network
-from results import Results, read_results
+from results import Results, has_digest, read_results
 from seeds import keep_random_states
 from settings import DEFAULTS, run_files
 

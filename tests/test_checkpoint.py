@@ -69,8 +69,8 @@ def stop_in_epoch(epoch_to_stop: int, monkeypatch, error: BaseException = Keyboa
     """Let the run stop within an epoch, when its weights have moved on already."""
     whole_epoch = train.train_one_epoch
 
-    def part_of_epoch(network, batches, optimizer, settings, epoch, bar):
-        loss = whole_epoch(network, batches, optimizer, settings, epoch, bar)
+    def part_of_epoch(network, batches, optimizer, settings, epoch, bar, world):
+        loss = whole_epoch(network, batches, optimizer, settings, epoch, bar, world)
         if epoch == epoch_to_stop:
             raise error
         return loss
@@ -585,12 +585,12 @@ def test_stop_of_a_run_that_another_process_has_taken_over(tmp_path, monkeypatch
     files = run_files(tmp_path, "x")
     whole = train.train_one_epoch
 
-    def taken_over(network, batches, optimizer, settings, epoch, bar):
+    def taken_over(network, batches, optimizer, settings, epoch, bar, world):
         if epoch == 3:
             files.lock.unlink()
             files.lock.touch()
             raise KeyboardInterrupt
-        return whole(network, batches, optimizer, settings, epoch, bar)
+        return whole(network, batches, optimizer, settings, epoch, bar, world)
 
     monkeypatch.setattr(train, "train_one_epoch", taken_over)
     assert "x.lock was removed, and another process" in fails(tmp_path, "--checkpoint_seconds", "1e9")

@@ -1,5 +1,6 @@
 """What only a GPU can show, skipped where there is none; at the end, what can be shown of it without one."""
 
+import json
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,7 @@ from torch._dynamo.utils import counters
 from tqdm import tqdm
 
 import data
+import processes
 import train
 from checkpoint import load_checkpoint
 from data import Batch, Batches, load_image_set
@@ -157,6 +159,24 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(gpu, without_waiting, small_n
         bar = tqdm(disable=True)
         train.train_one_epoch(network, without_waiting(digits["train"]), optimizer, settings, 1, bar)
         train.measure(network, without_waiting(digits["test"]), settings)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_processes_compute_what_one_does(gpu, tmp_path, monkeypatch, number):
+    """One process of torchrun with NCCL; two on one GPU with Gloo."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset", "digits", "--batch_size", "50", "--num_epochs", "3", "--learning_rate", "0.02"]
+    job = {"flags": [*flags, "--precision", "strict", "--device", gpu.type], "small": True}
+    alone = processes.record({**job, "flags": [*job["flags"], "--name", "alone"]})
+    Path("jobs.json").write_text(json.dumps({"together": job}))
+    command = [*processes.TORCHRUN, f"--nproc_per_node={number}", processes.DRIVER, str(tmp_path)]
+    with processes.started(command, Path("output")) as process:
+        assert process.wait(300) == 0, Path("output").read_text()
+    for rank in range(number):
+        together = torch.load(f"{rank}.pt")["together"]
+        assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        for name, column in alone["columns"].items():
+            assert together["columns"][name] == pytest.approx(column, rel=1e-4), name
 
 
 # --- without a GPU --------------------------------------------------------------------------------------------------

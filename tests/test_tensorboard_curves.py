@@ -6,8 +6,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import checkpoint
 import train
-from checkpoint import Run
 from results import COLUMNS, read_results
 
 NAME = "run"
@@ -48,10 +48,10 @@ def stop_in_epoch(epoch: int, monkeypatch) -> None:
 
     original = train.train_one_epoch
 
-    def train_one_epoch(network, batches, optimizer, settings, current, bar):
+    def train_one_epoch(network, batches, optimizer, settings, current, *others):
         if current == epoch:
             monkeypatch.setattr(train, "measure", measure)
-        return original(network, batches, optimizer, settings, current, bar)
+        return original(network, batches, optimizer, settings, current, *others)
 
     monkeypatch.setattr(train, "train_one_epoch", train_one_epoch)
 
@@ -119,14 +119,16 @@ def test_restart_begins_new_curves(make_run, tmp_path):
 
 
 def test_what_is_saved_is_shown(make_run, tmp_path, monkeypatch):
-    original = Run.record
+    original, saved = checkpoint.write_results, []
 
-    def record(run, epoch, *numbers):
-        assert [point.step for point in shown(tmp_path).Scalars("test_accuracy")] == list(range(1, epoch + 1))
-        original(run, epoch, *numbers)
+    def write_results(file, results):
+        assert [point.step for point in shown(tmp_path).Scalars("test_accuracy")] == results.columns["epoch"].tolist()
+        saved.append(results)
+        original(file, results)
 
-    monkeypatch.setattr(Run, "record", record)
+    monkeypatch.setattr(checkpoint, "write_results", write_results)
     make_run()
+    assert len(saved) == 5
 
 
 def test_without_tensorboard(make_run, tmp_path, monkeypatch, capsys):

@@ -177,7 +177,7 @@ def test_best_weights_give_the_headline_number(few_digits, tmp_path):
 
 
 def test_best_weights_are_those_of_the_first_epoch_on_a_tie(few_digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "measure", lambda network, batches, settings: (1.0, 50.0))
+    monkeypatch.setattr(train, "measure", lambda *arguments: (1.0, 50.0))
     results = train.main([*QUICK, "--path", str(tmp_path), "--name", "x", "--num_epochs", "3"])
     assert results.best_epoch == 1
     steps = torch.load(tmp_path / "networks" / "x-best.pt", weights_only=True)["0.num_batches_tracked"].item()
@@ -187,13 +187,13 @@ def test_best_weights_are_those_of_the_first_epoch_on_a_tie(few_digits, tmp_path
 def test_constant_learning_rate_and_schedule(few_digits, tmp_path, monkeypatch):
     rates = []
 
-    def record(network, batches, optimizer, settings, epoch, bar):
+    def record(network, batches, optimizer, *arguments):
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         return 1.0
 
     monkeypatch.setattr(train, "train_one_epoch", record)
-    monkeypatch.setattr(train, "measure", lambda network, batches, settings: (1.0, 50.0))
+    monkeypatch.setattr(train, "measure", lambda *arguments: (1.0, 50.0))
     flags = [*QUICK, "--path", str(tmp_path), "--name", "x", "--num_epochs", "4"]
     train.main([*flags, "--scheduler", "none"])
     assert rates == [[0.1, 0.1 / 100, 0.1]] * 4
@@ -210,10 +210,10 @@ def test_loss_that_is_not_finite(few_digits, tmp_path, capsys, monkeypatch):
     flags = [*QUICK, "--path", str(tmp_path), "--name", "x"]
     first_epoch = train.train_one_epoch
 
-    def diverge_in_epoch_2(network, batches, optimizer, settings, epoch, bar):
+    def diverge_in_epoch_2(network, batches, optimizer, settings, epoch, bar, world):
         if epoch == 2:
             nn.init.constant_(network[1].fc.weight, float("nan"))
-        return first_epoch(network, batches, optimizer, settings, epoch, bar)
+        return first_epoch(network, batches, optimizer, settings, epoch, bar, world)
 
     monkeypatch.setattr(train, "train_one_epoch", diverge_in_epoch_2)
     with pytest.raises(SystemExit) as stop:
@@ -225,7 +225,7 @@ def test_loss_that_is_not_finite(few_digits, tmp_path, capsys, monkeypatch):
 
 
 def test_validation_loss_that_is_not_finite(small_network, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "measure", lambda network, batches, settings: (float("inf"), 50.0))
+    monkeypatch.setattr(train, "measure", lambda *arguments: (float("inf"), 50.0))
     with pytest.raises(SystemExit) as stop:
         train.main([*QUICK, "--path", str(tmp_path), "--name", "x"])
     assert stop.value.code == 1

@@ -1,0 +1,135 @@
+"""Runs whose every step is noted, to compare those of one process with those that torchrun's processes make together.
+
+    torchrun --nproc_per_node=2 tests/processes.py FOLDER
+
+makes the runs of FOLDER/jobs.json, one after the other; what process R saw is in FOLDER/R.pt. With arguments of
+train.py after the folder, it makes one slow run of them, with the small network on a few digits.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+import pulse
+import train
+from small import construct_small_network, load_few_digits
+
+RANK = os.environ.get("RANK", "0")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+DRIVER = str(Path(__file__).absolute())
+
+
+def record(job: dict[str, Any]) -> dict[str, Any]:
+    """Make a run in the current folder and return what comes of it.
+
+    Args:
+        job: 'flags' of train.py; 'small' for the small network on a few digits; 'double' for computing in float64, in
+            which rounding stays small; further flags of process R under its number; a version of torch that it shall
+            have, under 'torch R'.
+
+    Returns:
+        'images', those of every call of the network; 'losses' of every training step; 'groups', the names in the
+        optimizer's groups with their learning rate and weight decay, and 'scales', all γ, both before the first step;
+        'columns' of the results; 'error', what was printed on standard error; 'code', the exit code.
+    """
+    seen: dict[str, Any] = {"images": [], "losses": [], "groups": [], "scales": {}, "columns": {}, "code": 0}
+    compute_logits, train_one_epoch, check_finite = train.compute_logits, train.train_one_epoch, train.check_finite
+
+    def noted_logits(network, images, settings):
+        seen["images"].append(images)
+        return network(images.double()) if job.get("double") else compute_logits(network, images, settings)
+
+    def noted_epoch(network, batches, optimizer, *arguments):
+        weights = {name.removeprefix("module."): weight for name, weight in network.named_parameters()}
+        names = {id(weight): name for name, weight in weights.items()}
+        if not seen["groups"]:
+            for group in optimizer.param_groups:
+                of_group = [names[id(weight)] for weight in group["params"]]
+                seen["groups"].append((of_group, group["lr"], group["weight_decay"]))
+            seen["scales"] = {name: weights[name].tolist() for name in seen["groups"][1][0]}
+        return train_one_epoch(network, batches, optimizer, *arguments)
+
+    def noted_check(loss, what):
+        if "step" in what:
+            seen["losses"].append(loss)
+        check_finite(loss, what)
+
+    noted = {"compute_logits": noted_logits, "train_one_epoch": noted_epoch, "check_finite": noted_check}
+    errors = io.StringIO()
+    with ExitStack() as patches:
+        patches.enter_context(patch.multiple(train, **noted))
+        if job.get("small"):
+            patches.enter_context(patch.object(train, "construct_network", construct_small_network))
+            patches.enter_context(patch.object(data, "load_digits", load_few_digits))
+        if job.get("double"):
+            patches.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float64)
+        patches.enter_context(patch.object(torch, "__version__", job.get(f"torch {RANK}", torch.__version__)))
+        patches.enter_context(redirect_stderr(errors))
+        try:
+            results = train.main([*job["flags"], *job.get(RANK, [])])
+            seen["columns"] = {name: column.tolist() for name, column in results.columns.items()}
+        except SystemExit as end:
+            seen["code"] = end.code
+    return {**seen, "error": errors.getvalue()}
+
+
+def run_slowly(folder: Path, flags: list[str]) -> None:
+    """One run with a tenth of a second for each batch. Files in the folder have this process's number and exit code."""
+    compute_logits = train.compute_logits
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return compute_logits(*arguments)
+
+    train.compute_logits, train.construct_network, data.load_digits = slow, construct_small_network, load_few_digits
+    pulse.SILENCE, pulse.GRACE = pulse.SILENCE / 20, pulse.GRACE / 10
+    (folder / f"process-{RANK}").write_text(str(os.getpid()))
+    try:
+        train.main(flags)
+    except SystemExit as end:
+        (folder / f"code-{RANK}").write_text(str(end.code))
+        raise
+
+
+@contextmanager
+def started(command: list[str], output: Path) -> Iterator[subprocess.Popen]:
+    """A command, of which nothing is left at the end."""
+    with output.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+        process.wait()
+
+
+def main(folder: Path, *flags: str) -> None:
+    """The command line."""
+    if flags:
+        run_slowly(folder.absolute(), list(flags))
+    else:
+        os.chdir(folder)
+        jobs = json.loads(Path("jobs.json").read_text())
+        torch.save({name: record(job) for name, job in jobs.items()}, f"{RANK}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,220 @@
+"""Several processes against one: what they compute together is what one computes, to rounding, and how they end."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import processes
+from folders import make_folder
+from processes import DRIVER, TORCHRUN, started
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 80  # in which a run ends when a process was killed; the README says so
+
+NETWORKS = """
+from torch import nn
+
+def plain(num_classes, dropout=0):
+    layers = [nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.BatchNorm1d(32, momentum=None), nn.Dropout(dropout), nn.Linear(32, num_classes))
+
+def forgetful(num_classes):
+    return plain(num_classes, 0.5)
+"""
+# 144 digits in batches of 50, the last one 44; 54 images of a folder in batches of 8, the last one 6, 6 for validation
+# and 9 for the test, whose last batch is of one image
+DIGITS = ["--dataset", "digits", "--batch_size", "50", "--learning_rate", "0.02", "--device", "cpu"]
+FOLDER = [*DIGITS, "--batch_size", "8", "--workers", "0", "--network", "my_networks:plain", "--num_epochs", "2"]
+JOBS = {
+    "digits": {"flags": [*DIGITS, "--num_epochs", "4"], "small": True},
+    "double": {"flags": [*DIGITS, "--num_epochs", "4"], "small": True, "double": True},
+    "kept": {"flags": [*FOLDER, "--dataset", "small", "--input_norm", "dataset"]},
+    "streamed": {"flags": [*FOLDER, "--dataset", "large", "--image_size", "72"]},
+    "dropout": {"flags": [*FOLDER, "--dataset", "small", "--network", "my_networks:forgetful", "--no_flip"]},
+}
+ENDING = {  # what ends a run of several processes
+    "diverged": {"flags": [*DIGITS, "--learning_rate", "1e30", "--num_epochs", "2"], "small": True},
+    "small batch": {"flags": [*DIGITS, "--batch_size", "1"], "small": True},
+    "small last batch": {"flags": [*DIGITS, "--batch_size", "143"], "small": True},
+    "other settings": {"flags": DIGITS, "1": ["--momentum", "0.5"], "small": True},
+    "other flags": {"flags": DIGITS, "1": ["--momenta", "0.5"], "small": True},
+    "other torch": {"flags": DIGITS, "torch 1": "2.0.0", "small": True},
+    "compiled": {"flags": [*DIGITS, "--compile"], "small": True},
+}
+CONTINUED = {"flags": [*DIGITS, "--scheduler", "none", "--name", "continued"], "small": True}
+Seen = dict[int, dict[str, list[dict[str, Any]]]]  # by number of processes and job, what each process saw
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> Seen:
+    """What 2 processes saw, then 3 that went on with one of their runs, then this process, which did so too."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "my_networks.py").write_text(NETWORKS)
+    make_folder(folder / "images" / "small", size=(12, 12))
+    make_folder(folder / "images" / "large", size=(70, 80))
+    outcomes: Seen = {}
+    for epochs, number in enumerate((2, 3, 1), start=1):
+        jobs = {**JOBS, **(ENDING if number == 2 else {})}
+        jobs = {
+            name: {**job, "flags": [*job["flags"], "--name", f"{name.replace(' ', '-')}-{number}"]}
+            for name, job in jobs.items()
+        }
+        jobs["continued"] = {**CONTINUED, "flags": [*CONTINUED["flags"], "--num_epochs", str(epochs)]}
+        if number == 1:
+            jobs["undisturbed"] = {**CONTINUED, "flags": [*CONTINUED["flags"], "--num_epochs", "3", "--name", "other"]}
+            with chdir(folder):
+                outcomes[1] = {name: [processes.record(job)] for name, job in jobs.items()}
+            continue
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        with started([*TORCHRUN, f"--nproc_per_node={number}", DRIVER, str(folder)], folder / "output") as process:
+            assert process.wait(120) == 0, (folder / "output").read_text()
+        of_each = [torch.load(folder / f"{rank}.pt") for rank in range(number)]
+        outcomes[number] = {name: [of[name] for of in of_each] for name in jobs}
+    return outcomes
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("job", ["digits", "kept", "streamed"])
+def test_same_images_in_the_same_order(seen, number, job):
+    """With the same flips and crops; in training as in evaluation."""
+    [alone], together = seen[1][job], seen[number][job]
+    remaining = [iter(of["images"]) for of in together]
+    for batch in alone["images"]:
+        sizes = [len(batch) * (rank + 1) // number - len(batch) * rank // number for rank in range(number)]
+        shares = [next(images) for images, size in zip(remaining, sizes, strict=True) if size]
+        assert max(sizes) - min(sizes) <= 1 and [len(share) for share in shares] == [size for size in sizes if size]
+        assert torch.equal(torch.cat(shares), batch)
+    assert all(next(images, None) is None for images in remaining)
+    assert len({len(batch) for batch in alone["images"]}) > 1
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_every_image_once_an_epoch_with_dropout(seen, number):
+    """The processes draw other numbers for their dropout, and the same order in the next epoch all the same."""
+    of_epochs = []
+    for of in ([seen[1]["dropout"][0]], seen[number]["dropout"]):
+        images = [torch.cat(process["images"]) for process in of]
+        assert sum(map(len, images)) == 2 * (54 + 6 + 9)
+        of_epochs.append(sorted(image.numpy().tobytes() for share in images for image in share))
+    assert of_epochs[0] == of_epochs[1]
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize(("job", "rounding"), [("digits", 1e-5), ("double", 1e-11), ("kept", 1e-5), ("streamed", 1e-5)])
+def test_same_losses_and_accuracies(seen, number, job, rounding):
+    """Those of every step and every epoch: so the gradients are those of the whole batch, unequal shares included."""
+    [alone] = seen[1][job]
+    for process in seen[number][job]:
+        assert process["losses"] == pytest.approx(alone["losses"], rel=rounding)
+        for name, column in alone["columns"].items():
+            assert process["columns"][name] == pytest.approx(column, rel=rounding), name
+    assert len(set(alone["columns"]["val_loss"])) > 1
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("job", ["digits", "kept"])
+def test_parameter_groups_and_scales(seen, number, job):
+    [alone] = seen[1][job]
+    assert all(scale == pytest.approx([0.1] * len(scale)) for scale in alone["scales"].values())
+    for process in seen[number][job]:
+        assert process["groups"] == alone["groups"] and process["scales"] == alone["scales"]
+
+
+def test_run_goes_on_with_another_number_of_processes(seen):
+    """One epoch with two processes, one with three, and one with one."""
+    [undisturbed] = seen[1]["undisturbed"]
+    for number, epochs in ((2, 1), (3, 2), (1, 3)):
+        for process in seen[number]["continued"]:
+            for name, column in undisturbed["columns"].items():
+                assert process["columns"][name] == pytest.approx(column[:epochs], rel=1e-4), name
+            assert len(process["losses"]) == 2 * 3  # of one epoch, each looked at twice
+
+
+@pytest.mark.parametrize(
+    ("job", "code", "line"),
+    [
+        ("diverged", 1, r"the loss at epoch \d, step \d is (nan|inf): the training has diverged; .*"),
+        ("small batch", 2, "argument --batch_size: a batch of 1 leaves no image for some of the 2 processes"),
+        ("small last batch", 2, "argument --batch_size: a last batch of 1 leaves no image for some of the 2 .*"),
+        (
+            "other settings",
+            2,
+            "the processes differ: momentum is 0.9 in the first one, 0.5 in process 1; start them .*",
+        ),
+        ("other flags", 2, "unrecognized arguments: --momenta 0.5"),
+        ("other torch", 2, r"the processes differ: torch is .* in the first one, 2\.0\.0 in process 1; start them .*"),
+        ("compiled", 2, "argument --compile: it is for one process, without torchrun"),
+    ],
+)
+def test_ends_all_processes_with_one_line(seen, job, code, line):
+    first, *others = seen[2][job]
+    assert re.fullmatch(f"train.py: error: {line}\n", first["error"])
+    assert all(of["error"] == "" for of in others)
+    assert all(of["code"] == code for of in (first, *others))
+
+
+@contextmanager
+def slow_run(folder: Path) -> Iterator[tuple[subprocess.Popen, list[int]]]:
+    """The README's example with the small network, once the first epoch is saved: torchrun and its two processes."""
+    [example] = re.findall(r"^```\n(torchrun .*)\n```$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    words = shlex.split(example)
+    script = words.index("train.py")
+    assert words[0] == "torchrun" and words[1:script] == ["--nproc_per_node=2"]
+    flags = [*words[script + 1 :], "--device", "cpu", "--name", "x", "--path", str(folder)]
+    with started([*TORCHRUN, *words[1:script], DRIVER, str(folder), *flags], folder / "output") as process:
+        wait_for(folder, "epoch 1/5", process)
+        yield process, [int((folder / f"process-{rank}").read_text()) for rank in range(2)]
+
+
+def wait_for(folder: Path, text: str, process: subprocess.Popen) -> None:
+    """Until the output has this text."""
+    deadline = time.monotonic() + 60
+    while text not in (folder / "output").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "output").read_text()
+        time.sleep(0.02)
+
+
+def own_lines(folder: Path) -> list[str]:
+    """What the processes have printed on standard error, without torchrun's own lines."""
+    return re.findall(r"^train\.py: .*", (folder / "output").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "silent"])
+def test_process_that_is_lost_ends_the_run(tmp_path, number):
+    """Here the second process; another one that is left says how to go on. Silence counts after 3 s in this test."""
+    with slow_run(tmp_path) as (process, [_, second]):
+        os.kill(second, number)
+        wait_for(tmp_path, "train.py: error: ", process)
+        with suppress(ProcessLookupError):
+            os.kill(second, signal.SIGKILL)  # or else torchrun waits half a minute for a silent one
+        assert process.wait(SECONDS) == 1
+    [line] = own_lines(tmp_path)
+    assert "has died or does not answer: run the same command again" in line
+    if number == signal.SIGKILL:
+        assert (tmp_path / "code-0").read_text() == "1"
+    assert list(tmp_path.glob("networks/x-last.pt"))
+
+
+def test_signal_to_all_processes_saves_the_run(tmp_path):
+    """As a scheduler sends it: to torchrun too. Then one process goes on with the run."""
+    with slow_run(tmp_path) as (process, of_processes):
+        for pid in (*of_processes, process.pid):
+            os.kill(pid, signal.SIGTERM)
+        process.wait(SECONDS)
+    assert own_lines(tmp_path) == [
+        "train.py: stopped; the epochs that are done are saved: run the same command again to resume"
+    ]
+    assert [(tmp_path / f"code-{rank}").read_text() for rank in range(2)] == ["143", "143"]
+    done = [line for line in (tmp_path / "results" / "x.csv").read_text().splitlines() if line[0].isdigit()]
+    assert 1 <= len(done) < 5
