@@ -148,7 +148,7 @@ class Processes:
             nn.SyncBatchNorm.convert_sync_batchnorm(network, self.group)
         else:
             synchronize(network, self.group)
-        return DistributedDataParallel(network, process_group=self.group, forward_sync_buffers=False)
+        return DistributedDataParallel(network, process_group=self.group)
 
     def mean(self, loss: Tensor, num_images: int) -> Tensor:
         here = loss.detach()

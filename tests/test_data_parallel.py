@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import processes
 from folders import make_folder
@@ -52,14 +53,19 @@ ENDING = {  # what ends a run of several processes
     "other torch": {"flags": DIGITS, "torch 1": "2.0.0", "small": True},
     "compiled": {"flags": [*DIGITS, "--compile"], "small": True},
 }
-CONTINUED = {"flags": [*DIGITS, "--scheduler", "none", "--name", "continued"], "small": True}
+CONTINUED = {"flags": [*DIGITS, "--scheduler", "none", "--tensorboard", "--name", "continued"], "small": True}
 Seen = dict[int, dict[str, list[dict[str, Any]]]]  # by number of processes and job, what each process saw
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory) -> Seen:
+def folder(tmp_path_factory) -> Path:
+    """Where the runs are made."""
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def seen(folder) -> Seen:
     """What 2 processes saw, then 3 that went on with one of their runs, then this process, which did so too."""
-    folder = tmp_path_factory.mktemp("processes")
     (folder / "my_networks.py").write_text(NETWORKS)
     make_folder(folder / "images" / "small", size=(12, 12))
     make_folder(folder / "images" / "large", size=(70, 80))
@@ -78,7 +84,7 @@ def seen(tmp_path_factory) -> Seen:
             continue
         (folder / "jobs.json").write_text(json.dumps(jobs))
         with started([*TORCHRUN, f"--nproc_per_node={number}", DRIVER, str(folder)], folder / "output") as process:
-            assert process.wait(120) == 0, (folder / "output").read_text()
+            assert process.wait(400) == 0, (folder / "output").read_text()
         of_each = [torch.load(folder / f"{rank}.pt") for rank in range(number)]
         outcomes[number] = {name: [of[name] for of in of_each] for name in jobs}
     return outcomes
@@ -131,14 +137,19 @@ def test_parameter_groups_and_scales(seen, number, job):
         assert process["groups"] == alone["groups"] and process["scales"] == alone["scales"]
 
 
-def test_run_goes_on_with_another_number_of_processes(seen):
-    """One epoch with two processes, one with three, and one with one."""
+def test_run_goes_on_with_another_number_of_processes(seen, folder):
+    """One epoch with two processes, one with three, and one with one; TensorBoard shows each once."""
     [undisturbed] = seen[1]["undisturbed"]
     for number, epochs in ((2, 1), (3, 2), (1, 3)):
         for process in seen[number]["continued"]:
             for name, column in undisturbed["columns"].items():
                 assert process["columns"][name] == pytest.approx(column[:epochs], rel=1e-4), name
             assert len(process["losses"]) == 2 * 3  # of one epoch, each looked at twice
+    curve = EventAccumulator(str(folder / "tensorboard" / "continued")).Reload().Scalars("test_accuracy")
+    [alone] = seen[1]["continued"]
+    assert [(point.step, round(point.value, 3)) for point in curve] == [
+        (epoch, round(accuracy, 3)) for epoch, accuracy in enumerate(alone["columns"]["test_accuracy"], start=1)
+    ]
 
 
 @pytest.mark.parametrize(

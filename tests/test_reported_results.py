@@ -1,6 +1,7 @@
 """Every number of the README's results is that of the committed result files."""
 
 import re
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
@@ -42,6 +43,11 @@ def section(title: str, file: str = MORE) -> str:
 def holm(p: float, p_values: list[float]) -> float:
     """A p-value after Holm's correction, which is one of these."""
     return min(1, max((len(p_values) - j) * q for j, q in enumerate(sorted(p_values)) if q <= p))
+
+
+def read_seconds(files: Iterable[Path]) -> list[float]:
+    """How long the runs took."""
+    return [float(re.search(r"^# seconds: (.*)$", file.read_text(), re.MULTILINE)[1]) for file in files]
 
 
 def test_table_of_modes():
@@ -91,6 +97,45 @@ def check_tables(text: str, of_setting: dict[str, np.ndarray], contrasts: tuple[
 def test_table_of_digits():
     text = README.split("### Digits, five epochs")[1].split("###")[0]
     check_tables(text, {name: accuracies("digits", AT_005, name) for name in PAPER})
+    files = [file for name in PAPER for file in RESULTS.glob(f"digits/{AT_005}-{SETTINGS[name]}-seed*.csv")]
+    assert len(files) == 75 and f"({np.median(read_seconds(files)):.0f} seconds a run in the median)" in text
+
+
+def chosen_rates(folder: str, settings: tuple[str, ...], rates: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Mean over the seeds 16 to 20 of the best validation accuracy of a run, by setting and rate."""
+    means: dict[str, dict[str, float]] = {}
+    for name in settings:
+        for rate in rates:
+            runs = read_runs(folder, at_rate(rate), name)
+            found = [runs[seed]["val_accuracy"].max() for seed in range(16, 21)]
+            means.setdefault(name, {})[rate] = np.mean(found)
+    return means
+
+
+def at_rate(rate: str) -> str:
+    """How the names of the digits runs at this learning rate begin."""
+    return DIGITS if rate == "0.1" else f"{DIGITS}-learning_rate={rate}"
+
+
+def test_fair_rates():
+    text = re.search(r"^## Is it more than a better learning rate\?\n(.*?)^## ", MORE, re.DOTALL | re.MULTILINE)[1]
+    tuning, *results = re.split(r"\n\n(?=\| setting)", text)[1:]
+    rates = ("0.005", "0.01", "0.02", "0.05", "0.1", "0.2")
+    settings = (*PAPER, "logits")
+    means = chosen_rates("digits-fair-rates", settings, rates)
+    chosen = {name: max(rates, key=lambda rate, of=of: round(of[rate], 9)) for name, of in means.items()}
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in tuning.split("\n\n")[0].splitlines()[2:]]
+    for row, name in zip(rows, settings, strict=True):
+        cells = [f"{means[name][rate]:.2f}" for rate in rates]
+        assert row == [name, *(f"**{x}**" if rate == chosen[name] else x for rate, x in zip(rates, cells, strict=True))]
+    of_setting = {name: accuracies_at(chosen[name], name) for name in settings}
+    check_tables("\n\n".join(results), of_setting, (("proposed", "logits"),))
+
+
+def accuracies_at(rate: str, name: str) -> np.ndarray:
+    """Test accuracies of the seeds 1 to 15 of a setting at its chosen rate."""
+    runs = read_runs("digits-fair-rates", at_rate(rate), name)
+    return np.array([best(runs[seed]) for seed in range(1, 16)])
 
 
 def test_how_sure_it_is():
@@ -161,11 +206,10 @@ def test_initialization_of_the_mechanism():
 
 
 def test_sentences_about_cifar10():
-    of_setting, seconds = {}, []
+    experiment, of_setting, seconds = "cifar10-resnet18-num_epochs=5-stem=own", {}, []
     for name in ("proposed", "baseline"):
-        of_setting[name] = read_runs("cifar10-own-stem", "cifar10-resnet18-num_epochs=5-stem=own", name)
-        for file in RESULTS.glob(f"cifar10-own-stem/cifar10-resnet18-num_epochs=5-stem=own-{SETTINGS[name]}-seed*.csv"):
-            seconds.append(float(re.search(r"^# seconds: (.*)$", file.read_text(), re.MULTILINE)[1]))
+        of_setting[name] = read_runs("cifar10-own-stem", experiment, name)
+        seconds += read_seconds(RESULTS.glob(f"cifar10-own-stem/{experiment}-{SETTINGS[name]}-seed*.csv"))
     seeds = sorted(of_setting["proposed"].keys() & of_setting["baseline"].keys())
     assert seeds == list(range(1, 16))
     ours, theirs = (np.array([best(of[seed]) for seed in seeds]) for of in of_setting.values())
