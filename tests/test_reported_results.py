@@ -152,6 +152,50 @@ def test_fair_rates():
     assert f"`proposed` has {proposed} %, the baseline {baseline} %." in why and f"and has {logits} %," in why
 
 
+def test_what_gains():
+    text = re.search(r"^## What of the method gains\n(.*?)^## ", MORE, re.DOTALL | re.MULTILINE)[1]
+    of_setting = {name: accuracies("digits-why", AT_005, name) for name in SETTINGS}
+    contrasts = (("proposed", "logits"), ("proposed", "logits+rates"), ("proposed", "rate"))
+    check_tables(text, of_setting, (*contrasts, ("init", "input"), ("logits", "input")))
+    text = " ".join(text.split())
+    differences = of_setting["proposed"] - of_setting["logits"]
+
+    def power(size: float) -> float:
+        return stats.nct.sf(stats.t.ppf(0.95, 14), 14, size / differences.std(ddof=1) * 15**0.5)
+
+    found = float(re.search(r"with 15 seeds, one of ([\d.]+) between", text)[1])
+    assert power(found - 0.005) < 0.8 < power(found + 0.005)
+    gains = [
+        (accuracies(folder, AT_005, "proposed") - accuracies(folder, AT_005, "baseline")).mean()
+        for folder in ("digits-why", "digits")
+    ]
+    assert "a gain of {:.2f} here and of {:.2f} on the CPU of".format(*gains) in text
+    assert of_setting["init"].argmin() == 13 and f"the 14th with {of_setting['init'].min():.2f} %." in text
+
+
+def test_learned_scales():
+    text = " ".join(MORE.split())
+    [file] = (RESULTS / "digits-why").glob("*.npz")
+    ranges = {}
+    with np.load(file) as arrays:
+        for setting, start in {"baseline": 1, "proposed": 0.1, "init": 0.1}.items():
+            names = [name for name in arrays if name.startswith(f"{setting}/") and name.endswith("running_mean")]
+            relative = {
+                name: arrays[name.replace("running_mean", "weight")] / (start * (0.58 if "/0." in name else 1))
+                for name in names
+            }
+            of_network = np.concatenate([of for name, of in relative.items() if "/0." not in name])
+            of_images = [of for name, of in relative.items() if "/0." in name]
+            ranges[setting] = (of_network.min(), of_network.max(), *(of.max() for of in of_images))
+            if setting == "proposed":
+                of_network = np.concatenate([of_network, *of_images])
+                ranges[setting] = (of_network.min(), of_network.max())
+    assert "they are {:.2f} to {:.2f} times what they were (seed 1).".format(*ranges["proposed"]) in text
+    assert "In the baseline they are {:.2f} to {:.2f} times that".format(*ranges["baseline"]) in text
+    by_init = "{:.2f} to {:.2f} times in the batch norms of the network, and up to {:.2f} times in that for the images."
+    assert by_init.format(*ranges["init"]) in text
+
+
 def accuracies_at(rate: str, name: str, select=best) -> np.ndarray:
     """Test accuracies of the seeds 1 to 15 of a setting at its chosen rate."""
     runs = read_runs("digits-fair-rates", at_rate(rate), name)
