@@ -502,7 +502,7 @@ def test_default_names_differ_where_the_method_differs():
     flags = ["", "--seed 2", "--bn_weight 0.123456789", "--bn_weight 0.12345678", "--c 10", "--input_norm dataset"]
     flags += ["--dataset digits", "--network resnet34", "--batch_size 64", "--num_epochs 5", "--learning_rate 0.05"]
     flags += ["--scheduler none", "--momentum 0.5", "--weight_decay 0", "--stem own", "--compile"]
-    flags += ["--image_size 48", "--no_flip"]
+    flags += ["--image_size 48", "--no_flip", "--equivalent logits"]
     flags += ["--precision bfloat16", "--precision strict", "--precision tf32"]
     names = {train.parse(flag.split()).name for flag in flags}
     assert len(names) == len(flags)
