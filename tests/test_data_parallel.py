@@ -36,13 +36,13 @@ def forgetful(num_classes):
 # 144 digits in batches of 50, the last one 44; 54 images of a folder in batches of 8, the last one 6, 6 for validation
 # and 9 for the test, whose last batch is of one image
 DIGITS = ["--dataset", "digits", "--batch_size", "50", "--learning_rate", "0.02", "--device", "cpu"]
-FOLDER = [*DIGITS, "--batch_size", "8", "--workers", "0", "--network", "my_networks:plain", "--num_epochs", "2"]
+FOLDER = [*DIGITS, "--batch_size", "8", "--workers", "0", "--network", "shared_out_networks:plain", "--num_epochs", "2"]
 JOBS = {
     "digits": {"flags": [*DIGITS, "--num_epochs", "4"], "small": True},
     "double": {"flags": [*DIGITS, "--num_epochs", "4"], "small": True, "double": True},
     "kept": {"flags": [*FOLDER, "--dataset", "small", "--input_norm", "dataset"]},
     "streamed": {"flags": [*FOLDER, "--dataset", "large", "--image_size", "72"]},
-    "dropout": {"flags": [*FOLDER, "--dataset", "small", "--network", "my_networks:forgetful", "--no_flip"]},
+    "dropout": {"flags": [*FOLDER, "--dataset", "small", "--network", "shared_out_networks:forgetful", "--no_flip"]},
 }
 ENDING = {  # what ends a run of several processes
     "diverged": {"flags": [*DIGITS, "--learning_rate", "1e30", "--num_epochs", "2"], "small": True},
@@ -66,7 +66,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def seen(folder) -> Seen:
     """What 2 processes saw, then 3 that went on with one of their runs, then this process, which did so too."""
-    (folder / "my_networks.py").write_text(NETWORKS)
+    (folder / "shared_out_networks.py").write_text(NETWORKS)
     make_folder(folder / "images" / "small", size=(12, 12))
     make_folder(folder / "images" / "large", size=(70, 80))
     outcomes: Seen = {}
