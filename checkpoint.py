@@ -63,7 +63,8 @@ class Run:
     """
 
     def __init__(self, settings: argparse.Namespace, stops: list[int] | None = None) -> None:
-        self.settings, self.stops = settings, [] if stops is None else stops
+        self.settings = settings
+        self.stops = [] if stops is None else stops
         self.processes = 1  # that make the run together
         self.files = run_files(settings.path, settings.name)
         self.results: Results | None = None  # the numbers so far

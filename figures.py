@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from command_line import Parser, answer_at_once, folder, one_line_endings, say
-from settings import COMPARED, DEFAULTS, NAMED, PAPER
+from settings import DEFAULTS, NAMED, PAPER, compared
 
 
 def make_parser() -> Parser:
@@ -170,10 +170,11 @@ def accuracy_by_bn_weight(runs: Runs, baseline: str = "baseline") -> Figure:
     theirs = accuracy_by_seed(runs.get(baseline, {}))
     points = []
     for setting, seeds in runs.items():
-        settings = DEFAULTS | next(iter(seeds.values())).settings if seeds else {}
-        of_proposed = DEFAULTS | PAPER["proposed"]
-        if all(settings.get(name) == of_proposed[name] for name in COMPARED if name != "bn_weight"):
-            points.append((settings["bn_weight"], compare(setting, accuracy_by_seed(seeds), theirs)))
+        if not seeds:
+            continue
+        values = compared(next(iter(seeds.values())).settings)
+        if values == compared({**PAPER["proposed"], "bn_weight": values["bn_weight"]}):
+            points.append((values["bn_weight"], compare(setting, accuracy_by_seed(seeds), theirs)))
     if len({weight for weight, _ in points}) < 3:
         raise ValueError("there are fewer than three bn_weights to compare")
     weights, comparisons = zip(*sorted(points, key=lambda point: point[0]), strict=True)
@@ -250,11 +251,10 @@ def read_runs(files: Iterable[Path]) -> Runs:
     OSError where a file cannot be read; ValueError where one is damaged or of an unfinished run, or where the runs
     differ in more than their seed and `COMPARED`.
     """
-    named = {name: {key: (DEFAULTS | values)[key] for key in COMPARED} for name, values in NAMED.items()}
+    named = {name: compared(values) for name, values in NAMED.items()}
     groups: dict[str, list[Path]] = {name: [] for name in named}
     for file in files:
-        settings = DEFAULTS | read_results(file).settings
-        values = {name: settings[name] for name in COMPARED}
+        values = compared(read_results(file).settings)
         own_name = "γ {bn_weight}, c {c}, {input_norm}".format(**values)
         own_name += f", {values['equivalent']}" * (values["equivalent"] != DEFAULTS["equivalent"])
         groups.setdefault(next((name for name in named if named[name] == values), own_name), []).append(file)

@@ -21,10 +21,9 @@ import numpy as np
 
 from settings import DEFAULTS, WITHOUT_EFFECT, Value
 
-DIGEST_SIZE = hashlib.sha256().digest_size
-
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "test_accuracy")
 CHECKSUM = "sha256"  # stands where the name of a setting does
+DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 @dataclass

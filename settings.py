@@ -156,6 +156,11 @@ def named_setting(text: str) -> dict[str, dict[str, Value]]:
     return {name: values}
 
 
+def compared(settings: Mapping[str, Value]) -> dict[str, Value]:
+    """The flags of `COMPARED` among these settings; one that they lack is at its default."""
+    return {name: settings.get(name, DEFAULTS[name]) for name in COMPARED}
+
+
 def seed_range(text: str) -> list[int]:
     """The type of a flag that takes seeds: 7, 1-15 or 1,3,5-7."""
     numbers = []

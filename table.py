@@ -8,7 +8,7 @@ from math import nan
 import numpy as np
 
 from power import LEVEL, POWER, detectable_difference, effect_size, seeds_needed, sign_flip_p_value
-from settings import COMPARED, DEFAULTS, Value
+from settings import COMPARED, Value, compared
 
 
 @dataclass
@@ -162,8 +162,7 @@ def table_rows(
     for c in comparisons:
         row = {"setting": c.setting, **dict.fromkeys(COMPARED), "seeds": None, "mean": nan, "standard_deviation": nan}
         if not is_contrast(c):
-            values = DEFAULTS | settings[c.setting]
-            row |= {name: values[name] for name in COMPARED} | {"seeds": len(c.accuracies), "mean": c.mean}
+            row |= {**compared(settings[c.setting]), "seeds": len(c.accuracies), "mean": c.mean}
             row |= {"standard_deviation": c.deviation}
         if c.setting != c.reference:
             row |= {"pairs": len(c.differences), "difference": c.difference, "lower": c.interval[0]}
