@@ -22,7 +22,7 @@ DIGITS = "digits-resnet18-batch_size=64-num_epochs=5"
 
 def read_runs(folder: str, experiment: str, setting: str) -> dict[int, pandas.DataFrame]:
     """The tables of a setting's result files, by seed."""
-    files = (RESULTS / folder).glob(f"{experiment}-{SETTINGS.get(setting, setting)}-seed*.csv")
+    files = (RESULTS / folder).glob(f"{experiment}-{SETTINGS[setting]}-seed*.csv")
     runs = {int(re.search(r"seed(\d+)$", file.stem)[1]): file for file in files}
     return {seed: pandas.read_csv(runs[seed], comment="#") for seed in sorted(runs)}
 
@@ -42,11 +42,11 @@ def last(run: pandas.DataFrame) -> float:
     return run["test_accuracy"].iloc[-1]
 
 
-def accuracies(folder: str, experiment: str, setting: str, select=best, num_seeds: int = 15) -> np.ndarray:
-    """Test accuracies (%) of the seeds 1, 2, ..., in this order."""
+def accuracies(folder: str, experiment: str, setting: str, select=best, tuning_seeds: range = range(0)) -> np.ndarray:
+    """Test accuracies (%) of the seeds 1 to 15, in this order; besides, there are runs with the tuning seeds alone."""
     runs = read_runs(folder, experiment, setting)
-    assert list(runs) == list(range(1, num_seeds + 1)), (folder, setting)
-    return np.array([select(run) for run in runs.values()])
+    assert list(runs) == [*range(1, 16), *tuning_seeds], (folder, setting)
+    return np.array([select(runs[seed]) for seed in range(1, 16)])
 
 
 def interval(differences: np.ndarray) -> tuple[float, float]:
@@ -62,3 +62,8 @@ def p_value(differences: np.ndarray) -> float:
 def spread(values: np.ndarray) -> str:
     """Mean and sample standard deviation, as the README prints them."""
     return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
+
+
+def power(size: float, num_seeds: int) -> float:
+    """Of the one-sided t-test at 0.05, for a mean of so many standard deviations."""
+    return stats.nct.sf(stats.t.ppf(0.95, num_seeds - 1), num_seeds - 1, size * num_seeds**0.5)

@@ -38,6 +38,19 @@ def train_small() -> None:
     train.construct_network = construct_small_network
 
 
+def stop_in_epoch(epoch_to_stop: int, monkeypatch, error: BaseException = KeyboardInterrupt) -> None:
+    """Let the run stop within an epoch, when its weights have moved on already."""
+    whole_epoch = train.train_one_epoch
+
+    def part_of_epoch(network, batches, optimizer, settings, epoch, bar, world):
+        loss = whole_epoch(network, batches, optimizer, settings, epoch, bar, world)
+        if epoch == epoch_to_stop:
+            raise error
+        return loss
+
+    monkeypatch.setattr(train, "train_one_epoch", part_of_epoch)
+
+
 def write_pickle(file: Path, content: dict) -> list[str]:
     """Write a file of CIFAR; returns its name and MD5 sum, as torchvision lists them."""
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ from lock import lock_run
 from results import COLUMNS, read_results, write_results
 from seeds import make_deterministic, random_states
 from settings import run_files
+from small import stop_in_epoch
 
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]  # a shell with mounts of its own
 
@@ -63,19 +64,6 @@ def fails(capsys) -> Callable[..., str]:
         return error
 
     return run_that_fails
-
-
-def stop_in_epoch(epoch_to_stop: int, monkeypatch, error: BaseException = KeyboardInterrupt) -> None:
-    """Let the run stop within an epoch, when its weights have moved on already."""
-    whole_epoch = train.train_one_epoch
-
-    def part_of_epoch(network, batches, optimizer, settings, epoch, bar, world):
-        loss = whole_epoch(network, batches, optimizer, settings, epoch, bar, world)
-        if epoch == epoch_to_stop:
-            raise error
-        return loss
-
-    monkeypatch.setattr(train, "train_one_epoch", part_of_epoch)
 
 
 def run_into_stop(epoch: int, monkeypatch, path: Path, *flags: str) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.nn.functional as F
-from scipy import stats
 from torch import nn
 
 from data import Batches, load_image_set
@@ -23,6 +22,7 @@ from reported import (
     interval,
     last,
     p_value,
+    power,
     read_runs,
     spread,
 )
@@ -33,11 +33,17 @@ README, MORE, BENCHMARKS = ((ROOT / folder / "README.md").read_text() for folder
 FIRST_SCREEN = " ".join(README.split("## The method")[0].split())
 PAPER = ("baseline", "proposed", "init", "rate", "input")
 AT_005 = f"{DIGITS}-learning_rate=0.05"
+TUNING_SEEDS = range(16, 21)
+
+
+def lines_of(title: str, file: str = MORE) -> str:
+    """The text of a section, as it is."""
+    return re.search(rf"^##+ {re.escape(title)}\n(.*?)(?=^##|\Z)", file, re.DOTALL | re.MULTILINE)[1]
 
 
 def section(title: str, file: str = MORE) -> str:
     """The text of a section, in one line."""
-    return " ".join(re.search(rf"^##+ {title}\n(.*?)(?=^##|\Z)", file, re.DOTALL | re.MULTILINE)[1].split())
+    return " ".join(lines_of(title, file).split())
 
 
 def holm(p: float, p_values: list[float]) -> float:
@@ -95,21 +101,10 @@ def check_tables(text: str, of_setting: dict[str, np.ndarray], contrasts: tuple[
 
 
 def test_table_of_digits():
-    text = README.split("### Digits, five epochs")[1].split("###")[0]
+    text = lines_of("Digits, five epochs", README)
     check_tables(text, {name: accuracies("digits", AT_005, name) for name in PAPER})
     files = [file for name in PAPER for file in RESULTS.glob(f"digits/{AT_005}-{SETTINGS[name]}-seed*.csv")]
     assert len(files) == 75 and f"({np.median(read_seconds(files)):.0f} seconds a run in the median)" in text
-
-
-def chosen_rates(folder: str, settings: tuple[str, ...], rates: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """Mean over the seeds 16 to 20 of the best validation accuracy of a run, by setting and rate."""
-    means: dict[str, dict[str, float]] = {}
-    for name in settings:
-        for rate in rates:
-            runs = read_runs(folder, at_rate(rate), name)
-            found = [runs[seed]["val_accuracy"].max() for seed in range(16, 21)]
-            means.setdefault(name, {})[rate] = np.mean(found)
-    return means
 
 
 def at_rate(rate: str) -> str:
@@ -117,12 +112,24 @@ def at_rate(rate: str) -> str:
     return DIGITS if rate == "0.1" else f"{DIGITS}-learning_rate={rate}"
 
 
+def mean_val_accuracy(rate: str, name: str) -> float:
+    """Mean over the tuning seeds of the best validation accuracy of a run (%)."""
+    runs = read_runs("digits-fair-rates", at_rate(rate), name)
+    return np.mean([runs[seed]["val_accuracy"].max() for seed in TUNING_SEEDS])
+
+
+def accuracies_at(rate: str, name: str, select=best) -> np.ndarray:
+    """Test accuracies of a setting at its chosen rate."""
+    return accuracies("digits-fair-rates", at_rate(rate), name, select, TUNING_SEEDS)
+
+
 def test_fair_rates():
-    text = re.search(r"^## Is it more than a better learning rate\?\n(.*?)^## ", MORE, re.DOTALL | re.MULTILINE)[1]
+    title = "Is it more than a better learning rate?"
+    text = lines_of(title)
     tuning, *results = re.split(r"\n\n(?=\| setting)", text)[1:]
     rates = ("0.005", "0.01", "0.02", "0.05", "0.1", "0.2")
     settings = (*PAPER, "logits")
-    means = chosen_rates("digits-fair-rates", settings, rates)
+    means = {name: {rate: mean_val_accuracy(rate, name) for rate in rates} for name in settings}
     chosen = {name: max(rates, key=lambda rate, of=of: round(of[rate], 9)) for name, of in means.items()}
     rows = [re.split(r" *\| *", line.strip("| ")) for line in tuning.split("\n\n")[0].splitlines()[2:]]
     for row, name in zip(rows, settings, strict=True):
@@ -132,7 +139,7 @@ def test_fair_rates():
     check_tables("\n\n".join(results), of_setting, (("proposed", "logits"),))
     gains = {name: of - of_setting["baseline"] for name, of in of_setting.items()}
     at_005 = accuracies("digits", AT_005, "proposed") - accuracies("digits", AT_005, "baseline")
-    text = " ".join(text.split())
+    text = section(title)
     assert f"`proposed` gains {gains['proposed'].mean():.2f}, and {at_005.mean():.2f} where both have 0.05." in text
     assert f"`logits` gains {gains['logits'].mean():.2f}, and" in text
     assert of_setting["init"].argmin() == 13 and f"the 14th with {of_setting['init'].min():.2f} %;" in text
@@ -153,18 +160,14 @@ def test_fair_rates():
 
 
 def test_what_gains():
-    text = re.search(r"^## What of the method gains\n(.*?)^## ", MORE, re.DOTALL | re.MULTILINE)[1]
+    title = "What of the method gains"
     of_setting = {name: accuracies("digits-why", AT_005, name) for name in SETTINGS}
     contrasts = (("proposed", "logits"), ("proposed", "logits+rates"), ("proposed", "rate"))
-    check_tables(text, of_setting, (*contrasts, ("init", "input"), ("logits", "input")))
-    text = " ".join(text.split())
-    differences = of_setting["proposed"] - of_setting["logits"]
-
-    def power(size: float) -> float:
-        return stats.nct.sf(stats.t.ppf(0.95, 14), 14, size / differences.std(ddof=1) * 15**0.5)
-
+    check_tables(lines_of(title), of_setting, (*contrasts, ("init", "input"), ("logits", "input")))
+    text = section(title)
+    deviation = (of_setting["proposed"] - of_setting["logits"]).std(ddof=1)
     found = float(re.search(r"with 15 seeds, one of ([\d.]+) between", text)[1])
-    assert power(found - 0.005) < 0.8 < power(found + 0.005)
+    assert power((found - 0.005) / deviation, 15) < 0.8 < power((found + 0.005) / deviation, 15)
     gains = [
         (accuracies(folder, AT_005, "proposed") - accuracies(folder, AT_005, "baseline")).mean()
         for folder in ("digits-why", "digits")
@@ -176,30 +179,20 @@ def test_what_gains():
 def test_learned_scales():
     text = " ".join(MORE.split())
     [file] = (RESULTS / "digits-why").glob("*.npz")
-    ranges = {}
+    of_network, of_images = {}, {}  # learned γ / initial γ: in the network's batch norms, in that in front of it
     with np.load(file) as arrays:
         for setting, start in {"baseline": 1, "proposed": 0.1, "init": 0.1}.items():
-            names = [name for name in arrays if name.startswith(f"{setting}/") and name.endswith("running_mean")]
-            relative = {
-                name: arrays[name.replace("running_mean", "weight")] / (start * (0.58 if "/0." in name else 1))
-                for name in names
-            }
-            of_network = np.concatenate([of for name, of in relative.items() if "/0." not in name])
-            of_images = [of for name, of in relative.items() if "/0." in name]
-            ranges[setting] = (of_network.min(), of_network.max(), *(of.max() for of in of_images))
-            if setting == "proposed":
-                of_network = np.concatenate([of_network, *of_images])
-                ranges[setting] = (of_network.min(), of_network.max())
-    assert "they are {:.2f} to {:.2f} times what they were (seed 1).".format(*ranges["proposed"]) in text
-    assert "In the baseline they are {:.2f} to {:.2f} times that".format(*ranges["baseline"]) in text
+            names = [name.replace("running_mean", "weight") for name in arrays if name.endswith("running_mean")]
+            names = [name for name in names if name.startswith(f"{setting}/")]
+            of_network[setting] = np.concatenate([arrays[name] / start for name in names if "/0." not in name])
+            of_images[setting] = [arrays[name] / (0.58 * start) for name in names if "/0." in name]
+    proposed, baseline = np.concatenate([of_network["proposed"], *of_images["proposed"]]), of_network["baseline"]
+    assert f"they are {proposed.min():.2f} to {proposed.max():.2f} times what they were (seed 1)." in text
+    assert f"In the baseline they are {baseline.min():.2f} to {baseline.max():.2f} times that" in text
+    init, [of_input] = of_network["init"], of_images["init"]
     by_init = "{:.2f} to {:.2f} times in the batch norms of the network, and up to {:.2f} times in that for the images."
-    assert by_init.format(*ranges["init"]) in text
-
-
-def accuracies_at(rate: str, name: str, select=best) -> np.ndarray:
-    """Test accuracies of the seeds 1 to 15 of a setting at its chosen rate."""
-    runs = read_runs("digits-fair-rates", at_rate(rate), name)
-    return np.array([select(runs[seed]) for seed in range(1, 16)])
+    assert by_init.format(init.min(), init.max(), of_input.max()) in text
+    assert not of_images["baseline"]
 
 
 def test_how_sure_it_is():
@@ -224,7 +217,7 @@ def test_how_sure_it_is():
     sentence = "the fourth, where the baseline has {:.2f} %, it is {:.2f} ({:.2f} to {:.2f})."
     assert sentence.format(baseline[3], without.mean(), *interval(without)) in text
     size = gain.mean() / gain.std(ddof=1)
-    needed = next(n for n in range(2, 99) if stats.nct.sf(stats.t.ppf(0.95, n - 1), n - 1, size * n**0.5) >= 0.8)
+    needed = next(n for n in range(2, 99) if power(size, n) >= 0.8)
     assert f"The effect size is {size:.2f}, for which {needed} seeds give a power of 0.8." in text
 
 
@@ -274,18 +267,15 @@ def test_initialization_of_the_mechanism():
 
 
 def test_sentences_about_cifar10():
-    experiment, of_setting, seconds = "cifar10-resnet18-num_epochs=5-stem=own", {}, []
-    for name in ("proposed", "baseline"):
-        of_setting[name] = read_runs("cifar10-own-stem", experiment, name)
-        seconds += read_seconds(RESULTS.glob(f"cifar10-own-stem/{experiment}-{SETTINGS[name]}-seed*.csv"))
-    seeds = sorted(of_setting["proposed"].keys() & of_setting["baseline"].keys())
-    assert seeds == list(range(1, 16))
-    ours, theirs = (np.array([best(of[seed]) for seed in seeds]) for of in of_setting.values())
+    folder, experiment = "cifar10-own-stem", "cifar10-resnet18-num_epochs=5-stem=own"
+    ours, theirs = (accuracies(folder, experiment, name) for name in ("proposed", "baseline"))
+    names = [f"{folder}/{experiment}-{SETTINGS[name]}-seed*.csv" for name in ("proposed", "baseline")]
+    seconds = read_seconds(file for name in names for file in RESULTS.glob(name))
     gains = ours - theirs
     text = section("CIFAR-10, five epochs", README)
     low, high = interval(gains)
     sentence = (
-        f"accuracy is {spread(ours)} % (mean ± standard deviation over {len(seeds)} seeds), without it {spread(theirs)}"
+        f"accuracy is {spread(ours)} % (mean ± standard deviation over {len(gains)} seeds), without it {spread(theirs)}"
         f" %: a difference of {gains.mean():.2f} percentage points (95 % interval {low:.2f} to {high:.2f},"
         f" p = {p_value(gains):.2g})."
     )

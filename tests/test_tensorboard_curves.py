@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import checkpoint
 import train
 from results import COLUMNS, read_results
+from small import stop_in_epoch
 
 NAME = "run"
 FLAGS = ["--dataset", "digits", "--batch_size", "16", "--learning_rate", "0.05", "--device", "cpu", "--name", NAME]
@@ -38,22 +39,6 @@ def check_curves(tmp_path: Path) -> None:
         points = curves.Scalars(name)
         assert [point.step for point in points] == columns["epoch"].tolist()
         np.testing.assert_allclose([point.value for point in points], columns[name], rtol=1e-6)
-
-
-def stop_in_epoch(epoch: int, monkeypatch) -> None:
-    """Let the next run fail after the training of this epoch."""
-
-    def measure(*args):
-        raise OSError("the disk is full")
-
-    original = train.train_one_epoch
-
-    def train_one_epoch(network, batches, optimizer, settings, current, *others):
-        if current == epoch:
-            monkeypatch.setattr(train, "measure", measure)
-        return original(network, batches, optimizer, settings, current, *others)
-
-    monkeypatch.setattr(train, "train_one_epoch", train_one_epoch)
 
 
 def test_a_run_is_shown(make_run, tmp_path):
