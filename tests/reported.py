@@ -17,12 +17,15 @@ SETTINGS = {  # as in the names of files
     "logits": "weight0.1-c1-bn-logits",
     "logits+rates": "weight0.1-c100-bn-logits+rates",
 }
+SWEEP = {
+    f"bn_weight {weight}": f"weight{weight}-c100-bn" for weight in ("0.01", "0.05", "0.1", "0.25", "0.5", "0.75", "1")
+}
 DIGITS = "digits-resnet18-batch_size=64-num_epochs=5"
 
 
 def read_runs(folder: str, experiment: str, setting: str) -> dict[int, pandas.DataFrame]:
     """The tables of a setting's result files, by seed."""
-    files = (RESULTS / folder).glob(f"{experiment}-{SETTINGS[setting]}-seed*.csv")
+    files = (RESULTS / folder).glob(f"{experiment}-{(SETTINGS | SWEEP)[setting]}-seed*.csv")
     runs = {int(re.search(r"seed(\d+)$", file.stem)[1]): file for file in files}
     return {seed: pandas.read_csv(runs[seed], comment="#") for seed in sorted(runs)}
 
@@ -42,10 +45,10 @@ def last(run: pandas.DataFrame) -> float:
     return run["test_accuracy"].iloc[-1]
 
 
-def accuracies(folder: str, experiment: str, setting: str, select=best, tuning_seeds: range = range(0)) -> np.ndarray:
-    """Test accuracies (%) of the seeds 1 to 15, in this order; besides, there are runs with the tuning seeds alone."""
+def accuracies(folder: str, experiment: str, setting: str, select=best) -> np.ndarray:
+    """Test accuracies (%) of the seeds 1 to 15, in this order; besides, there may be runs with tuning seeds."""
     runs = read_runs(folder, experiment, setting)
-    assert list(runs) == [*range(1, 16), *tuning_seeds], (folder, setting)
+    assert list(runs)[:15] == [*range(1, 16)], (folder, setting)
     return np.array([select(runs[seed]) for seed in range(1, 16)])
 
 

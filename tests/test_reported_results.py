@@ -16,6 +16,7 @@ from reported import (
     DIGITS,
     RESULTS,
     SETTINGS,
+    SWEEP,
     accuracies,
     best,
     best_on_last_tie,
@@ -120,7 +121,7 @@ def mean_val_accuracy(rate: str, name: str) -> float:
 
 def accuracies_at(rate: str, name: str, select=best) -> np.ndarray:
     """Test accuracies of a setting at its chosen rate."""
-    return accuracies("digits-fair-rates", at_rate(rate), name, select, TUNING_SEEDS)
+    return accuracies("digits-fair-rates", at_rate(rate), name, select)
 
 
 def test_fair_rates():
@@ -174,6 +175,22 @@ def test_what_gains():
     ]
     assert "a gain of {:.2f} here and of {:.2f} on the CPU of".format(*gains) in text
     assert of_setting["init"].argmin() == 13 and f"the 14th with {of_setting['init'].min():.2f} %." in text
+
+
+def test_sweep():
+    title = "Which γ to start with"
+    of_setting = {name: accuracies("digits-sweep", AT_005, name) for name in ("baseline", *SWEEP)}
+    check_tables(lines_of(title), of_setting)
+    gains = {name: (of_setting[name] - of_setting["baseline"]).mean() for name in SWEEP}
+    assert set(sorted(gains, key=gains.get)[-2:]) == {"bn_weight 0.05", "bn_weight 0.1"}
+    assert of_setting["bn_weight 0.25"].mean() >= of_setting["bn_weight 0.5"].mean()
+    losses = {
+        name: np.median([run["train_loss"].iloc[-1] for run in read_runs("digits-sweep", AT_005, name).values()])
+        for name in of_setting
+    }
+    slow = losses.pop("bn_weight 0.01")
+    sentence = f"is {slow:.2f} in the median, that of all others at most {max(losses.values()):.2f}."
+    assert sentence in section(title)
 
 
 def test_learned_scales():
