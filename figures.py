@@ -78,8 +78,10 @@ def learning_curves(runs: Runs) -> Figure:
         f"For about {SETTLED} steps, evaluation uses running statistics\nof batch norm that have not settled.",
         fontsize=9,
     )
-    axes[1].legend(title="median, middle half of the seeds", fontsize=8, title_fontsize=8)
-    return axes[0].figure
+    figure, title = axes[0].figure, "median, middle half of the seeds"
+    handles, names = axes[1].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, title=title, title_fontsize=8)
+    return figure
 
 
 def make_logarithmic(panel: Axes, values: np.ndarray) -> None:
