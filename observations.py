@@ -185,11 +185,11 @@ def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archiv
             for setting, run in runs.items()
         }
     except (OSError, ValueError) as error:
-        found.missing.append(f"no normalized values: {error}")
+        found.missing.append(f"no normalized values: {reason(error)}")
         try:
             found.weights.update(load_batch_norms(archive, title))
         except (OSError, ValueError) as error:
-            found.missing.append(f"no scales and shifts: {error}")
+            found.missing.append(f"no scales and shifts: {reason(error)}")
         return found
 
     found.weights.update({setting: batch_norm_arrays(network.state_dict()) for setting, network in trained.items()})
@@ -202,5 +202,10 @@ def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archiv
         measured = {setting: measure_run(run, trained[setting], image_set) for setting, run in runs.items()}
         found.normalized_values.update(measured)
     except (OSError, ValueError) as error:
-        found.missing.append(f"no normalized values: {error}")
+        found.missing.append(f"no normalized values: {reason(error)}")
     return found
+
+
+def reason(error: OSError | ValueError) -> str:
+    """What an error says; of a missing file, without its number."""
+    return f"there is no {error.filename}" if isinstance(error, FileNotFoundError) and error.filename else str(error)

@@ -132,7 +132,11 @@ def test_observe_runs(small_network, tmp_path):
     (networks / "a run-best.pt").unlink()
     archive.unlink()
     found = observe_runs(runs, "a run", networks, archive)
-    assert ["No such file" in line for line in found.missing] == [True, True] and not archive.exists()
+    assert found.missing == [
+        f"no normalized values: there is no {networks / 'a run-best.pt'}",
+        f"no scales and shifts: there is no {archive}",
+    ]
+    assert not archive.exists()
 
     cifar10 = read_results(write_run(tmp_path, weights, dataset="cifar10"))
     found = observe_runs({"proposed": cifar10}, "a run", networks, archive)
