@@ -31,6 +31,7 @@ from seeds import make_deterministic
 
 ROOT = Path(__file__).parent.parent
 README, MORE, BENCHMARKS = ((ROOT / folder / "README.md").read_text() for folder in ("", "results", "benchmarks"))
+MODULES = (ROOT / "MODULES.md").read_text()
 FIRST_SCREEN = README.split("## The method")[0]
 PAPER = ("baseline", "proposed", "init", "rate", "input")
 CIFAR10 = "cifar10-resnet18-num_epochs=5-stem=own"
@@ -316,6 +317,23 @@ def test_mechanism():
         f"the baseline turns its convolutions by {angles[2]:.0f} degrees, the method by {angles[3]:.0f} (one seed)."
     )
     assert turned in section("Why, and how sure that is", README)
+
+
+def test_mechanism_among_the_modules():
+    at_first, by_step = read_mechanism("digits")
+    rows = re.findall(r"^\| ([\d.]+) \| (.*) \|$", lines_of("`mechanism.py`", MODULES), re.MULTILINE)
+    found = {bn_weight: [float(number) for number in numbers.split(" | ")] for bn_weight, numbers in rows}
+    assert found == {bn_weight: numbers[:3] for bn_weight, numbers in at_first.items()}
+    text = section("`mechanism.py`", MODULES)
+    sentence = (
+        "at step 20, `proposed` has a test accuracy of {:.1f} % with running statistics and of {:.1f} % with statistics"
+        " estimated anew (`baseline`: {:.1f} % and {:.1f} %); at step 100, {:.1f} % and {:.1f} %"
+        " ({:.1f} % and {:.1f} %)."
+    )
+    of = [by_step[f"{name} {step}"] for step in (20, 100) for name in ("proposed", "baseline")]
+    assert sentence.format(*(number for numbers in of for number in numbers[:2])) in text
+    turned = "have turned by {:.1f}° at step 100, in the median over the convolutions, those of `baseline` by {:.1f}°."
+    assert turned.format(*(numbers[2] for numbers in of[2:])) in text
 
 
 def test_initialization_of_the_mechanism():
