@@ -1,6 +1,7 @@
 """Numbers of the committed result files, computed from them without this project's modules."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,48 @@ def accuracies(folder: str, experiment: str, setting: str, select=best) -> np.nd
     runs = read_runs(folder, experiment, setting)
     assert list(runs)[:15] == [*range(1, 16)], (folder, setting)
     return np.array([select(runs[seed]) for seed in range(1, 16)])
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """An experiment whose settings have learning rates of their own, chosen on seeds that are not compared.
+
+    Attributes:
+        folder: with the result files.
+        experiment: how their names begin; "{}" is where the rate stands.
+        rates: those tried, from the smallest.
+        seeds: those to choose on.
+    """
+
+    folder: str
+    experiment: str
+    rates: tuple[str, ...]
+    seeds: range
+
+    def at(self, rate: str) -> str:
+        """How the names of the runs at this rate begin."""
+        return self.experiment.format("" if rate == "0.1" else f"-learning_rate={rate}")
+
+    def mean_val_accuracy(self, rate: str, setting: str) -> float:
+        """Mean over the seeds of the best validation accuracy of a run (%)."""
+        runs = read_runs(self.folder, self.at(rate), setting)
+        return np.mean([runs[seed]["val_accuracy"].max() for seed in self.seeds])
+
+    def chosen_rate(self, setting: str) -> str:
+        """The rate with the best mean validation accuracy, the smallest one on a tie."""
+        return max(self.rates, key=lambda rate: round(self.mean_val_accuracy(rate, setting), 9))
+
+    def accuracies(self, setting: str, select=best) -> np.ndarray:
+        """Test accuracies of a setting at its chosen rate."""
+        return accuracies(self.folder, self.at(self.chosen_rate(setting)), setting, select)
+
+
+DIGITS_TUNED = Tuned(
+    "digits-fair-rates", f"{DIGITS}{{}}", ("0.005", "0.01", "0.02", "0.05", "0.1", "0.2"), range(16, 21)
+)
+CIFAR10_TUNED = Tuned(
+    "cifar10-own-stem", "cifar10-resnet18-num_epochs=5{}-stem=own", ("0.01", "0.03", "0.1", "0.3"), range(16, 18)
+)
 
 
 def interval(differences: np.ndarray) -> tuple[float, float]:

@@ -13,10 +13,13 @@ from torch import nn
 from data import Batches, load_image_set
 from networks import construct_network
 from reported import (
+    CIFAR10_TUNED,
     DIGITS,
+    DIGITS_TUNED,
     RESULTS,
     SETTINGS,
     SWEEP,
+    Tuned,
     accuracies,
     best,
     best_on_last_tie,
@@ -34,11 +37,9 @@ README, MORE, BENCHMARKS = ((ROOT / folder / "README.md").read_text() for folder
 MODULES = (ROOT / "MODULES.md").read_text()
 FIRST_SCREEN = README.split("## The method")[0]
 PAPER = ("baseline", "proposed", "init", "rate", "input")
-CIFAR10 = "cifar10-resnet18-num_epochs=5-stem=own"
+CIFAR10 = CIFAR10_TUNED.at("0.1")
 AT_005 = f"{DIGITS}-learning_rate=0.05"
 LONG = AT_005.replace("num_epochs=5", "num_epochs=20")
-RATES = ("0.005", "0.01", "0.02", "0.05", "0.1", "0.2")
-TUNING_SEEDS = range(16, 21)
 
 
 def lines_of(title: str, file: str = MORE) -> str:
@@ -123,39 +124,53 @@ def test_digits():
     assert all(low < 0 < high for low, high in (interval(gains[name]) for name in ("input", "rate")))
 
 
-def at_rate(rate: str) -> str:
-    """How the names of the digits runs at this learning rate begin."""
-    return DIGITS if rate == "0.1" else f"{DIGITS}-learning_rate={rate}"
+def check_tuning(text: str, tuned: Tuned, settings: tuple[str, ...]) -> None:
+    """Every cell of a table of the rates that were tried."""
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in text.splitlines() if line.startswith("|")]
+    assert rows[0] == ["setting", *tuned.rates]
+    for row, name in zip(rows[2:], settings, strict=True):
+        means = [f"{tuned.mean_val_accuracy(rate, name):.2f}" for rate in tuned.rates]
+        chosen = tuned.rates.index(tuned.chosen_rate(name))
+        means[chosen] = f"**{means[chosen]}**"
+        assert row == [name, *means]
 
 
-def mean_val_accuracy(rate: str, name: str) -> float:
-    """Mean over the tuning seeds of the best validation accuracy of a run (%)."""
-    runs = read_runs("digits-fair-rates", at_rate(rate), name)
-    return np.mean([runs[seed]["val_accuracy"].max() for seed in TUNING_SEEDS])
+def test_fair_rates_of_cifar10():
+    settings = ("baseline", "proposed")
+    _, tuning, results = re.split(r"\n\n(?=\| setting)", lines_of("CIFAR-10 at fair rates"))
+    check_tuning(tuning.split("\n\n")[0], CIFAR10_TUNED, settings)
+    of_setting = {name: CIFAR10_TUNED.accuracies(name) for name in settings}
+    check_tables(results, of_setting)
+    fair = of_setting["proposed"] - of_setting["baseline"]
+    ours, theirs = (accuracies("cifar10-own-stem", CIFAR10, name) for name in ("proposed", "baseline"))
+    text = section("CIFAR-10 at fair rates")
+    sentence = "at the paper's rate for both, `proposed` gains {:.2f}, at fair rates {:.2f}."
+    assert sentence.format((ours - theirs).mean(), fair.mean()) in text
+    p_values = [p_value(ours - theirs), p_value(fair)]
+    corrected = "p = {:.2g} and {:.2g}."
+    assert corrected.format(*(holm(p, p_values) for p in p_values)) in text
+    by_rate = [CIFAR10_TUNED.mean_val_accuracy(rate, "proposed") for rate in CIFAR10_TUNED.rates]
+    ahead = [
+        of - CIFAR10_TUNED.mean_val_accuracy(rate, "baseline")
+        for of, rate in zip(by_rate, CIFAR10_TUNED.rates, strict=True)
+    ]
+    assert "by {:.1f}, {:.1f}, {:.1f} and {:.1f} points".format(*ahead) in text
+    low, high = interval(fair)
+    sentence = (
+        f"the baseline has {spread(of_setting['baseline'])} %: a difference of {fair.mean():.2f} points"
+        f" ({low:.2f} to {high:.2f}, p = {p_value(fair):.2g})."
+    )
+    assert sentence in section("CIFAR-10, five epochs", README)
+    rates = f"(baseline {CIFAR10_TUNED.chosen_rate('baseline')}, method {CIFAR10_TUNED.chosen_rate('proposed')})"
+    assert rates in section("CIFAR-10, five epochs", README)
 
 
-def chosen_rate(name: str) -> str:
-    """The rate with the best mean validation accuracy, the smallest one on a tie."""
-    return max(RATES, key=lambda rate: round(mean_val_accuracy(rate, name), 9))
-
-
-def fair_accuracies(name: str, select=best) -> np.ndarray:
-    """Test accuracies of a setting at its chosen rate."""
-    return accuracies("digits-fair-rates", at_rate(chosen_rate(name)), name, select)
-
-
-def test_fair_rates():
-    title = "Is it more than a better learning rate?"
-    text = lines_of(title)
-    tuning, *results = re.split(r"\n\n(?=\| setting)", text)[1:]
+def test_fair_rates_of_digits():
+    title, rates = "Digits at fair rates", DIGITS_TUNED.rates
     settings = (*PAPER, "logits")
-    means = {name: {rate: mean_val_accuracy(rate, name) for rate in RATES} for name in settings}
-    chosen = {name: chosen_rate(name) for name in settings}
-    rows = [re.split(r" *\| *", line.strip("| ")) for line in tuning.split("\n\n")[0].splitlines()[2:]]
-    for row, name in zip(rows, settings, strict=True):
-        cells = [f"{means[name][rate]:.2f}" for rate in RATES]
-        assert row == [name, *(f"**{x}**" if rate == chosen[name] else x for rate, x in zip(RATES, cells, strict=True))]
-    of_setting = {name: fair_accuracies(name) for name in settings}
+    _, tuning, *results = re.split(r"\n\n(?=\| setting)", lines_of(title))
+    check_tuning(tuning.split("\n\n")[0], DIGITS_TUNED, settings)
+    of_setting = {name: DIGITS_TUNED.accuracies(name) for name in settings}
     check_tables("\n\n".join(results), of_setting, (("proposed", "logits"),))
     gains = {name: of - of_setting["baseline"] for name, of in of_setting.items()}
     at_005 = accuracies("digits", AT_005, "proposed") - accuracies("digits", AT_005, "baseline")
@@ -163,13 +178,14 @@ def test_fair_rates():
     assert f"`proposed` gains {gains['proposed'].mean():.2f}, and {at_005.mean():.2f} where both have 0.05." in text
     assert f"`logits` gains {gains['logits'].mean():.2f}, and" in text
     assert of_setting["init"].argmin() == 13 and f"the 14th with {of_setting['init'].min():.2f} %;" in text
-    init, baseline = (fair_accuracies(name, last) for name in ("init", "baseline"))
+    init, baseline = (DIGITS_TUNED.accuracies(name, last) for name in ("init", "baseline"))
     by_last = "by the last epoch its gain is {:.2f}, between {:.2f} and {:.2f}."
     assert by_last.format((init - baseline).mean(), *interval(init - baseline)) in text
-    assert [name for name in settings if chosen[name] == RATES[0]] == ["rate"]
+    assert [name for name in settings if DIGITS_TUNED.chosen_rate(name) == rates[0]] == ["rate"]
     at_02 = "at 0.2, the validation accuracy of `proposed` is {:.2f} %, that of the baseline {:.2f} %."
-    assert at_02.format(means["proposed"]["0.2"], means["baseline"]["0.2"]) in text
-    assert min(means[name]["0.2"] for name in ("proposed", "init", "logits")) > means["baseline"]["0.2"]
+    means = {name: DIGITS_TUNED.mean_val_accuracy("0.2", name) for name in settings}
+    assert at_02.format(means["proposed"], means["baseline"]) in text
+    assert min(means[name] for name in ("proposed", "init", "logits")) > means["baseline"]
     as_much = "can tell: {:.2f} ({:.2f} to {:.2f}), each with the best of six rates."
     assert as_much.format(gains["logits"].mean(), *interval(gains["logits"])) in " ".join(FIRST_SCREEN.split())
     proposed, baseline, logits = (spread(of_setting[name]) for name in ("proposed", "baseline", "logits"))
@@ -371,20 +387,23 @@ def test_sentences_about_cifar10():
         f" p = {p_value(gains):.2g})."
     )
     assert sentence in text
-    assert f"A run took {np.median(seconds):,.0f} seconds in the median" in text
+    assert f"The runs at the paper's rate took {np.median(seconds):,.0f} seconds in the median" in text
 
 
 def test_first_screen():
     _, *rows = re.findall(r"^\| ([^|]*) \| (.*) \|$", FIRST_SCREEN, re.MULTILINE)
     pairs = {
         "CIFAR-10, torchvision's own first layers, 5 epochs, the paper's learning rate": ("cifar10-own-stem", CIFAR10),
+        "the same, each with the best of four learning rates": CIFAR10_TUNED,
         "the 8×8 digits of scikit-learn, 5 epochs, learning rate 0.05": ("digits", AT_005),
-        "the same, each with the best of six learning rates": None,
+        "digits, 5 epochs, each with the best of six learning rates": DIGITS_TUNED,
         "digits, 20 epochs, learning rate 0.05": ("digits-20-epochs", LONG),
     }
     expected = []
     for name, runs in pairs.items():
-        ours, theirs = (accuracies(*runs, of) if runs else fair_accuracies(of) for of in ("proposed", "baseline"))
+        ours, theirs = (
+            runs.accuracies(of) if isinstance(runs, Tuned) else accuracies(*runs, of) for of in ("proposed", "baseline")
+        )
         gains = ours - theirs
         low, high = interval(gains)
         gain = f"{gains.mean():.2f} ({low:.2f} to {high:.2f})"
