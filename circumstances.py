@@ -55,7 +55,20 @@ def machine_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     instructions = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} with {instructions}, {torch.get_num_threads()} threads"
+    processor = f" ({name})" if (name := processor_name()) else ""
+    return f"{platform.machine()} with {instructions}{processor}, {torch.get_num_threads()} threads"
+
+
+def processor_name() -> str:
+    """Vendor, family and model of the CPU, as two with the same instructions may round differently."""
+    names = ("vendor_id", "cpu family", "model")
+    with suppress(OSError):  # as on systems other than Linux
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        found = {name.strip(): value.strip() for name, _, value in lines}  # of the last core, which is like the others
+        return " ".join(f"{name.removeprefix('cpu ')} {found[name]}" for name in names if name in found).replace(
+            "vendor_id ", ""
+        )
+    return platform.processor()
 
 
 def find_device(name: str | None) -> torch.device:
