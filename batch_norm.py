@@ -111,3 +111,30 @@ def check_bn_weight(bn_weight: float, dtype: torch.dtype) -> None:
     is_number = isinstance(bn_weight, Real) and not isinstance(bn_weight, bool)
     if not (is_number and held.smallest_normal <= bn_weight <= held.max):
         raise ValueError(f"bn_weight must be a finite number above 0 that {dtype} can hold, not {bn_weight!r}")
+
+
+SIGMA_ACT = 0.58  # standard deviation of a rectified standard normal variable, sqrt((1 - 1/π) / 2)
+
+
+def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int = 3) -> nn.Sequential:
+    """Put a batch norm in front of a network that normalizes its images (Section 4 of the paper).
+
+    Its γ starts at `bn_weight` · σ_act, as if the images were rectified activations of a layer before; its β is frozen
+    at 0. It is made on the device and of the type of the network's first floating-point parameter.
+
+    Args:
+        network: any module.
+        bn_weight: where γ starts in the network itself.
+        num_channels: of the images, (N, num_channels, H, W).
+
+    Returns:
+        `nn.Sequential(input_norm, network)`, so that the names of all weights start with `0.` or `1.`.
+
+    Raises:
+        ValueError: `bn_weight` is not a finite number above 0 that the type can hold.
+    """
+    like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
+    check_bn_weight(bn_weight, like.dtype)
+    input_norm = ScaleBatchNorm2d(num_channels, bn_weight=bn_weight * SIGMA_ACT, device=like.device, dtype=like.dtype)
+    input_norm.bias.requires_grad = False
+    return nn.Sequential(input_norm, network)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from command_line import FlagError
+from command_line.flag_types import FlagError
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 HOMOGENEOUS = (  # what passes a factor above 0 on, or, with a bias or statistics, can be made to

@@ -6,14 +6,14 @@ Each figure is a function that returns a `matplotlib.figure.Figure` without a wi
 it. All figures can be read in grey: lines differ in their strokes and markers too.
 """
 
-import io
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from command_line import Parser, answer_at_once, folder, one_line_endings, say
-from settings import DEFAULTS, NAMED, PAPER, compared
+from command_line.endings import answer_at_once, one_line_endings, say
+from command_line.flag_types import Parser, folder
+from command_line.settings import DEFAULTS, NAMED, PAPER, compared
 
 
 def make_parser() -> Parser:
@@ -36,11 +36,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from batch_norm import SETTLED
-from network_figures import label_axes, learned_scales_and_shifts, line_style, make_axes, normalized_values
-from observations import observe_runs
-from results import Results, read_results, write_atomically
-from t_test import LEVEL, accuracy_by_seed, check_alike, compare, compare_all, read_by_seed
-from table import Comparison, is_contrast
+from observations import learned_scales_and_shifts, normalized_values, observe_runs
+from reporting.comparison import Comparison, is_contrast
+from reporting.drawing import label_axes, line_style, make_axes, save
+from saved_runs.by_seed import accuracy_by_seed, check_alike, read_by_seed
+from saved_runs.results import Results, read_results
+from t_test import LEVEL, compare, compare_all
 
 Runs = Mapping[str, Mapping[int, Results]]  # finished runs by setting and seed
 
@@ -195,17 +196,6 @@ def accuracy_by_bn_weight(runs: Runs, baseline: str = "baseline") -> Figure:
     panel.grid(alpha=0.3)
     panel.legend()
     return panel.figure
-
-
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write a figure as STEM.png and STEM.pdf; returns both. On an OSError, an older file is still there, and whole."""
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf")]
-    for file in files:
-        content = io.BytesIO()
-        without_date = {"CreationDate": None} if file.suffix == ".pdf" else None  # the same file from the same data
-        figure.savefig(content, format=file.suffix[1:], dpi=150, metadata=without_date)
-        write_atomically(file, content.getvalue())
-    return files
 
 
 def save_figures(

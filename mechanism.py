@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, repeat
 
-import settings as flags
-from command_line import FlagError, Parser, answer_at_once, as_typed, folder, one_line_endings, say, whole
-from plan import is_flag
+from command_line import settings as flags
+from command_line.endings import answer_at_once, one_line_endings, say
+from command_line.flag_types import FlagError, Parser, as_typed, folder, is_flag, whole
 
 DIGITS = ["--batch_size", "64", "--learning_rate", "0.05"]  # what the README trains digits with
 COMPARED = ("baseline", "proposed")
@@ -58,12 +58,13 @@ from torch import Tensor, nn, optim
 from torch.optim.swa_utils import update_bn
 
 import train
-from data import Batch, Batches, ImageSet
-from figures import save
-from network_figures import label_axes, line_style, make_axes
-from results import write_atomically
+from command_line.files import write_atomically
+from image_sets.batches import Batch, Batches
+from image_sets.loading import ImageSet
+from reporting.drawing import label_axes, line_style, make_axes, save
+from reporting.tables import markdown
 from seeds import keep_random_states, make_deterministic
-from table import markdown
+from training import preparation
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 CONVOLUTION = "convolution, from input to output"
@@ -123,7 +124,7 @@ class FirstSteps:
 def construct(settings: argparse.Namespace, image_set: ImageSet) -> nn.Module:
     """The network of a run before its first step, with the random generators as they are then."""
     make_deterministic(settings.seed)
-    return train.construct(settings, len(image_set.classes), image_set.size).to(settings.device)
+    return preparation.construct(settings, len(image_set.classes), image_set.size).to(settings.device)
 
 
 def measure_first_steps(
@@ -132,7 +133,7 @@ def measure_first_steps(
     """Train as `train.train` does, at the initial learning rate all along, and measure after some of the steps.
 
     Args:
-        settings: those of the run, as `train.parse` returns them.
+        settings: those of the run, as `preparation.parse` returns them.
         image_set: its data set, on its device.
         steps: after how many steps to measure; 0 is before the first.
         num_images: how many test images to measure on, and about how many training images to estimate statistics on.
@@ -257,9 +258,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line: measure, write and print the numbers, draw; see `one_line_endings` for its exit codes."""
     with one_line_endings("mechanism.py"):
         args = parse(argv)
-        runs = {name: train.prepare(settings) for name, settings in args.runs.items()}
+        runs = {name: preparation.prepare(settings) for name, settings in args.runs.items()}
         first = runs["proposed"]
-        image_set = train.load_images(runs["baseline"], report=say)  # with the statistics, which it needs
+        image_set = preparation.load_images(runs["baseline"], report=say)  # with the statistics, which it needs
         measured = {}
         for bn_weight in BN_WEIGHTS:
             network = construct(argparse.Namespace(**{**vars(first), "bn_weight": bn_weight}), image_set)

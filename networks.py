@@ -1,30 +1,23 @@
 """The networks: torchvision's and one's own, with scaled batch norms and a batch norm in front of them."""
 
-import copy
 import difflib
 import importlib
 import math
 import os
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import suppress
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torchvision import models
 
-from batch_norm import ScaleBatchNorm2d, check_bn_weight, initialize_scales
-from command_line import in_one_line
-from seeds import keep_random_states
-from settings import DATASETS, INPUT_NORMS, PRECISIONS, STEMS
+from batch_norm import initialize_scales, prepend_input_norm
+from command_line.endings import in_one_line
+from command_line.settings import DATASETS, INPUT_NORMS, STEMS
 
 SMALL_IMAGE = 64  # pixels: up to here, 'auto' gives a ResNet the stem for small images
-LARGEST_TRIED = 512  # pixels of images that are tried where a network cannot take smaller ones
-SIGMA_ACT = 0.58  # standard deviation of a rectified standard normal variable, sqrt((1 - 1/π) / 2)
 
 
 def reinit_network(network: nn.Module, fan: str = "in", activation_function: type[nn.Module] = nn.ReLU) -> None:
@@ -162,133 +155,3 @@ def call_function(name: str, num_classes: int) -> nn.Module:
     if any(map(is_lazy, network.parameters())):
         raise ValueError(f"{name} returns lazy layers, without weights as yet: let the network compute a batch first")
     return network
-
-
-def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int = 3) -> nn.Sequential:
-    """Put a batch norm in front of a network that normalizes its images (Section 4 of the paper).
-
-    Its γ starts at `bn_weight` · σ_act, as if the images were rectified activations of a layer before; its β is frozen
-    at 0. It is made on the device and of the type of the network's first floating-point parameter.
-
-    Args:
-        network: any module.
-        bn_weight: where γ starts in the network itself.
-        num_channels: of the images, (N, num_channels, H, W).
-
-    Returns:
-        `nn.Sequential(input_norm, network)`, so that the names of all weights start with `0.` or `1.`.
-
-    Raises:
-        ValueError: `bn_weight` is not a finite number above 0 that the type can hold.
-    """
-    like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
-    check_bn_weight(bn_weight, like.dtype)
-    input_norm = ScaleBatchNorm2d(num_channels, bn_weight=bn_weight * SIGMA_ACT, device=like.device, dtype=like.dtype)
-    input_norm.bias.requires_grad = False
-    return nn.Sequential(input_norm, network)
-
-
-def check_images(network: nn.Module, height: int, width: int, num_classes: int) -> None:
-    """Check that a network can train on images of this size.
-
-    Raises:
-        ValueError: it cannot compute a batch of two, with the next square size that works; or what it computes are no
-            logits (2, num_classes).
-    """
-    try:
-        logits = try_images(network, 2, height, width)
-    except Exception as error:
-        pixels = find_size(network, min(height, width))
-        hint = f"the next size that works is {pixels}×{pixels}" if pixels else f"up to {LARGEST_TRIED}, none seems to"
-        what = f"cannot train on images of {height}×{width} pixels; {hint}"
-        raise ValueError(f"{what} ({in_one_line(error)})") from error
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if shape != (2, num_classes):
-        raise ValueError(f"computes {shape} for 2 images, not logits {(2, num_classes)}")
-
-
-def find_size(network: nn.Module, minimum: int) -> int | None:
-    """The smallest height and width, from a minimum to `LARGEST_TRIED`, of images that a network can train on."""
-    with suppress(Exception):
-        shapes = copy.deepcopy(network).to("meta").train()  # computes nothing but shapes, which takes little time
-        for pixels in range(minimum, LARGEST_TRIED + 1):
-            with suppress(Exception):
-                compute_random_images(shapes, 2, pixels, pixels, "meta")
-                try_images(network, 2, pixels, pixels)
-                return pixels
-    return None
-
-
-def try_images(network: nn.Module, num_images: int, height: int, width: int) -> Any:
-    """What a network in training mode computes of random images (num_images, 3, height, width), on the CPU.
-
-    A copy of it does: the network, and the random generators too, stay as they are. Raises what the network raises.
-    """
-    return compute_random_images(copy.deepcopy(network).cpu().train(), num_images, height, width, "cpu")
-
-
-def compute_random_images(network: nn.Module, num_images: int, height: int, width: int, device: str) -> Any:
-    """What a network on that device computes of them, without gradients."""
-    with keep_random_states(), torch.no_grad(), torch.device(device):
-        return network(torch.rand(num_images, 3, height, width))
-
-
-def speed_up(network: nn.Module, precision: str = "float32", compiled: bool = False) -> None:
-    """Prepare a network for the modes that are faster, with different rounding. In place.
-
-    Weights, their gradients, the statistics of batch norm and the names in `state_dict` stay as they are. A copy of the
-    network (`copy.deepcopy`) is not compiled.
-
-    Args:
-        network: any module, on the device where it will compute.
-        precision: one of `PRECISIONS`. For 'bfloat16', the channels of a pixel are put next to each other in memory.
-        compiled: whether to compile it, with CUDA graphs on a GPU, for each size of the batches that it is called
-            with. `network.forward` stays as it is: for a short last batch, compiling would take longer than it saves.
-
-    Raises:
-        ValueError: `precision` is not one of `PRECISIONS`.
-        FileNotFoundError: there is no compiler to compile with.
-    """
-    check_precision(precision)
-    if precision == "bfloat16":
-        for weight in filter(lambda parameter: parameter.dim() == 4, network.parameters()):
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-    if compiled:
-        if not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
-            raise FileNotFoundError("there is no C++ compiler here: install g++, let CXX name one, or do not compile")
-        # for how many kinds of networks and batches a process compiles: torch computes without compiling after that
-        torch.compiler.config.recompile_limit = 64
-        on_gpu = any(parameter.is_cuda for parameter in network.parameters())
-        network.compile(mode="reduce-overhead" if on_gpu else "default", dynamic=False)
-
-
-@contextmanager
-def use_precision(precision: str) -> Iterator[None]:
-    """Let torch compute float32 products and convolutions in this precision, whatever was set before.
-
-    'float32' and 'bfloat16' are torch's own settings: a GPU rounds the inputs of convolutions, but not of products, to
-    the 10 bits of tf32. 'tf32' rounds both, 'strict' neither. A CPU computes in full float32 in any case.
-
-    Raises:
-        ValueError: `precision` is not one of `PRECISIONS`.
-    """
-    check_precision(precision)
-    convolutions = "ieee" if precision == "strict" else "tf32"
-    products = "tf32" if precision == "tf32" else "ieee"
-    backends = torch.backends
-    wanted = {backends.cuda.matmul: products, backends.cudnn.conv: convolutions, backends.cudnn.rnn: convolutions}
-    wanted |= {backends.mkldnn.matmul: "ieee", backends.mkldnn.conv: "ieee"}
-    earlier = {backend: backend.fp32_precision for backend in wanted}
-    try:
-        for backend, value in wanted.items():
-            backend.fp32_precision = value
-        yield
-    finally:
-        for backend, value in earlier.items():
-            backend.fp32_precision = value
-
-
-def check_precision(precision: str) -> None:
-    """ValueError where this is not one of `PRECISIONS`."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")

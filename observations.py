@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.stats
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms import Normalize
 
-from data import ImageSet, load_image_set
-from networks import SIGMA_ACT
-from results import Results, add_digest, write_atomically
-from settings import DEFAULTS
+from batch_norm import SIGMA_ACT
+from command_line.files import add_digest, write_atomically
+from command_line.settings import DEFAULTS
+from image_sets.loading import ImageSet, load_image_set
+from reporting.drawing import label_axes, line_style, make_axes
+from saved_runs.results import Results
 from trained_networks import check_digest, rebuild_network
 
 Weights = Mapping[str, Any]  # a state_dict, or arrays under the same names
@@ -209,3 +213,58 @@ def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archiv
 def reason(error: OSError | ValueError) -> str:
     """What an error says; of a missing file, without its number."""
     return f"there is no {error.filename}" if isinstance(error, FileNotFoundError) and error.filename else str(error)
+
+
+DEPTH = "batch norm, from input to output (0: in front of the network)"
+
+
+def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mapping[str, float]) -> Figure:
+    """How far γ and β went from where they started, by depth, all settings on one scale (Section 3).
+
+    Both are divided by the γ that their batch norm started with, so that settings with different ones can be compared.
+    For each setting and batch norm, a marker is at the median of the channels, a thick bar goes from the 5 % to the
+    95 % quantile, and a thin one from the smallest to the largest value.
+
+    Args:
+        weights: for each setting a `state_dict`, as in `networks/NAME-best.pt`.
+        bn_weights: for each setting the initial γ of the batch norms; see `observations.initial_scale`.
+    """
+    panels = make_axes(2, width=9, height=3.4, sharex=True)
+    offsets = 0.24 * (np.arange(len(weights)) - (len(weights) - 1) / 2)
+    for index, (setting, trained) in enumerate(weights.items()):
+        layers = [
+            (d, np.array((scale, shift)) / initial_scale(d, bn_weights[setting]))
+            for d, scale, shift in batch_norms(trained)
+        ]
+        depths = offsets[index] + [depth for depth, _ in layers]
+        quantiles = np.array([np.quantile(values, (0, 0.05, 0.5, 0.95, 1), axis=1) for _, values in layers])
+        for panel, (lowest, low, median, high, highest) in zip(panels, quantiles.transpose(2, 1, 0), strict=True):
+            panel.vlines(depths, lowest, highest, color=f"C{index}", linewidth=0.8)
+            panel.vlines(depths, low, high, color=f"C{index}", linewidth=3, alpha=0.6)
+            style = line_style(index) | {"linestyle": "none", "markeredgecolor": "black", "markersize": 4}
+            panel.plot(depths, median, label=setting, **style)
+    for panel, start, name in zip(panels, (1, 0), ("learned γ / initial γ", "learned β / initial γ"), strict=True):
+        panel.axhline(start, color="black", linestyle="--", linewidth=0.8, zorder=0, label="start")
+        label_axes(panel, "", name)
+    panels[1].set_xlabel(DEPTH)
+    figure = panels[0].figure
+    title = "median, 5 to 95 % of the channels, all of them"
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, title=title, title_fontsize=8)
+    return figure
+
+
+def normalized_values(measured: Mapping[str, Sequence[NormalizedValues]]) -> Figure:
+    """How large normalized values get, by depth: the share beyond ±3, and the largest absolute one (Section 3)."""
+    axes = make_axes(columns=2)
+    for index, (setting, layers) in enumerate(measured.items()):
+        depth = np.arange(len(layers)) + first_depth([layer.name for layer in layers])
+        axes[0].plot(depth, [100 * layer.share_beyond_3 for layer in layers], label=setting, **line_style(index))
+        axes[1].plot(depth, [layer.maximum for layer in layers], label=setting, **line_style(index))
+    normal = 100 * 2 * scipy.stats.norm.sf(LARGE)
+    axes[0].axhline(normal, color="0.5", linewidth=1, label=f"a normal variable: {normal:.2f} %")
+    label_axes(axes[0], DEPTH, f"normalized values beyond ±{LARGE:g} (%)")
+    label_axes(axes[1], DEPTH, "largest absolute normalized value")
+    axes[1].set_ylim(bottom=0)
+    axes[0].legend()
+    return axes[0].figure

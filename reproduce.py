@@ -11,78 +11,44 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-import settings as flags
-from command_line import answer_at_once, as_typed, end, how_to_resume, in_one_line, on_signals, one_line_endings, say
-from plan import PlannedRun, parse, plan_runs
+from command_line import settings as flags
+from command_line.endings import answer_at_once, end, how_to_resume, one_line_endings, say
+from command_line.signals import on_signals
+from experiment.plan import PlannedRun, parse, plan_runs
 
 if __name__ == "__main__":
     answer_at_once("reproduce.py", parse)  # before torch and scipy are imported, which takes seconds
 
 from tqdm import tqdm
 
-from checkpoint import read_finished
-from lock import lock_run
-from results import DamagedFileError, Results, read_table_size, write_table
-from t_test import compare_all, mixed_circumstances
-from table import NARROW_TABLE_COLUMNS, Comparison, is_contrast, selection_note, table, table_rows, tables
-from tuning import (
-    Tuning,
+from experiment.making import ClusterError, make_runs
+from experiment.outcomes import Outcomes, explain_failures, read_runs, runs_by_setting, tuning_so_far
+from experiment.tuning import (
     choose_learning_rates,
     divergence_file,
     explain_choice,
     note_divergence,
-    read_divergence,
     tuning_columns,
     tuning_table,
 )
-from workers import ClusterError, make_runs
-
-
-@dataclass
-class Outcomes:
-    """What has come of an experiment so far.
-
-    Attributes:
-        finished: the results of runs, by name.
-        failed: why runs have failed, by name.
-        diverged: why runs of the tuning have diverged, by name; these have not failed.
-        stops: numbers of the signals that have arrived.
-    """
-
-    finished: dict[str, Results] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    diverged: dict[str, str] = field(default_factory=dict)
-    stops: list[int] = field(default_factory=list)
-
-    def left(self, planned: Sequence[PlannedRun]) -> list[PlannedRun]:
-        """Those of which nothing has come yet."""
-        known = (self.finished, self.failed, self.diverged)
-        return [run for run in planned if not any(run.settings.name in of for of in known)]
-
-
-def read_runs(args: argparse.Namespace, planned: Sequence[PlannedRun], folder: Path, outcomes: Outcomes) -> None:
-    """Find what is finished in a folder, and what is damaged or of another experiment.
-
-    A damaged file beside a checkpoint is left to the run itself, which mends it.
-    """
-    for run in planned:
-        name = run.settings.name
-        checkpoint = flags.run_files(run.settings.path, name).checkpoint
-        try:
-            results = read_finished(folder / f"{name}.csv", run.settings)
-            diverged = read_divergence(folder, run.settings) if run.for_tuning else None
-        except (ValueError, OSError) as error:
-            if isinstance(error, DamagedFileError) and args.report is None and checkpoint.exists():
-                continue
-            outcomes.failed[name] = in_one_line(error)
-            continue
-        if results is not None:
-            outcomes.finished[name] = replace(results, select=args.select)
-        elif diverged is not None:
-            outcomes.diverged[name] = diverged
+from reporting.comparison import Comparison, is_contrast
+from reporting.tables import (
+    NARROW_TABLE_COLUMNS,
+    read_table_size,
+    selection_note,
+    table,
+    table_rows,
+    tables,
+    write_table,
+)
+from saved_runs.by_seed import mixed_circumstances
+from saved_runs.lock import lock_run
+from saved_runs.paths import RunFiles, run_files
+from saved_runs.results import Results
+from t_test import compare_all
 
 
 class Display:
@@ -113,13 +79,18 @@ class Display:
 
 def check_here(args: argparse.Namespace) -> None:
     """FlagError where this machine cannot make the runs of one of the settings; see `find_images` for the others."""
-    from image_folders import find_images
-    from train import prepare  # networks are not needed where another machine makes the runs
+    from image_sets.folders import find_images
+    from training.preparation import prepare  # networks are not needed where another machine makes the runs
 
     for run in {run.setting: run for run in args.tuning_runs or args.runs}.values():
         prepare(argparse.Namespace(**{**vars(run.settings), "device": args.device}))
     if args.first.dataset not in flags.DATASETS:
         find_images(args.path / "images" / args.first.dataset)
+
+
+def compare_runs(args: argparse.Namespace, outcomes: Outcomes) -> list[Comparison]:
+    """Compare the finished runs, with the baseline and as `--contrast` asks for."""
+    return compare_all(runs_by_setting(args, outcomes), len(args.seeds), args.contrast)
 
 
 def make_what_is_left(args: argparse.Namespace, planned: Sequence[PlannedRun], outcomes: Outcomes) -> None:
@@ -129,7 +100,7 @@ def make_what_is_left(args: argparse.Namespace, planned: Sequence[PlannedRun], o
         return
     tuning = planned[0].for_tuning
     if args.first.restart:
-        remove([flags.run_files(run.settings.path, name) for name, run in left.items()])
+        remove([run_files(run.settings.path, name) for name, run in left.items()])
         for run in left.values():
             divergence_file(args.path / "results", run.settings).unlink(missing_ok=True)
 
@@ -164,7 +135,7 @@ def make_what_is_left(args: argparse.Namespace, planned: Sequence[PlannedRun], o
             outcomes.failed["the experiment"] = str(error)
 
 
-def remove(all_files: Sequence[flags.RunFiles]) -> None:
+def remove(all_files: Sequence[RunFiles]) -> None:
     """Remove the files of runs, of all of them or, where another process is at work on one, of none."""
     for files in all_files:  # one after the other, as a process may not have so many files open at a time
         with lock_run(files):
@@ -173,46 +144,6 @@ def remove(all_files: Sequence[flags.RunFiles]) -> None:
         with lock_run(files):
             for file in (files.results, files.best_weights, files.checkpoint):
                 file.unlink(missing_ok=True)
-
-
-def runs_by_setting(args: argparse.Namespace, outcomes: Outcomes) -> dict[str, dict[int, Results]]:
-    """The finished runs to compare, by setting and seed."""
-    runs: dict[str, dict[int, Results]] = {name: {} for name in args.settings}
-    for run in args.runs:
-        if run.settings.name in outcomes.finished:
-            runs[run.setting][run.settings.seed] = outcomes.finished[run.settings.name]
-    return runs
-
-
-def compare_runs(args: argparse.Namespace, outcomes: Outcomes) -> list[Comparison]:
-    """Compare the finished runs, with the baseline and as `--contrast` asks for."""
-    return compare_all(runs_by_setting(args, outcomes), len(args.seeds), args.contrast)
-
-
-def tuning_so_far(args: argparse.Namespace, outcomes: Outcomes) -> Tuning:
-    """The validation accuracies of the runs of the tuning that are there."""
-    tuning = {name: {rate: {} for rate in args.learning_rates} for name in args.settings}
-    for run in args.tuning_runs:
-        name, accuracies = run.settings.name, tuning[run.setting][run.settings.learning_rate]
-        if name in outcomes.finished:
-            accuracies[run.settings.seed] = outcomes.finished[name].val_accuracy
-        elif name in outcomes.diverged:
-            accuracies[run.settings.seed] = None
-    return tuning
-
-
-def explain_failures(args: argparse.Namespace, outcomes: Outcomes) -> list[str]:
-    """A line for each run that has failed, with how many runs of its kind are finished."""
-    lines = []
-    for run in (*args.tuning_runs, *args.runs):
-        if reason := outcomes.failed.get(run.settings.name):
-            rate = run.settings.learning_rate
-            alike = [one for one in (args.tuning_runs if run.for_tuning else args.runs) if one.setting == run.setting]
-            alike = [one.settings.name for one in alike if one.settings.learning_rate == rate]
-            kind = f"{run.setting} at learning rate {as_typed(rate)}" if run.for_tuning else run.setting
-            seeds = f"{len(outcomes.finished.keys() & alike)} of {len(alike)} seeds"
-            lines.append(f"{kind}: {seeds}; seed {run.settings.seed} failed: {reason}")
-    return lines
 
 
 def read_and_make(args: argparse.Namespace, planned: Sequence[PlannedRun], folder: Path, outcomes: Outcomes) -> None:

@@ -11,8 +11,9 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-import settings
-from command_line import Parser, answer_at_once, one_line_endings, say
+from command_line import settings
+from command_line.endings import answer_at_once, one_line_endings, say
+from command_line.flag_types import Parser
 
 
 def make_parser() -> Parser:
@@ -36,12 +37,12 @@ if __name__ == "__main__":
 import numpy as np
 from scipy.stats import ttest_rel
 
-from power import LEVEL as LEVEL  # whoever draws or prints verdicts has it from here, with the test
-from power import have_spread
-from results import Results, read_results
-from table import Comparison, selection_note, tables
-
-CIRCUMSTANCES = ("images", "machine", "python", "torch", "torchvision")  # what else may change the numbers
+from reporting.comparison import Comparison
+from reporting.power import LEVEL as LEVEL  # whoever draws or prints verdicts has it from here, with the test
+from reporting.power import have_spread
+from reporting.tables import selection_note, tables
+from saved_runs.by_seed import accuracy_by_seed, check_alike, mixed_circumstances, read_by_seed
+from saved_runs.results import Results
 
 
 def evaluate(d1: Any, d2: Any) -> float:
@@ -114,11 +115,6 @@ def apply_holm_correction(comparisons: Iterable[Comparison]) -> None:
         comparison.corrected_p_value = nan if np.isnan(comparison.p_value) else largest
 
 
-def accuracy_by_seed(runs: Mapping[int, Results]) -> dict[int, float]:
-    """The test accuracy of each run, in percent, at the epoch that `Results.select` says."""
-    return {seed: run.test_accuracy for seed, run in runs.items()}
-
-
 def compare_all(
     runs: Mapping[str, Mapping[int, Results]], planned: int = 0, contrasts: Iterable[Sequence[str]] = ()
 ) -> list[Comparison]:
@@ -144,52 +140,6 @@ def compare_all(
     for comparison in comparisons:
         comparison.planned = planned
     return comparisons
-
-
-def read_by_seed(files: Iterable[Path], group: str, select: str = "best") -> dict[int, Results]:
-    """Read the finished runs of one setting, by seed.
-
-    Args:
-        files: their result files.
-        group: what error messages call these files together.
-        select: which epoch's test accuracy counts, "best" or "last".
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file is damaged or of an unfinished run, two have the same seed, or their settings differ.
-    """
-    runs: dict[int, Results] = {}
-    for file in files:
-        run = replace(read_results(file), select=select)
-        seed, num_epochs = run.settings.get("seed"), run.settings.get("num_epochs")
-        if not isinstance(seed, int) or not isinstance(num_epochs, int):
-            raise ValueError(f"{file} does not say with which seed and num_epochs it was made")
-        if not run.finished:
-            raise ValueError(f"{file} is of an unfinished run: {run.num_epochs} of {num_epochs} epochs")
-        if seed in runs:
-            raise ValueError(f"{file} has seed {seed}, and so has another file of {group}: give one file for each seed")
-        check_alike(run, next(iter(runs.values()), run), f"{file} and the first file of {group}", apart_from=())
-        runs[seed] = run
-    return runs
-
-
-def check_alike(one: Results, other: Results, which: str, apart_from: Sequence[str] = settings.COMPARED) -> None:
-    """ValueError, with all that differs, where two runs differ in a setting other than the seed and `apart_from`.
-
-    `which` is what the message calls the two runs.
-    """
-    unlike = settings.differences(one.settings, other.settings, apart_from=("seed", *apart_from))
-    if unlike:
-        listed = "; ".join(f"{name} {ours} and {theirs}" for name, (ours, theirs) in sorted(unlike.items()))
-        more = f" in more than {', '.join(apart_from)}" if apart_from else ""
-        raise ValueError(f"{which} differ{more}: {listed}")
-
-
-def mixed_circumstances(runs: Iterable[Results]) -> list[str]:
-    """A line for each of `CIRCUMSTANCES` that is not the same for all runs: the test is sound, but less sharp."""
-    runs = list(runs)
-    found = {name: sorted({str(run.settings.get(name)) for run in runs}) for name in CIRCUMSTANCES}
-    return [f"not all runs have the same {name}: {'; '.join(values)}" for name, values in found.items() if values[1:]]
 
 
 def report(proposed_files: Sequence[Path], baseline_files: Sequence[Path], select: str = "best") -> str:

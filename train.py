@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
 from operator import add
-from typing import Any
 
-import settings as flags
-from command_line import FlagError, answer_at_once, how_to_resume, one_line_endings, say
+from command_line import settings as flags
+from command_line.endings import answer_at_once, how_to_resume, one_line_endings, say
 
 if __name__ == "__main__":
     answer_at_once("train.py", flags.parse)  # before torch is imported, which takes seconds
@@ -26,17 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 from tqdm import tqdm
 
-from batch_norm import SETTLED
-from checkpoint import REMEDY, Run
-from data import Batch, Batches, ImageSet, load_image_set
 from equivalence import rewrite
-from image_folders import Size
-from networks import check_images, construct_network, speed_up, try_images, use_precision
-from results import Results
-from seeds import keep_random_states, make_deterministic
-from tensorboard_curves import check_tensorboard
+from image_sets.batches import Batch, Batches
+from saved_runs import paths
+from saved_runs.checkpoint import REMEDY
+from saved_runs.results import Results
+from saved_runs.run import Run
+from seeds import make_deterministic
+from training.devices import speed_up, use_precision
+from training.preparation import check_network, construct, load_images, parse
+from training.progress import introduce
+from training.world import ALONE, OneProcess, join
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
-from world import ALONE, OneProcess, join
 
 
 def train(
@@ -120,27 +120,6 @@ def train(
         return run.results
 
 
-def load_images(settings: argparse.Namespace, **options: Any) -> ImageSet:
-    """The data set of a run; `options` are further ones of `load_image_set`."""
-    options |= {"image_size": settings.image_size, "flip": not settings.no_flip, "workers": settings.workers}
-    options |= {"statistics": settings.input_norm == "dataset"}
-    return load_image_set(settings.dataset, settings.path / "images", settings.device, **options)
-
-
-def construct(settings: argparse.Namespace, num_classes: int, size: Size | None) -> nn.Module:
-    """The network of a run, for images of this height and width, with its initial weights, on the CPU.
-
-    FlagError where there is no such network.
-    """
-    arguments = {name: getattr(settings, name) for name in ("dataset", "bn_weight", "input_norm", "stem")}
-    if settings.equivalent == "logits":
-        arguments["bn_weight"] = 1.0
-    try:
-        return construct_network(settings.network, num_classes, **arguments, image_size=size)
-    except ValueError as error:
-        raise FlagError(f"argument --network: {error}") from error
-
-
 def train_one_epoch(
     network: nn.Module,
     batches: Iterable[Batch],
@@ -210,68 +189,6 @@ def note_images(run: Run, notes: dict[str, str]) -> None:
     run.notes.update(notes)
 
 
-def introduce(run: Run, network: nn.Module, numbers: str, steps: int) -> list[str]:
-    """What a run does, in a line, with a second one where it is resumed and one where its first accuracies mislead."""
-    settings = run.settings
-    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    what = f"{settings.network}, {millions:.1f} million parameters; {settings.dataset}, {numbers}"
-    lines = [f"{what}; {settings.device}, {settings.precision}"]
-    if run.results:
-        lines.append(f"{settings.name} resumes at epoch {run.epochs[0]} of {settings.num_epochs}")
-    if run.epochs[0] * steps < SETTLED:
-        lines.append(
-            f"an epoch has {steps} steps: for about {SETTLED} steps, batch norm's running statistics still depend on"
-            " where they started, and accuracies say little"
-        )
-    return lines
-
-
-def parse(argv: Sequence[str] | None = None, world: OneProcess = ALONE) -> argparse.Namespace:
-    """The settings of a run from its flags, complete and checked. FlagError names what is wrong."""
-    return prepare(flags.parse(argv), world)
-
-
-def prepare(settings: argparse.Namespace, world: OneProcess = ALONE) -> argparse.Namespace:
-    """The same settings, with a device. FlagError where they are wrong in a way that only torch can tell."""
-    if settings.tensorboard:
-        check_tensorboard()
-    settings.device = world.device(settings.device)
-    known = flags.DATASETS.get(settings.dataset)
-    folder = settings.path / "images" / settings.dataset
-    if not known and not folder.is_dir():
-        built_in = ", ".join(flags.DATASETS)
-        raise FlagError(f"argument --dataset: {settings.dataset} is none of {built_in}, and there is no {folder}")
-    size = None  # the images of a folder are not known yet
-    if known:
-        pixels = settings.image_size or known.pixels
-        size = (pixels, pixels)
-    with keep_random_states():
-        network = construct(settings, 10, size)
-    if settings.equivalent != "no":
-        rewrite(network, settings)
-    if known:
-        check_network(settings, network, size, known.num_train, num_classes=10)
-    return settings
-
-
-def check_network(
-    settings: argparse.Namespace, network: nn.Module, size: Size, num_train: int, num_classes: int
-) -> None:
-    """FlagError where a run's network cannot train on so many images of this height and width."""
-    try:
-        check_images(network, *size, num_classes)
-    except ValueError as error:
-        raise FlagError(f"argument --network: {settings.network} {error}") from error
-    if (num_train - 1) % settings.batch_size == 0:
-        try:
-            try_images(network, 1, *size)
-        except Exception as error:
-            raise FlagError(
-                f"argument --batch_size: {settings.batch_size} leaves a last batch of one of the {num_train} training"
-                f" images of {settings.dataset}, where {settings.network} cannot train on one; take another size"
-            ) from error
-
-
 def main(argv: Sequence[str] | None = None) -> Results:
     """The command line; see `one_line_endings` for its exit codes. Returns the results of the run."""
     settings, files, began = None, None, time.time()
@@ -284,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
 
     with one_line_endings("train.py", stopped), join() as world:
         settings = world.together(lambda: parse(argv, world))
-        files = flags.run_files(settings.path, settings.name)
+        files = paths.run_files(settings.path, settings.name)
         results = train(settings, say, show_bar=world.first and sys.stderr.isatty(), world=world)
         weights = f", weights in {files.best_weights}" if files.best_weights.exists() else ""
         say(

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
-from cifar import CIFAR10_STATISTICS
-from data import load_image_set
+from command_line.files import has_digest
+from command_line.settings import DEFAULTS
 from equivalence import equivalent
+from image_sets.cifar import CIFAR10_STATISTICS
+from image_sets.loading import load_image_set
 from networks import construct_network
-from results import Results, has_digest, read_results
+from saved_runs.paths import run_files
+from saved_runs.results import Results, read_results
 from seeds import keep_random_states
-from settings import DEFAULTS, run_files
 
 
 def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLike | None = None) -> nn.Module:

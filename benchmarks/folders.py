@@ -24,7 +24,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import Batches, load_image_set
+from image_sets.batches import Batches
+from image_sets.loading import load_image_set
 from networks import construct_network
 
 

@@ -41,10 +41,13 @@ from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from circumstances import machine_name
-from data import Batch, Batches, ImageSet
-from networks import construct_network, speed_up, use_precision
-from train import parse, train_one_epoch
+from image_sets.batches import Batch, Batches
+from image_sets.loading import ImageSet
+from networks import construct_network
+from saved_runs.circumstances import machine_name
+from train import train_one_epoch
+from training.devices import speed_up, use_precision
+from training.preparation import parse
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 PLAIN = "plain loop"

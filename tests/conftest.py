@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torchvision.datasets
 
-import data
 import small
-import train
 import trained_networks
+from image_sets import loading
+from training import preparation
 
 hypothesis.settings.register_profile("machines of any speed", deadline=None)
 hypothesis.settings.load_profile("machines of any speed")
@@ -22,13 +22,13 @@ hypothesis.settings.load_profile("machines of any speed")
 @pytest.fixture
 def few_digits(monkeypatch):
     """Train on 144 digits."""
-    monkeypatch.setattr(data, "load_digits", small.load_few_digits)
+    monkeypatch.setattr(loading, "load_digits", small.load_few_digits)
 
 
 @pytest.fixture
 def small_network(few_digits, monkeypatch):
     """Train a small network on them."""
-    monkeypatch.setattr(train, "construct_network", small.construct_small_network)
+    monkeypatch.setattr(preparation, "construct_network", small.construct_small_network)
     monkeypatch.setattr(trained_networks, "construct_network", small.construct_small_network)
 
 

@@ -31,15 +31,18 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-import cifar
 import figures
-import plan
 import reproduce
 import small
 import t_test
 import train
 import trained_networks
-from results import DamagedFileError, read_results
+from command_line.files import DamagedFileError
+from experiment import plan
+from image_sets import cifar
+from reporting import drawing
+from saved_runs.results import read_results
+from training import preparation
 
 SMALL = ["--dataset", "digits", "--batch_size", "48", "--device", "cpu"]
 NAMES = {"baseline": "weight1-c1-dataset", "proposed": "weight0.1-c100-bn"}
@@ -265,7 +268,7 @@ BAD += ["a:c=nan", "a:bn_weight=1e999", "/dev/null", "/dev/null/x", "/proc/x", "
 
 def try_flags(path: Path, draw: random.Random, number: int, counts: Counter) -> None:
     """Give the flags of all commands bad values. Nothing is trained: runs are finished, or not begun."""
-    results = train.train(train.parse([*SMALL, "--num_epochs", "1", "--path", str(path)]))
+    results = train.train(preparation.parse([*SMALL, "--num_epochs", "1", "--path", str(path)]))
     train.train, whole_train = lambda *_, **__: results, train.train
     reproduce.make_runs, make_runs = lambda *_, **__: (_ for _ in ()), reproduce.make_runs
     [file] = (path / "results").glob("*.csv")
@@ -289,7 +292,7 @@ def try_flags(path: Path, draw: random.Random, number: int, counts: Counter) -> 
 
 
 def note_figure(figure: Figure, stem: Path) -> list[Path]:
-    """In place of `figures.save`: what a figure shows."""
+    """In place of `drawing.save`: what a figure shows."""
     shown: list[Any] = []
     for panel in figure.axes:
         shown += [line.get_xydata().tolist() for line in panel.lines] + [panel.get_title()]
@@ -322,9 +325,9 @@ def main() -> None:
     args = parser.parse_args()
     draw, found = random.Random(args.draws), 0
     small.train_small()
-    train.construct_network = trained_networks.construct_network = construct_network
+    preparation.construct_network = trained_networks.construct_network = construct_network
     cifar.download_and_extract_archive = refuse_to_download
-    figures.save = note_figure
+    drawing.save = note_figure
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for name, damaged, pattern, uses, share in make_folders(Path(folder)):

@@ -24,10 +24,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
-import results
 import train
-from checkpoint import load_checkpoint
+from command_line import files
+from image_sets import loading
+from saved_runs import results
+from saved_runs.checkpoint import load_checkpoint
 from small import load_few_digits, train_small
 
 # A process that has imported what takes long and forks itself for every run: each starts at once, and none inherits
@@ -75,7 +76,7 @@ def die_in_write(number: int, step: str) -> None:
 
         return wrapped
 
-    results.open = counted_open
+    files.open = counted_open
     os.fsync = deadly(os.fsync, "fsync")
     os.replace = deadly(os.replace, "replace")
 
@@ -99,7 +100,7 @@ def run(flags: list[str], output: str, small: bool, death: tuple[int, str] | Non
     if small:
         train_small()
     else:
-        data.load_digits = load_few_digits
+        loading.load_digits = load_few_digits
     if death is not None:
         die_in_write(*death)
     train.main(flags)

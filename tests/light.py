@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import workers
-from command_line import on_signals
+from command_line.signals import on_signals
+from experiment import making
 
 
 def light_run(name: str, path: Path = Path()) -> Namespace:
@@ -20,7 +20,7 @@ def light_run(name: str, path: Path = Path()) -> Namespace:
 
 
 def make_run(run: Namespace, device: str | None, stops: list[int]) -> str | int:
-    """In place of `workers.make_run`: what happens depends on the first word of the run's name.
+    """In place of `making.make_run`: what happens depends on the first word of the run's name.
 
     'deadly' kills its process, 'unlucky' only the first time; 'slow' is never done, 'patient' when 'unlucky' is;
     'parent' starts a process of its own. Where a run has begun there is a file of its name, in which is the process.
@@ -48,10 +48,10 @@ def make_run(run: Namespace, device: str | None, stops: list[int]) -> str | int:
 
 
 def make_run_in_worker(*arguments: Any) -> str | int:
-    """`workers.make_run_in_worker` on two GPUs, and without torch, whose import takes seconds."""
+    """`making.make_run_in_worker` on two GPUs, and without torch, whose import takes seconds."""
     cuda = SimpleNamespace(device_count=lambda: 2)
     sys.modules["torch"] = SimpleNamespace(cuda=cuda, set_num_threads=lambda number: None)
-    return workers.make_run_in_worker(*arguments)
+    return making.make_run_in_worker(*arguments)
 
 
 def process_of(run: Namespace) -> int:
@@ -65,10 +65,10 @@ def process_of(run: Namespace) -> int:
 
 def main(path: str, *names: str) -> None:
     """Make stand-ins in two processes, stopped by signals; prints what comes of each."""
-    workers.make_run, workers.make_run_in_worker = make_run, make_run_in_worker
+    making.make_run, making.make_run_in_worker = make_run, make_run_in_worker
     stops: list[int] = []
     with on_signals(stops.append):
-        for run, outcome in workers.make_runs([light_run(name, Path(path)) for name in names], stops, jobs=2):
+        for run, outcome in making.make_runs([light_run(name, Path(path)) for name in names], stops, jobs=2):
             print(run.name, outcome, flush=True)
 
 

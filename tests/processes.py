@@ -23,10 +23,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
-import pulse
 import train
+from image_sets import loading
 from small import construct_small_network, load_few_digits, train_small
+from training import preparation, pulse
 
 RANK = os.environ.get("RANK", "0")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -73,8 +73,8 @@ def record(job: dict[str, Any]) -> dict[str, Any]:
     with ExitStack() as patches:
         patches.enter_context(patch.multiple(train, **noted))
         if job.get("small"):
-            patches.enter_context(patch.object(train, "construct_network", construct_small_network))
-            patches.enter_context(patch.object(data, "load_digits", load_few_digits))
+            patches.enter_context(patch.object(preparation, "construct_network", construct_small_network))
+            patches.enter_context(patch.object(loading, "load_digits", load_few_digits))
         if job.get("double"):
             patches.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(torch.float64)

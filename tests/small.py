@@ -12,9 +12,10 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 from torch import nn
 
-import data
 import train
 from batch_norm import ScaleBatchNorm2d
+from image_sets import loading
+from training import preparation
 
 
 def load_few_digits() -> Bunch:
@@ -34,8 +35,8 @@ def construct_small_network(
 
 def train_small() -> None:
     """Let every further run of this process take a few digits and the small network."""
-    data.load_digits = load_few_digits
-    train.construct_network = construct_small_network
+    loading.load_digits = load_few_digits
+    preparation.construct_network = construct_small_network
 
 
 def stop_in_epoch(epoch_to_stop: int, monkeypatch, error: BaseException = KeyboardInterrupt) -> None:

@@ -4,14 +4,14 @@ import argparse
 
 import reproduce
 import trained_networks
-import workers
+from experiment import making
 from small import construct_small_network, train_small
 
-make_run = workers.make_run
+make_run = making.make_run
 
 
-def make_small_run(settings: argparse.Namespace, device: str | None, stops: list[int]) -> workers.Outcome:
-    """`workers.make_run` on them, in a module that other processes import."""
+def make_small_run(settings: argparse.Namespace, device: str | None, stops: list[int]) -> making.Outcome:
+    """`making.make_run` on them, in a module that other processes import."""
     train_small()
     return make_run(settings, device, stops)
 
@@ -20,7 +20,7 @@ def main() -> None:
     """The command line."""
     train_small()
     trained_networks.construct_network = construct_small_network
-    workers.make_run = make_small_run
+    making.make_run = make_small_run
     reproduce.main()
 
 

@@ -15,19 +15,20 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import circumstances
-import lock
 import train
-from checkpoint import Run, load_checkpoint, save_run
 from cluster import ENVIRONMENT
-from command_line import interrupt, on_signals
+from command_line.signals import interrupt, on_signals
 from kill_and_restart import FLAGS, finish, outcome, processes, same, start
-from lock import lock_run
-from results import COLUMNS, read_results, write_results
+from saved_runs import checkpoint, circumstances, lock
+from saved_runs import run as saved_run
+from saved_runs.checkpoint import load_checkpoint, save_run
+from saved_runs.lock import lock_run
+from saved_runs.paths import run_files
+from saved_runs.results import COLUMNS, read_results, write_results
+from saved_runs.run import Run
 from seeds import make_deterministic, random_states
-from settings import run_files
 from small import stop_in_epoch
+from training import preparation
 
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]  # a shell with mounts of its own
 
@@ -170,7 +171,7 @@ def test_stop_during_the_last_save(many_alone, small_network, tmp_path, monkeypa
             os.kill(os.getpid(), signal.SIGTERM)
         save_run(files, state)
 
-    monkeypatch.setattr(checkpoint, "save_run", interrupted_save)
+    monkeypatch.setattr(saved_run, "save_run", interrupted_save)
     run(tmp_path, *MANY, "--checkpoint_seconds", "1e9")
     assert same(outcome(tmp_path), outcome(many_alone))
 
@@ -214,7 +215,7 @@ def now(monkeypatch) -> list[float]:
         now[0] += 1
         return whole_epoch(*arguments)
 
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(saved_run.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(train, "train_one_epoch", epoch_of_a_second)
     return now
 
@@ -227,7 +228,7 @@ def test_seconds_between_checkpoints(tmp_path, monkeypatch, now):
         saved.append(state["columns"]["epoch"][-1])
         save_run(files, state)
 
-    monkeypatch.setattr(checkpoint, "save_run", noted_save)
+    monkeypatch.setattr(saved_run, "save_run", noted_save)
     results = run(tmp_path, "--num_epochs", "9", "--checkpoint_seconds", "2.5")
     assert saved == [1, 4, 7, 9]
     assert results.settings["seconds"] == 9
@@ -242,7 +243,7 @@ def test_result_file_is_finished_only_after_the_weights(tmp_path, monkeypatch):
         before.append(len(read_results(files.results).columns["epoch"]) if files.results.exists() else 0)
         save_run(files, state)
 
-    monkeypatch.setattr(checkpoint, "save_run", noted_save)
+    monkeypatch.setattr(saved_run, "save_run", noted_save)
     run(tmp_path, "--num_epochs", "3", "--checkpoint_seconds", "1e9")
     assert before == [0, 2]
 
@@ -450,7 +451,8 @@ def test_result_file_names_the_code(tmp_path, monkeypatch):
 
 
 def test_code_version_without_a_repository(tmp_path, monkeypatch):
-    modules = [tmp_path / name for name in ("circumstances.py", "train.py")]
+    modules = [tmp_path / name for name in ("saved_runs/circumstances.py", "train.py")]
+    modules[0].parent.mkdir()
     for module in modules:
         module.write_text(f"# {module.name}")
     monkeypatch.setattr(circumstances, "__file__", str(modules[0]))
@@ -476,7 +478,7 @@ def test_state_of_a_gpu_is_resumed_as_that_of_a_cpu(tmp_path):
     schedulers = [torch.optim.lr_scheduler.ConstantLR(optimizer) for optimizer in optimizers]
     networks[0](torch.ones(2)).sum().backward()
     optimizers[0].step()
-    settings = train.parse([*FLAGS, "--path", str(tmp_path)])
+    settings = preparation.parse([*FLAGS, "--path", str(tmp_path)])
     for epoch, parts in enumerate(zip(networks, optimizers, schedulers, strict=True), start=1):
         with Run(settings) as run:
             run.resume(*parts)

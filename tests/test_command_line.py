@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from command_line import STOP_SIGNALS, on_signals, one_line_endings
+from command_line.endings import one_line_endings
+from command_line.signals import STOP_SIGNALS, on_signals
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_SLOW_IMPORTS = """
@@ -62,7 +63,7 @@ def test_wrong_values_are_answered_before_the_slow_imports():
 SAY = """
 import os, sys
 sys.path.insert(0, {folder!r})
-from command_line import one_line_endings, say
+from command_line.endings import one_line_endings, say
 with one_line_endings("x.py"):
     say("a line")
     {between}
@@ -104,7 +105,7 @@ def test_ctrl_c_while_modules_are_imported(tmp_path):
 AFTER_THE_END = """
 import sys, time
 sys.path.insert(0, {folder!r})
-from command_line import answer_at_once, one_line_endings, say
+from command_line.endings import answer_at_once, one_line_endings, say
 answer_at_once("x.py", list)
 with one_line_endings("x.py"):
     say("all is done")
@@ -167,7 +168,7 @@ def test_mistake_of_the_program_keeps_its_traceback():
 
 
 def test_letters_that_a_stream_does_not_know():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import command_line as c; c.open_streams(); c.say('γ ± 1')"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from command_line import endings as c; c.open_streams(); c.say('γ ± 1')"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (0, "\\u03b3 \\xb1 1\n")

@@ -14,10 +14,11 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import transforms
 
-import cifar
-from cifar import CIFAR10_STATISTICS
-from data import Batches, load_image_set
-from settings import DATASETS
+from command_line.settings import DATASETS
+from image_sets import cifar
+from image_sets.batches import Batches
+from image_sets.cifar import CIFAR10_STATISTICS
+from image_sets.loading import load_image_set
 
 SEED_0 = int(hashlib.md5(b"0").hexdigest()[-8:], 16)
 

@@ -5,12 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 import train
-from data import Batches, load_image_set
+from command_line.flag_types import FlagError
 from equivalence import equivalent, logits_alone, rewrite
+from image_sets.batches import Batches
+from image_sets.loading import load_image_set
 from networks import construct_network
-from results import COLUMNS
+from saved_runs.results import COLUMNS
 from seeds import make_deterministic
 from trained_networks import load_network
+from training import preparation
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 
@@ -152,11 +155,11 @@ def test_runs_of_the_equivalent(few_digits, tmp_path):
 
 def test_logits_start_smaller_and_nothing_else():
     own = ["--network", "test_equivalence:Residual"]
-    settings = [train.parse([*QUICK, *own, *more]) for more in (["--bn_weight", "1"], ["--equivalent", "logits"])]
+    settings = [preparation.parse([*QUICK, *own, *more]) for more in (["--bn_weight", "1"], ["--equivalent", "logits"])]
     networks = []
     for of_run in settings:
         make_deterministic(1)
-        networks.append(train.construct(of_run, 10, (8, 8)))
+        networks.append(preparation.construct(of_run, 10, (8, 8)))
     usual, given = networks
     network, _ = rewrite(given, settings[1])
     weights = usual.state_dict()
@@ -166,6 +169,6 @@ def test_logits_start_smaller_and_nothing_else():
 
 def test_flag_where_there_is_no_equivalent():
     flags = [*QUICK, "--network", "mobilenet_v3_small", "--image_size", "64", "--equivalent"]
-    train.parse([*flags, "logits"])
-    with pytest.raises(train.FlagError, match=r"argument --equivalent: mobilenet_v3_small: .* not homogeneous: Hard"):
-        train.parse([*flags, "logits+rates"])
+    preparation.parse([*flags, "logits"])
+    with pytest.raises(FlagError, match=r"argument --equivalent: mobilenet_v3_small: .* not homogeneous: Hard"):
+        preparation.parse([*flags, "logits+rates"])

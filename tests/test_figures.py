@@ -12,9 +12,10 @@ from PIL import Image
 from scipy import stats
 
 import figures
-import results
 import small
-from results import Results, write_results
+from reporting import drawing
+from saved_runs import results
+from saved_runs.results import Results, write_results
 from t_test import compare_all
 
 CURVES = {  # test accuracies of three epochs, by setting and seed
@@ -75,7 +76,7 @@ def test_learning_curves_at_the_ends_of_the_scale(accuracies, tmp_path):
     assert 0 < low < high <= 100
     heights = panel.collections[0].get_paths()[0].vertices[:, 1]
     assert heights.min() >= 0 and heights.max() <= 100
-    figures.save(figure, tmp_path / "x")
+    drawing.save(figure, tmp_path / "x")
 
 
 def test_paired_differences():
@@ -201,13 +202,13 @@ def test_a_full_disk_leaves_older_figures_whole(function, tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     figure = Figure(figsize=(1, 1))
-    files = figures.save(figure, tmp_path / "x")
+    files = drawing.save(figure, tmp_path / "x")
     assert files == [tmp_path / "x.png", tmp_path / "x.pdf"]
     before = [file.read_bytes() for file in files]
     figure.text(0.5, 0.5, "new")
     monkeypatch.setattr(results.os, function, full)
     with pytest.raises(OSError, match="No space left on device"):
-        figures.save(figure, tmp_path / "x")
+        drawing.save(figure, tmp_path / "x")
     assert [file.read_bytes() for file in files] == before
     assert sorted(tmp_path.iterdir()) == sorted(files)
 

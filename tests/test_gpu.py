@@ -15,14 +15,16 @@ from torch import nn, optim
 from torch._dynamo.utils import counters
 from tqdm import tqdm
 
-import data
 import processes
 import train
-from checkpoint import load_checkpoint
-from data import Batch, Batches, load_image_set
-from networks import speed_up, use_precision
-from results import Results
+from image_sets import loading
+from image_sets.batches import Batch, Batches
+from image_sets.loading import load_image_set
+from saved_runs.checkpoint import load_checkpoint
+from saved_runs.results import Results
 from seeds import random_states, set_random_states
+from training import preparation
+from training.devices import speed_up, use_precision
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 
@@ -36,7 +38,7 @@ def gpu() -> torch.device:
 def run(folder: Path, device: torch.device, *flags: str, stop_after: str | None = None) -> Results:
     """Train on a few digits; a signal comes with the line that starts with `stop_after`."""
     small = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "3", "--name", "x"]
-    settings = train.parse([*small, "--path", str(folder), "--device", device.type, *flags])
+    settings = preparation.parse([*small, "--path", str(folder), "--device", device.type, *flags])
     stops = []
 
     def report(line: str) -> None:
@@ -146,13 +148,13 @@ def without_waiting(gpu) -> Iterator[Callable[[Iterable[Batch]], Iterator[Batch]
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("normalize", [False, True])
 def test_nothing_waits_for_the_gpu_within_an_epoch(gpu, without_waiting, small_network, small_cifar10, normalize):
-    settings = train.parse(["--dataset", "digits", "--batch_size", "10", "--device", gpu.type])
+    settings = preparation.parse(["--dataset", "digits", "--batch_size", "10", "--device", gpu.type])
     for image_set in (load_image_set("digits", device=gpu), load_image_set("cifar10", small_cifar10, gpu)):
         for split in image_set.splits:
             for _ in without_waiting(Batches(image_set, split, 2, normalize)):
                 pass
 
-    network = train.construct_network("", 10, "digits").to(gpu)
+    network = preparation.construct_network("", 10, "digits").to(gpu)
     digits = {split: Batches(load_image_set("digits", device=gpu), split, 10, normalize) for split in ("train", "test")}
     optimizer = optim.SGD(adjust_weight_decay_and_learning_rate(network), momentum=0.9, fused=gpu.type == "cuda")
     for _ in range(2):
@@ -185,9 +187,9 @@ def test_processes_compute_what_one_does(gpu, tmp_path, monkeypatch, number):
 @pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", False)])
 def test_optimizer_is_fused_on_a_gpu(small_network, tmp_path, monkeypatch, device, fused):
     """The run gets as far as its optimizer, with everything on the CPU."""
-    settings = train.parse(["--dataset", "digits", "--path", str(tmp_path), "--device", "cpu"])
+    settings = preparation.parse(["--dataset", "digits", "--path", str(tmp_path), "--device", "cpu"])
     settings.device = torch.device(device)
-    monkeypatch.setattr(train, "load_image_set", lambda name, *_, **__: data.load_image_set(name))
+    monkeypatch.setattr(preparation, "load_image_set", lambda name, *_, **__: loading.load_image_set(name))
     monkeypatch.setattr(nn.Module, "to", lambda self, *_: self)
     monkeypatch.setattr(optim, "SGD", Mock(side_effect=InterruptedError))
     with pytest.raises(InterruptedError):

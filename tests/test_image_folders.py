@@ -11,10 +11,10 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
-import image_folders
-from data import load_image_set
 from folders import CLASSES, make_folder, smooth_image
-from image_folders import find_images, own_size, read_image, resize
+from image_sets import folders
+from image_sets.folders import find_images, own_size, read_image, resize
+from image_sets.loading import load_image_set
 
 ROOT = Path(__file__).parent.parent
 RANDOM = np.random.default_rng(1)
@@ -115,7 +115,8 @@ def test_nothing_is_said_of_odd_exif_and_of_large_images(tmp_path):
     content[entry : entry + 6] = b"\xff" * 6
     file.write_bytes(content)
     script = (
-        f"import image_folders as i; file = i.Path({str(file)!r}); print(i.read_image(file).shape, i.own_size([file]))"
+        "from image_sets.folders import Path, own_size, read_image;"
+        f" file = Path({str(file)!r}); print(read_image(file).shape, own_size([file]))"
     )
     command = [sys.executable, "-c", script]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -296,7 +297,7 @@ def test_statistics_that_cannot_be_kept(tmp_path, monkeypatch):
     def refuse(file: Path, content: bytes) -> None:
         raise PermissionError(13, "cannot write it: Permission denied", str(file))
 
-    monkeypatch.setattr(image_folders, "write_atomically", refuse)
+    monkeypatch.setattr(folders, "write_atomically", refuse)
     reports = Reports()
     image_set = load_image_set("small", tmp_path, report=reports)
     assert len(image_set.mean) == 3 and not list(folder.glob("*.json"))

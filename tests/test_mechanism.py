@@ -9,11 +9,12 @@ from PIL import Image
 from torch import nn
 
 import mechanism
-import train
-from data import Batches, load_image_set
+from image_sets.batches import Batches
+from image_sets.loading import load_image_set
 from mechanism import AtInitialization, FirstSteps, measure_first_steps, measure_initialization
 from networks import construct_network
 from seeds import make_deterministic
+from training import preparation
 
 FLAGS = ["--dataset", "digits", "--network", "test_mechanism:small_network", "--device", "cpu", "--batch_size", "64"]
 
@@ -88,7 +89,7 @@ def measured(bn_weight: float) -> AtInitialization:
 
 @pytest.fixture
 def settings():
-    return train.parse([*FLAGS, "--seed", "3", "--learning_rate", "0.2", "--bn_weight", "0.5"])
+    return preparation.parse([*FLAGS, "--seed", "3", "--learning_rate", "0.2", "--bn_weight", "0.5"])
 
 
 def test_first_steps(settings, few_digits):

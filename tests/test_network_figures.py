@@ -1,6 +1,6 @@
 import numpy as np
 
-import network_figures
+import observations
 from networks import construct_network
 from observations import NormalizedValues
 
@@ -11,7 +11,7 @@ def test_learned_scales_and_shifts():
     weights = {name: construct_network(bn_weight=w, input_norm=n).state_dict() for name, (w, n) in SETTINGS.items()}
     weights["proposed"]["1.bn1.weight"][:16] *= 1.2  # a quarter of the channels of the first batch norm of the network
     weights["proposed"]["1.layer4.1.bn2.bias"] += 0.05
-    figure = network_figures.learned_scales_and_shifts(weights, {name: w for name, (w, _) in SETTINGS.items()})
+    figure = observations.learned_scales_and_shifts(weights, {name: w for name, (w, _) in SETTINGS.items()})
     scales, shifts = figure.axes
     for panel, start in ((scales, 1), (shifts, 0)):
         medians = [line for line in panel.lines if line.get_marker() != "None"]
@@ -39,7 +39,7 @@ def test_normalized_values():
         "baseline": [NormalizedValues("bn1", 0.02, 9.0), NormalizedValues("bn2", 0.01, 8.0)],
         "proposed": [NormalizedValues("0", 0.001, 2.0), NormalizedValues("1.bn1", 0.002, 4.0)],
     }
-    share, largest = network_figures.normalized_values(measured).axes
+    share, largest = observations.normalized_values(measured).axes
     np.testing.assert_allclose(share.lines[0].get_xydata(), [[1, 2], [2, 1]])
     np.testing.assert_allclose(share.lines[1].get_xydata(), [[0, 0.1], [1, 0.2]])
     np.testing.assert_allclose(largest.lines[1].get_xydata(), [[0, 2], [1, 4]])

@@ -18,19 +18,14 @@ from torch._dynamo.utils import counters
 from tqdm import tqdm
 
 import train
-from networks import (
-    check_images,
-    construct_network,
-    prepend_input_norm,
-    reinit_network,
-    speed_up,
-    try_images,
-    use_precision,
-    zero_biases,
-)
+from batch_norm import prepend_input_norm
+from command_line.settings import PRECISIONS
+from networks import construct_network, reinit_network, zero_biases
 from seeds import make_deterministic
-from settings import PRECISIONS
 from small import construct_small_network
+from training import preparation
+from training.devices import speed_up, use_precision
+from training.preparation import check_images, try_images
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 
@@ -173,7 +168,7 @@ def test_every_family_of_torchvision_trains(name):
     pixels = max(FAMILIES[name], 8)
     network = construct_network(name, 5, "imagenet", 0.1, image_size=pixels)
     batch_size = 32 if pixels <= 75 else 2
-    settings = train.parse(["--batch_size", str(batch_size), "--device", "cpu"])
+    settings = preparation.parse(["--batch_size", str(batch_size), "--device", "cpu"])
     groups = adjust_weight_decay_and_learning_rate(network, learning_rate=0.01, c=100)
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     before = {name: value.clone() for name, value in network.state_dict().items()}

@@ -7,9 +7,9 @@ from torch import nn
 import observations
 import trained_networks
 from batch_norm import ScaleBatchNorm2d
-from data import load_image_set
+from image_sets.loading import load_image_set
 from observations import load_batch_norms, measure_normalized_values, observe_runs, save_batch_norms
-from results import Results, read_results
+from saved_runs.results import Results, read_results
 from test_trained_networks import random_states, write_run
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-import image_folders
 import reproduce
 import train
-from data import load_image_set
 from folders import make_folder
-from results import read_results
+from image_sets import folders
+from image_sets.loading import load_image_set
+from saved_runs.results import read_results
 from trained_networks import load_network
 
 NETWORK = """
@@ -117,8 +117,8 @@ def test_signal_while_images_are_decoded(beetles, monkeypatch, image_size):
         time.sleep(0.01)
         return image_folders_read(file)
 
-    image_folders_read = image_folders.read_image
-    monkeypatch.setattr(image_folders, "read_image", read_slowly)
+    image_folders_read = folders.read_image
+    monkeypatch.setattr(folders, "read_image", read_slowly)
     make_folder(beetles, num_train=300, size=(16, 16))
     with pytest.raises(KeyboardInterrupt) as stop:
         load_image_set("beetles", "images", image_size=image_size, workers=0, stops=stops)

@@ -13,12 +13,13 @@ from torch import nn
 
 import reproduce
 import train
-from data import load_image_set
+from image_sets.loading import load_image_set
 from networks import construct_network
 from observations import batch_norms, measure_normalized_values, measure_run
-from results import Results
+from saved_runs.results import Results
 from seeds import make_deterministic
 from trained_networks import load_network
+from training import preparation
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--dataset", "digits", "--num_epochs", "3", "--batch_size", "48", "--learning_rate", "0.02", "--device", "cpu"]
@@ -187,7 +188,7 @@ def test_flags_are_checked_without_a_trace(write_module):
     make_deterministic(2)
     expected = random.random(), np.random.rand(), torch.rand(1)
     make_deterministic(2)
-    train.parse(["--dataset", "digits", "--network", f"{name}:small"])
+    preparation.parse(["--dataset", "digits", "--network", f"{name}:small"])
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
 
 
@@ -199,7 +200,7 @@ def stop_after_an_epoch(line: str) -> None:
 
 def run_and_weights(flags: list[str], path: Path, stop: bool = False) -> tuple[Results, dict[str, torch.Tensor]]:
     """What comes of a run; with `stop`, of one that is stopped after its first epoch and resumed."""
-    settings = train.parse([*flags, "--path", str(path)])
+    settings = preparation.parse([*flags, "--path", str(path)])
     if stop:
         with pytest.raises(KeyboardInterrupt):
             train.train(settings, stop_after_an_epoch)
@@ -282,7 +283,7 @@ def test_function_that_has_changed(write_module, few_digits, tmp_path, capsys):
     name = write_module(DROPOUT)
     flags = [*QUICK, "--network", f"{name}:small", "--path", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
-        train.train(train.parse(flags), stop_after_an_epoch)
+        train.train(preparation.parse(flags), stop_after_an_epoch)
     (tmp_path / f"{name}.py").write_text(DROPOUT.replace("8", "12").replace("72", "108") + "\n# of another size")
     importlib.reload(sys.modules[name])
     with pytest.raises(SystemExit) as stop:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from power import detectable_difference, effect_size, power_of_test, seeds_needed, sign_flip_p_value
+from reporting.power import detectable_difference, effect_size, power_of_test, seeds_needed, sign_flip_p_value
 
 DIFFERENCES = [0.8, -0.3, 1.4, 0.6, 0.2, 1.1, -0.5, 0.9]
 WITHOUT_SPREAD = [[], [1.0], [0.0, 0.0], [0.5, 0.5, 0.5], [95.1 - 94.0, 94.3 - 93.2]]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-import plan
-import settings
-import train
+from command_line import settings
+from command_line.settings import NAMED
+from experiment import plan
 from folders import make_folder
-from settings import NAMED
+from training import preparation
 
 ROOT = Path(__file__).parent.parent
 README, MODULES = ((ROOT / name).read_text() for name in ("README.md", "MODULES.md"))
@@ -69,7 +69,7 @@ def test_command_of_the_paper_has_every_flag():
     command = README.split("## The paper's training\n\n```\n")[1].split("```")[0].replace("\\\n", " ").split()
     assert command[:2] == ["python", "train.py"]
     arguments = [argument.strip("'").replace("cuda:0", "cpu") for argument in command[2:]]
-    given, default = vars(train.parse(arguments)), vars(train.parse(["--device", "cpu"]))
+    given, default = vars(preparation.parse(arguments)), vars(preparation.parse(["--device", "cpu"]))
     of_the_paper = set(default) - {"checkpoint_seconds", "restart", *NOT_OF_THE_PAPER}
     assert set(arguments[::2]) == {f"--{name}" for name in of_the_paper}
     assert {name for name in default if given[name] != default[name]} == {"name"}

@@ -10,7 +10,8 @@ import pytest
 import torch.nn.functional as F
 from torch import nn
 
-from data import Batches, load_image_set
+from image_sets.batches import Batches
+from image_sets.loading import load_image_set
 from networks import construct_network
 from reported import (
     CIFAR10_TUNED,

@@ -23,10 +23,12 @@ from scipy import stats
 import figures
 import reproduce
 import train
-import workers
-from lock import lock_run
-from results import Results, read_results, write_results
-from settings import determining, run_files
+from command_line.settings import determining
+from experiment import making
+from saved_runs.lock import lock_run
+from saved_runs.paths import run_files
+from saved_runs.results import Results, read_results, write_results
+from training import preparation
 
 FOLDER = Path(__file__).parent
 FLAGS = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "2"]
@@ -55,7 +57,7 @@ def test_flags_of_train_pass_through(capsys):
     for line, bn_weight in zip(lines, (1, 0.1), strict=True):
         program, script, *arguments = shlex.split(line)
         assert (program, script) == ("python", "train.py")
-        settings = train.parse(arguments)
+        settings = preparation.parse(arguments)
         assert (settings.momentum, settings.scheduler, settings.seed) == (0.8, "none", 5)
         assert (settings.bn_weight, settings.path, settings.num_epochs) == (bn_weight, Path("some where"), 2)
 
@@ -520,7 +522,7 @@ def test_signal_at_the_end_of_the_tuning_leaves_the_other_runs_alone(no_training
         return fake_train(settings, **options)
 
     monkeypatch.setattr(train, "train", stopped_after_the_last)
-    monkeypatch.setattr(workers, "on_signals", lambda handle: nullcontext())  # the training has its own
+    monkeypatch.setattr(making, "on_signals", lambda handle: nullcontext())  # the training has its own
     assert run(tmp_path, "--seeds", "1-2", *RATES, "--restart") == 143
     assert "run the same command without --restart" in capsys.readouterr().err
     assert {file: file.stat().st_mtime_ns for file in chosen} == chosen
@@ -533,11 +535,11 @@ def test_commands_of_a_tuned_experiment(no_training, tmp_path, monkeypatch, caps
     assert captured.out.count("\n") == captured.out.count("python train.py") == 12
     assert captured.err == "reproduce.py: The learning rates are not chosen yet: 12 of 12 tuning runs are left.\n"
     for line in captured.out.splitlines():
-        fake_train(train.parse(shlex.split(line)[2:]))
+        fake_train(preparation.parse(shlex.split(line)[2:]))
     assert run(tmp_path, *flags, "--list") == 0
     captured = capsys.readouterr()
     assert (captured.out.count("\n"), captured.err) == (16, "")
-    names = [train.parse(shlex.split(line)[2:]).name for line in captured.out.splitlines()[12:]]
+    names = [preparation.parse(shlex.split(line)[2:]).name for line in captured.out.splitlines()[12:]]
     assert names == [f"{name}-seed{n}" for n in (1, 2) for name in (CHOSEN_BASELINE, CHOSEN_PROPOSED)]
 
 
@@ -650,7 +652,7 @@ def test_signal_before_a_training_begins(small_network, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
-    monkeypatch.setattr(train, "load_image_set", load)
+    monkeypatch.setattr(preparation, "load_image_set", load)
     assert run(tmp_path, "--seeds", "1-3") == 130
     assert not list((tmp_path / "results").glob("*seed*"))
 

@@ -10,17 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from results import (
-    CHECKSUM,
-    COLUMNS,
-    DamagedFileError,
-    Results,
-    read_results,
-    remove_temporaries,
-    write_atomically,
-    write_results,
-)
-from settings import DEFAULTS
+from command_line.files import DamagedFileError, remove_temporaries, write_atomically
+from command_line.settings import DEFAULTS
+from saved_runs.results import CHECKSUM, COLUMNS, Results, read_results, write_results
 
 
 def make_results(**settings) -> Results:

@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import train
-from data import Batches, load_image_set
 from folders import make_folder, smooth_image
-from image_folders import find_images, read_image
-from results import read_results
-from streamed_images import StreamedImages
+from image_sets.batches import Batches
+from image_sets.folders import find_images, read_image
+from image_sets.loading import load_image_set
+from image_sets.streaming import StreamedImages
+from saved_runs.results import read_results
 
 ROOT = Path(__file__).parent.parent
 SIZE = 66  # just large enough to be streamed
@@ -129,7 +130,8 @@ def test_processes_live_from_epoch_to_epoch_and_no_longer_than_the_images(images
 
 SCRIPT = """
 import sys, time
-from data import Batches, load_image_set
+from image_sets.batches import Batches
+from image_sets.loading import load_image_set
 image_set = load_image_set("beetles", sys.argv[1], image_size=66, workers=2, statistics=False)
 batches = iter(Batches(image_set, "train", 4, normalize=False))
 next(batches)

@@ -9,7 +9,7 @@ from torch import nn
 
 from batch_norm import ScaleBatchNorm2d
 from networks import construct_network
-from synchronized_batch_norm import SynchronizedBatchNorm, synchronize
+from training.synchronized_batch_norm import SynchronizedBatchNorm, synchronize
 
 
 @pytest.fixture(autouse=True)

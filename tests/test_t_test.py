@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import t_test
-from results import Results, write_results
+from reporting.comparison import Comparison
+from reporting.tables import table
+from saved_runs.results import Results, write_results
 from t_test import apply_holm_correction, compare, compare_all, evaluate, main
-from table import Comparison, table
 
 PROPOSED = [95.1, 94.8, 95.3, 95.0, 95.2]
 BASELINE = [94.6, 94.7, 94.9, 95.1, 95.1]

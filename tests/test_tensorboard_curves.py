@@ -6,9 +6,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checkpoint
 import train
-from results import COLUMNS, read_results
+from saved_runs import checkpoint
+from saved_runs import run as saved_run
+from saved_runs.results import COLUMNS, read_results
 from small import stop_in_epoch
 
 NAME = "run"
@@ -111,13 +112,14 @@ def test_what_is_saved_is_shown(make_run, tmp_path, monkeypatch):
         saved.append(results)
         original(file, results)
 
-    monkeypatch.setattr(checkpoint, "write_results", write_results)
+    for module in (checkpoint, saved_run):
+        monkeypatch.setattr(module, "write_results", write_results)
     make_run()
     assert len(saved) == 5
 
 
 def test_without_tensorboard(make_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("tensorboard_curves.find_spec", lambda name: None)
+    monkeypatch.setattr("saved_runs.tensorboard_curves.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:
         make_run()
     captured = capsys.readouterr()

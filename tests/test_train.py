@@ -18,12 +18,13 @@ from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-import data
 import train
-from command_line import FlagError
-from networks import speed_up
-from results import read_results
-from settings import determining
+from command_line.flag_types import FlagError
+from command_line.settings import determining
+from image_sets import loading
+from saved_runs.results import read_results
+from training import preparation
+from training.devices import speed_up
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--dataset", "digits", "--num_epochs", "2", "--batch_size", "48", "--device", "cpu"]
@@ -164,7 +165,7 @@ def test_what_a_run_leaves_behind(few_digits, tmp_path, capsys):
 
 def test_best_weights_give_the_headline_number(few_digits, tmp_path):
     results = train.main([*QUICK, "--path", str(tmp_path), "--name", "x", "--num_epochs", "4"])
-    image_set = data.load_image_set("digits")
+    image_set = loading.load_image_set("digits")
     network = nn.Sequential(nn.BatchNorm2d(3), torchvision.models.resnet18(num_classes=10))
     network[1].conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     network[1].maxpool = nn.Identity()
@@ -246,7 +247,7 @@ def test_loss_is_checked_where_it_is_not_read_at_every_step(monkeypatch):
     images = [torch.ones(4, 2), torch.full((4, 2), float("nan")), torch.ones(4, 2)]
     batches = [(image, torch.zeros(4, dtype=torch.int64)) for image in images]
     with pytest.raises(FloatingPointError, match="epoch 7, step 2 is nan"):
-        settings = train.parse(["--device", "cpu"])
+        settings = preparation.parse(["--device", "cpu"])
         train.train_one_epoch(
             network, batches, torch.optim.SGD(network.parameters(), 0.1), settings, 7, tqdm(disable=True)
         )
@@ -406,7 +407,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys, flag, value, message):
     assert err.startswith("train.py: error: ")
     assert message.startswith("unrecognized") or f"argument {flag}: " in err
     with pytest.raises(FlagError) as error:  # from Python, the same sentence
-        train.parse(["--dataset", "digits", flag, value])
+        preparation.parse(["--dataset", "digits", flag, value])
     assert " ".join(str(error.value).split()) in err
     if message.endswith("not "):
         assert repr(value) in err
@@ -429,8 +430,8 @@ def test_only_whole_batches_are_compiled(small_network, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, mode, dynamic: whole(f, backend="aot_eager", dynamic=dynamic))
     torch._dynamo.reset()
     counters.clear()
-    settings = train.parse(["--dataset", "digits", "--device", "cpu", "--batch_size", "16", "--compile"])
-    plain, fast = (train.construct_network("", 10, "digits", 0.1) for _ in range(2))
+    settings = preparation.parse(["--dataset", "digits", "--device", "cpu", "--batch_size", "16", "--compile"])
+    plain, fast = (preparation.construct_network("", 10, "digits", 0.1) for _ in range(2))
     fast.load_state_dict(plain.state_dict())
     speed_up(fast, compiled=True)
     for training, size in [(True, 16), (True, 16), (True, 3), (False, 16), (False, 4), (True, 16), (False, 16)]:
@@ -447,8 +448,8 @@ def test_logits_in_bfloat16(small_network):
     logits, gradients = [], []
     for precision in ("float32", "bfloat16"):
         torch.manual_seed(1)
-        network = train.construct_network("", 10, "digits", 0.1)
-        settings = train.parse(["--dataset", "digits", "--device", "cpu", "--precision", precision])
+        network = preparation.construct_network("", 10, "digits", 0.1)
+        settings = preparation.parse(["--dataset", "digits", "--device", "cpu", "--precision", precision])
         logits.append(train.compute_logits(network, torch.rand(16, 3, 8, 8), settings))
         logits[-1].logsumexp(1).sum().backward()
         gradients.append(network[1].weight.grad)
@@ -494,8 +495,10 @@ def test_flag_without_its_value(capsys, flag):
 
 
 def test_last_batch_of_one_is_fine_where_the_network_can_train_on_it():
-    assert train.parse(["--dataset", "cifar10", "--batch_size", "11"]).batch_size == 11  # 45,000 = 4,090 · 11 + 10
-    assert train.parse(["--dataset", "cifar10", "--batch_size", "44999"]).batch_size == 44999
+    assert (
+        preparation.parse(["--dataset", "cifar10", "--batch_size", "11"]).batch_size == 11
+    )  # 45,000 = 4,090 · 11 + 10
+    assert preparation.parse(["--dataset", "cifar10", "--batch_size", "44999"]).batch_size == 44999
 
 
 def test_default_names_differ_where_the_method_differs():
@@ -504,30 +507,30 @@ def test_default_names_differ_where_the_method_differs():
     flags += ["--scheduler none", "--momentum 0.5", "--weight_decay 0", "--stem own", "--compile"]
     flags += ["--image_size 48", "--no_flip", "--equivalent logits"]
     flags += ["--precision bfloat16", "--precision strict", "--precision tf32"]
-    names = {train.parse(flag.split()).name for flag in flags}
+    names = {preparation.parse(flag.split()).name for flag in flags}
     assert len(names) == len(flags)
     assert "cifar10-resnet18-weight0.1-c100-bn-seed1" in names
     assert "cifar10-resnet18-learning_rate=0.05-weight0.1-c100-bn-seed1" in names
-    assert {flag.split()[0] for flag in flags if flag} == {f"--{name}" for name in determining(train.parse([]))}
+    assert {flag.split()[0] for flag in flags if flag} == {f"--{name}" for name in determining(preparation.parse([]))}
 
 
 def test_default_name_that_no_file_could_have():
     others = "--batch_size 99 --num_epochs 12345678 --scheduler none --stem own --compile --precision bfloat16"
     numbers = "--learning_rate 0.12345678901234567 --momentum 0.12345678901234567 --weight_decay 0.1234567890123456"
     with pytest.raises(FlagError, match="argument --name: these settings are too long for a default name: give one"):
-        train.parse([*others.split(), *numbers.split(), "--bn_weight", "0.12345678901234567"])
+        preparation.parse([*others.split(), *numbers.split(), "--bn_weight", "0.12345678901234567"])
 
 
 def test_path_in_every_spelling(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for spelling in (f"{tmp_path}/runs", f"{tmp_path}/runs/", "runs", "./runs/", "~/runs", "~/runs/"):
-        assert train.parse(["--path", spelling]).path.absolute() == tmp_path / "runs"
-    assert train.parse([]).path.absolute() == tmp_path
+        assert preparation.parse(["--path", spelling]).path.absolute() == tmp_path / "runs"
+    assert preparation.parse([]).path.absolute() == tmp_path
 
 
 def test_defaults_of_the_paper():
-    settings = vars(train.parse(["--device", "cpu"]))
+    settings = vars(preparation.parse(["--device", "cpu"]))
     expected = {"dataset": "cifar10", "network": "resnet18", "batch_size": 128, "num_epochs": 180}
     expected |= {"learning_rate": 0.1, "scheduler": "cos", "momentum": 0.9, "weight_decay": 1e-4}
     expected |= {"bn_weight": 0.1, "c": 100, "input_norm": "bn", "seed": 1, "path": Path()}

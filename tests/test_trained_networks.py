@@ -7,9 +7,9 @@ from torch import nn
 
 import train
 import trained_networks
-from data import load_image_set
+from image_sets.loading import load_image_set
 from networks import construct_network
-from results import Results, write_results
+from saved_runs.results import Results, write_results
 from trained_networks import load_network
 
 COLUMNS = {name: np.array([1.0, 2.0]) for name in ("train_loss", "val_loss", "val_accuracy", "test_accuracy")}

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-import settings
-from tuning import choose_learning_rates, mean_accuracy, note_divergence, read_divergence, tuning_table
+from command_line import settings
+from experiment.tuning import choose_learning_rates, mean_accuracy, note_divergence, read_divergence, tuning_table
 
 
 def test_best_mean_wins_and_the_smaller_rate_on_a_tie():

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn, optim
 
-from batch_norm import initialize_scales
-from networks import construct_network, prepend_input_norm
+from batch_norm import initialize_scales, prepend_input_norm
+from networks import construct_network
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 

@@ -19,17 +19,17 @@ import torch
 from dask.system import CPU_COUNT
 
 import light
-import settings
 import train
-import workers
-from checkpoint import load_checkpoint
 from cluster import ENVIRONMENT, TESTS, Cluster, cluster
+from command_line import settings
+from experiment import making
+from experiment.making import ClusterError, Outcome, make_runs
 from light import light_run, process_of
-from lock import lock_run
-from results import read_results
-from settings import RunFiles, run_files
+from saved_runs.checkpoint import load_checkpoint
+from saved_runs.lock import lock_run
+from saved_runs.paths import RunFiles, run_files
+from saved_runs.results import read_results
 from small import train_small
-from workers import ClusterError, Outcome, make_runs
 
 KILLED = "its process was killed 3 times, perhaps for lack of memory"
 
@@ -37,8 +37,8 @@ KILLED = "its process was killed 3 times, perhaps for lack of memory"
 @pytest.fixture
 def light_runs(monkeypatch):
     """Make stand-ins in place of runs, in other processes too."""
-    monkeypatch.setattr(workers, "make_run", light.make_run)
-    monkeypatch.setattr(workers, "make_run_in_worker", light.make_run_in_worker)
+    monkeypatch.setattr(making, "make_run", light.make_run)
+    monkeypatch.setattr(making, "make_run_in_worker", light.make_run_in_worker)
 
 
 def outcomes(path: Path, *names: str, stops: list[int] | None = None, **options) -> dict[str, Outcome]:
@@ -64,11 +64,11 @@ def small_run(path: Path, *flags: str) -> Namespace:
 
 def test_run_does_not_begin_anew(small_network, tmp_path):
     run = small_run(tmp_path, "--num_epochs", "2", "--restart")
-    first = workers.make_run(run, "cpu", [])
+    first = making.make_run(run, "cpu", [])
     assert first.num_epochs == 2 and run.restart
     file = run_files(tmp_path, run.name).results
     written = file.stat().st_mtime_ns
-    assert workers.make_run(run, "cpu", []).test_accuracy == read_results(file).test_accuracy
+    assert making.make_run(run, "cpu", []).test_accuracy == read_results(file).test_accuracy
     assert file.stat().st_mtime_ns == written
 
 
@@ -78,27 +78,27 @@ def test_what_a_run_raises_is_one_line(tmp_path, monkeypatch):
 
     run = small_run(tmp_path)
     monkeypatch.setattr(train, "train", diverge)
-    assert workers.make_run(run, "cpu", []) == "FloatingPointError: a loss is not finite"
-    assert "nonsense" in workers.make_run(run, "nonsense", [])
+    assert making.make_run(run, "cpu", []) == "FloatingPointError: a loss is not finite"
+    assert "nonsense" in making.make_run(run, "nonsense", [])
 
 
 def test_stopped_run(small_network, tmp_path):
     run = small_run(tmp_path, "--num_epochs", "1000")
     stops = []
     with ThreadPoolExecutor() as pool:
-        making = pool.submit(workers.make_run, run, "cpu", stops)
+        being_made = pool.submit(making.make_run, run, "cpu", stops)
         wait_until(run_files(tmp_path, run.name).checkpoint.exists)
         stops.append(signal.SIGTERM)
-        assert making.result(timeout=10) == signal.SIGTERM
+        assert being_made.result(timeout=10) == signal.SIGTERM
 
 
 def test_run_of_another_process_is_waited_for(small_network, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "LOCK_SECONDS", 0.01)
+    monkeypatch.setattr(making, "LOCK_SECONDS", 0.01)
     run, stops = small_run(tmp_path, "--num_epochs", "2"), []
     with ThreadPoolExecutor() as pool, lock_run(run_files(tmp_path, run.name)):
         waiting, stopped = (
-            pool.submit(workers.make_run, run, "cpu", []),
-            pool.submit(workers.make_run, run, "cpu", stops),
+            pool.submit(making.make_run, run, "cpu", []),
+            pool.submit(making.make_run, run, "cpu", stops),
         )
         stops.append(signal.SIGINT)
         assert stopped.result(timeout=10) == signal.SIGINT
@@ -132,7 +132,7 @@ def test_interrupt_that_no_handler_notes_ends_the_experiment(tmp_path, monkeypat
 
 
 def test_import_is_quick():
-    code = "import sys, workers; sys.exit(bool({'torch', 'dask', 'distributed'} & sys.modules.keys()))"
+    code = "import sys, experiment.making; sys.exit(bool({'torch', 'dask', 'distributed'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0
 
 
@@ -140,12 +140,12 @@ def test_import_is_quick():
 
 
 def make_small_run(*arguments) -> Outcome:
-    """`workers.make_run` with a small network, in any process."""
+    """`making.make_run` with a small network, in any process."""
     train_small()
     return MAKE_RUN(*arguments)
 
 
-MAKE_RUN = workers.make_run
+MAKE_RUN = making.make_run
 
 
 def numbers(run: Namespace) -> dict[str, list]:
@@ -195,7 +195,7 @@ def test_killed_process_and_stopped_experiment(small_network, one_of_two, tmp_pa
         return run
 
     with ThreadPoolExecutor() as pool, monkeypatch.context() as patch:
-        patch.setattr(workers, "make_run", make_small_run)
+        patch.setattr(making, "make_run", make_small_run)
         disturbing = pool.submit(disturb)
         made = {run.name: outcome for run, outcome in make_runs(runs, stops, jobs=2, device="cpu")}
         stopped = disturbing.result()
@@ -233,7 +233,7 @@ def test_process_that_is_killed_before_it_is_there(light_runs, tmp_path):
 
 
 def test_processes_that_cannot_be_started(light_runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "ATTEMPTS", 1)
+    monkeypatch.setattr(making, "ATTEMPTS", 1)
     with ThreadPoolExecutor() as pool, pytest.raises(ClusterError, match="2 processes cannot be started"):
         pool.submit(kill_children, 1)
         outcomes(tmp_path, "a", "b", jobs=2)
@@ -341,17 +341,17 @@ def test_experiments_on_one_cluster_are_stopped_one_by_one(light_runs, shared_cl
     options, first, second = {"scheduler": shared_cluster.address}, [], []
     with ThreadPoolExecutor() as pool:
         try:
-            making = pool.submit(outcomes, tmp_path, "slow one", "slow two", stops=first, **options)
+            being_made = pool.submit(outcomes, tmp_path, "slow one", "slow two", stops=first, **options)
             process_of(light_run("slow one", tmp_path)), process_of(light_run("slow two", tmp_path))
             waiting = pool.submit(outcomes, tmp_path, "a", "b", "c", stops=second, **options)
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=1)
             second.append(signal.SIGINT)
             assert waiting.result(timeout=5) == {}
-            assert not making.done()
+            assert not being_made.done()
         finally:
             first.append(signal.SIGTERM)
-        assert making.result(timeout=5) == {"slow one": signal.SIGTERM, "slow two": signal.SIGTERM}
+        assert being_made.result(timeout=5) == {"slow one": signal.SIGTERM, "slow two": signal.SIGTERM}
 
 
 def test_folder_that_workers_do_not_share(light_runs, shared_cluster, tmp_path, monkeypatch):
@@ -364,7 +364,7 @@ def test_worker_without_the_project(light_runs, shared_cluster, tmp_path):
     others = shared_cluster.workers(2)
     worker = shared_cluster.add_worker(PYTHONPATH="")
     [address] = shared_cluster.workers(3) - others
-    with pytest.raises(ClusterError, match=f"PYTHONPATH={TESTS.parent}: {address} cannot import workers"):
+    with pytest.raises(ClusterError, match=f"PYTHONPATH={TESTS.parent}: {address} cannot import experiment"):
         outcomes(tmp_path, "a", scheduler=shared_cluster.address)
     worker.kill()
 
@@ -381,10 +381,10 @@ def logged() -> Iterator[list[logging.LogRecord]]:
 
 def test_cluster_that_comes_and_goes(light_runs, logged, tmp_path, monkeypatch):
     """It has no worker yet; one dies, one that joins takes over its run; the scheduler dies."""
-    monkeypatch.setattr(workers, "CONNECT_SECONDS", 2)
+    monkeypatch.setattr(making, "CONNECT_SECONDS", 2)
     with cluster(tmp_path) as started:
         with monkeypatch.context() as patch, pytest.raises(ClusterError, match=f"{started.address} has no workers"):
-            patch.setattr(workers, "ANSWER_SECONDS", 0.5)
+            patch.setattr(making, "ANSWER_SECONDS", 0.5)
             outcomes(tmp_path, "a", scheduler=started.address)
         first = started.add_worker()
         made = make_runs([light_run(name, tmp_path) for name in ("unlucky", "slow")], [], scheduler=started.address)
@@ -409,7 +409,7 @@ def test_cluster_that_comes_and_goes(light_runs, logged, tmp_path, monkeypatch):
 @pytest.mark.parametrize("listens", [False, True])
 def test_address_of_no_scheduler(listens, light_runs, tmp_path, monkeypatch):
     """Nothing is there, or something that never says a word."""
-    monkeypatch.setattr(workers, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(making, "CONNECT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
         if not listens:

@@ -5,12 +5,24 @@ Nothing here takes long to import, so that `--help` and a wrong flag are answere
 
 import argparse
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import settings as flags
-from command_line import FlagError, Parser, as_typed, file_name, folder, whole
-from settings import COMPARED, DEFAULTS, NAMED, PAPER, SCHEDULES, SELECTIONS, named_setting, scheduler, seed_range
+from command_line import settings as flags
+from command_line.flag_types import FlagError, Parser, as_typed, file_name, folder, is_flag, whole
+from command_line.settings import (
+    COMPARED,
+    DEFAULTS,
+    EQUIVALENTS,
+    INPUT_NORMS,
+    MAX_SEED,
+    NAMED,
+    PAPER,
+    SCHEDULES,
+    SELECTIONS,
+    Value,
+)
 
 DESCRIPTION = """The paper's experiment: settings × seeds, one run of train.py each, and a paired t-test over the seeds.
 
@@ -135,11 +147,6 @@ def name_table(args: argparse.Namespace) -> None:
         raise FlagError("argument --name: the name of the table would be too long: give a shorter one") from None
 
 
-def is_flag(argument: str, name: str) -> bool:
-    """Whether a command's argument is the flag of this name, with or without its value."""
-    return argument == f"--{name}" or argument.startswith(f"--{name}=")
-
-
 def check_contrasts(args: argparse.Namespace) -> None:
     """FlagError where a contrast is not one of two settings, or is asked for twice."""
     for number, (one, other) in enumerate(args.contrast):
@@ -192,3 +199,51 @@ def plan_run(args: argparse.Namespace, name: str, seed: int, learning_rate: floa
     settings = flags.parse(arguments)
     settings.path = settings.path.absolute()
     return PlannedRun(name, arguments, settings, for_tuning=seed in args.tuning_seeds)
+
+
+def named_setting(text: str) -> dict[str, dict[str, Value]]:
+    """The type of a flag that takes a setting: its name, with the flags of `COMPARED` that make it up."""
+    name, colon, rest = text.partition(":")
+    if not colon:
+        if name not in NAMED:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(NAMED)}, and has no :bn_weight=...")
+        return {name: NAMED[name]}
+    values = PAPER["proposed"] | {"equivalent": DEFAULTS["equivalent"]}
+    for part in rest.split(","):
+        key, _, value = part.partition("=")
+        try:
+            values[key] = type(values[key])(value)
+        except (KeyError, ValueError):
+            raise argparse.ArgumentTypeError(f"{text!r}: {part!r} is no {', '.join(COMPARED)}=VALUE") from None
+    if name in NAMED or file_name(name) == "":
+        raise argparse.ArgumentTypeError(f"{text!r} needs a name of its own before the colon")
+    for key, allowed in {"input_norm": INPUT_NORMS, "equivalent": EQUIVALENTS}.items():
+        if values[key] not in allowed:
+            raise argparse.ArgumentTypeError(f"{text!r}: {key} is one of {', '.join(allowed)}")
+    values["c"] = values["c"] or 1.0  # both mean no reduction
+    if values["equivalent"] == DEFAULTS["equivalent"]:
+        del values["equivalent"]  # as in the paper's settings
+    return {name: values}
+
+
+def seed_range(text: str) -> list[int]:
+    """The type of a flag that takes seeds: 7, 1-15 or 1,3,5-7."""
+    numbers = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise argparse.ArgumentTypeError(f"seeds are whole numbers and ranges such as 1-15, not {text!r}")
+        if int(match[2] or match[1]) > MAX_SEED:
+            raise argparse.ArgumentTypeError(f"seeds above {MAX_SEED} repeat the draws of smaller ones, not {text!r}")
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return numbers
+
+
+def scheduler(text: str) -> str:
+    """The type of a flag that takes a schedule of train.py or the address of a Dask scheduler."""
+    address = re.fullmatch(r"tcp://(?:[\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})", text, re.ASCII)
+    if text not in SCHEDULES and not (address and 0 < int(address[1]) < 2**16):
+        raise argparse.ArgumentTypeError(
+            f"must be cos, none or the address of a Dask scheduler, tcp://HOST:PORT, not {text!r}"
+        )
+    return text

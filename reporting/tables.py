@@ -1,93 +1,16 @@
 """The tables of an experiment: one setting beside another, seed by seed, as text and as rows of numbers."""
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from math import nan
+from pathlib import Path
 
-import numpy as np
-
-from power import LEVEL, POWER, detectable_difference, effect_size, seeds_needed, sign_flip_p_value
-from settings import COMPARED, Value, compared
-
-
-@dataclass
-class Comparison:
-    """One setting beside another, seed by seed.
-
-    Attributes:
-        setting: what it is called; of a contrast, "A vs B".
-        accuracies: its test accuracies in percent, by seed; none for a contrast, whose settings have rows of their own.
-        differences: its accuracy minus the other's, by seed, for the seeds that both have.
-        interval: the 95 % confidence interval of the mean difference, two-sided.
-        p_value: of `t_test.evaluate`. Like the interval, NaN for fewer than two pairs and where all differences are
-            equal.
-        corrected_p_value: the p-value after Holm's correction for all comparisons made together; NaN until
-            `t_test.apply_holm_correction` sets it.
-        planned: how many pairs are planned; 0 where it is not known.
-        reference: the other setting.
-    """
-
-    setting: str
-    accuracies: dict[int, float]
-    differences: dict[int, float]
-    interval: tuple[float, float]
-    p_value: float
-    corrected_p_value: float = nan
-    planned: int = 0
-    reference: str = "baseline"
-
-    @property
-    def mean(self) -> float:
-        """Mean of the accuracies."""
-        return float(np.mean(list(self.accuracies.values()))) if self.accuracies else nan
-
-    @property
-    def deviation(self) -> float:
-        """Sample standard deviation of the accuracies."""
-        return float(np.std(list(self.accuracies.values()), ddof=1)) if len(self.accuracies) > 1 else nan
-
-    @property
-    def difference(self) -> float:
-        """Mean of the differences."""
-        return float(np.mean(list(self.differences.values()))) if self.differences else nan
-
-    @property
-    def improved(self) -> int:
-        """The number of seeds with a better accuracy than the other setting's."""
-        return sum(difference > 0 for difference in self.differences.values())
-
-    @cached_property
-    def sign_flip_p_value(self) -> float:
-        """p-value of `power.sign_flip_p_value`, not corrected. It takes up to a second."""
-        return sign_flip_p_value(list(self.differences.values()))
-
-    @property
-    def effect_size(self) -> float:
-        """Cohen's d_z of `power.effect_size`."""
-        return effect_size(list(self.differences.values()))
-
-    @property
-    def seeds_needed(self) -> int | None:
-        """How many seeds it would take at this effect size: see `power.seeds_needed`."""
-        return seeds_needed(list(self.differences.values()))
-
-    @property
-    def detectable_difference(self) -> float:
-        """What as many pairs as are planned can find: see `power.detectable_difference`."""
-        return detectable_difference(list(self.differences.values()), self.planned or len(self.differences))
-
-    @property
-    def verdict(self) -> str:
-        """What the corrected p-value says at the level of 0.05, or why it cannot say anything yet."""
-        if len(self.differences) < self.planned:
-            return f"interim: {len(self.differences)} of {self.planned}"
-        if len(self.differences) < 2:
-            return "no test: under 2 pairs"
-        if np.isnan(self.p_value):
-            return "no test: all are equal"
-        return "significant" if self.corrected_p_value <= LEVEL else "not significant"
-
+from command_line.files import write_atomically
+from command_line.settings import COMPARED, DEFAULTS, Value, compared
+from reporting.comparison import Comparison, is_contrast
+from reporting.power import POWER
+from saved_runs.results import header_lines, read_header
 
 CONTRAST_COLUMNS = ("setting", "difference (95 % CI)", "p", "p (Holm)", "improved", "verdict")
 TABLE_COLUMNS = ("setting", "seeds", "accuracy (%)", *CONTRAST_COLUMNS[1:])
@@ -144,11 +67,6 @@ def selection_note(select: str) -> list[str]:
     return [] if select == "best" else ["The test accuracies are those of the last epoch."]
 
 
-def is_contrast(c: Comparison) -> bool:
-    """Whether it is of two settings that were asked for beside the comparisons with the baseline."""
-    return c.reference != "baseline"
-
-
 def table_rows(
     comparisons: Sequence[Comparison], settings: Mapping[str, Mapping[str, Value]]
 ) -> list[dict[str, Value]]:
@@ -172,3 +90,50 @@ def table_rows(
             row |= {"detectable_difference": c.detectable_difference, "compared_with": c.reference}
         rows.append({name: None if value != value else value for name, value in row.items()})  # NaN is not itself
     return rows
+
+
+def write_table(stem: Path, settings: Mapping[str, Value], rows: Sequence[Mapping[str, Value]], text: str) -> None:
+    """Write the table of an experiment as STEM.csv, below the settings that its runs share, and `text` as STEM.md.
+
+    Args:
+        stem: the path of both files without their ending.
+        settings: what all runs of the table share.
+        rows: for each setting its numbers by name; `seeds` is how many runs have been finished. There may be further
+            rows, without `seeds`.
+        text: the table as it is shown.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    content = io.StringIO()
+    content.writelines(f"{line}\n" for line in header_lines(settings))
+    names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    writer = csv.DictWriter(content, list(names), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(stem.with_name(f"{stem.name}.csv"), content.getvalue().encode())
+    write_atomically(stem.with_name(f"{stem.name}.md"), f"{text}\n".encode())
+
+
+def read_table_size(stem: Path, settings: Mapping[str, Value]) -> int:
+    """How many finished runs are in the table STEM.csv, which is of these settings; 0 where there is none.
+
+    Raises:
+        ValueError: the file is of other settings, or not a table.
+    """
+    file = stem.with_name(f"{stem.name}.csv")
+    if not file.exists():
+        return 0
+    lines = file.read_text(errors="replace").splitlines()
+    earlier = DEFAULTS | read_header(lines)
+    try:
+        finished = sum(
+            int(row["seeds"] or 0) for row in csv.DictReader(line for line in lines if not line.startswith("#"))
+        )
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise ValueError(f"{file} is not the table of an experiment, and is kept: give another --name") from None
+    found = {name: earlier.get(name) for name in settings}
+    unlike = [f"{name} {found[name]}, here {value}" for name, value in settings.items() if found[name] != value]
+    if unlike:
+        raise ValueError(f"{file} is of other settings, and is kept: {'; '.join(unlike)}. Give another --name")
+    return finished

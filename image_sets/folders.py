@@ -21,8 +21,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from command_line import until_stopped
-from results import write_atomically
+from command_line.files import write_atomically
+from command_line.signals import until_stopped
 
 try:
     import simplejpeg  # faster than PIL, to the same pixels

@@ -8,16 +8,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from checkpoint import Run
-from circumstances import find_device
-from command_line import LAUNCHED
-from data import ImageSet
+from command_line.signals import LAUNCHED
+from image_sets.loading import ImageSet
+from saved_runs.run import Run
+from training.devices import find_device
 
 Result = TypeVar("Result")
 
 
 class OneProcess:
-    """A world of one process: all that `data_parallel.Processes` does for many, where there is nothing to do.
+    """A world of one process: all that `processes.Processes` does for many, where there is nothing to do.
 
     Attributes:
         first: whether this is the process that prints and writes files.
@@ -72,7 +72,7 @@ def join() -> Iterator[OneProcess]:
     if not LAUNCHED:
         yield ALONE
         return
-    import data_parallel  # which nothing but torchrun needs
+    from training import processes  # which nothing but torchrun needs
 
-    with data_parallel.join() as world:
+    with processes.join() as world:
         yield world

@@ -11,7 +11,7 @@ from filelock import FileLock
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_md5, download_and_extract_archive
 
-from image_folders import FoundImages
+from image_sets.folders import FoundImages
 
 CIFAR10_STATISTICS = ((0.4916, 0.4823, 0.4467), (0.2472, 0.2437, 0.2618))  # mean and std, as in the paper's code
 DOWNLOAD_TIMEOUT = 60.0  # seconds for which a server may be silent

@@ -10,10 +10,11 @@ from math import nan
 from pathlib import Path
 from statistics import fmean
 
-from command_line import as_typed
-from results import header_lines, read_header, write_atomically
-from settings import Value, determining, differences
-from table import markdown
+from command_line.files import write_atomically
+from command_line.flag_types import as_typed
+from command_line.settings import Value, determining, differences
+from reporting.tables import markdown
+from saved_runs.results import header_lines, read_header
 
 Accuracies = Mapping[int, float | None]  # by seed, validation accuracy in percent; None where the run has diverged
 Tuning = Mapping[str, Mapping[float, Accuracies]]  # by setting and rate

@@ -11,31 +11,31 @@ No exchange has a time limit, as a data set may take an hour to download: `pulse
 import argparse
 import itertools
 import os
-import random
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import Run
-from circumstances import code_version, find_device
-from command_line import STOP_SIGNALS, FlagError
-from data import ImageSet
-from pulse import FAILING, LEAVING, Pulse
-from seeds import random_states, set_random_states
-from settings import determining
-from synchronized_batch_norm import synchronize
+from command_line.flag_types import FlagError
+from command_line.settings import determining
+from command_line.signals import STOP_SIGNALS
+from image_sets.loading import ImageSet
+from saved_runs.circumstances import code_version
+from saved_runs.run import Run
+from training.devices import find_device
+from training.pulse import FAILING, LEAVING, Pulse
+from training.shared_run import SharedRun
+from training.synchronized_batch_norm import synchronize
 
 FOR_EVER = timedelta(days=365)
 JOINING = timedelta(minutes=5)  # for all processes to be there: imports may take long
@@ -215,61 +215,6 @@ class Processes:
                 here = self.store.add("ending", 0)
             return here >= self.size
         return False
-
-
-class SharedRun(Run):
-    """A run of which the first process alone has the files; the others get from it what is in them.
-
-    Every epoch and evaluation begins with its random generators in all processes, so that all draw the same order and
-    flips. After these, the others go on with a seed of their own, for networks with dropout.
-
-    Between two batches all agree on whether to go on: a signal, or an image that is damaged, ends all at the same step.
-    """
-
-    def __init__(self, world: Processes, settings: argparse.Namespace, stops: list[int] | None) -> None:
-        super().__init__(settings, stops)
-        self.world, self.processes = world, world.size
-        self.keep_lock = lambda: None
-
-    def __enter__(self) -> "SharedRun":
-        self.world.together(super().__enter__ if self.world.first else lambda: None)
-        self.results, state = self.world.from_first((self.results, self.state))
-        if not self.world.first:
-            self.state = self.saved_state = state
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.world.pulse.ending.set()
-        super().__exit__(*error)
-
-    def resume(self, network: nn.Module, optimizer: optim.Optimizer, scheduler: optim.lr_scheduler.LRScheduler) -> None:
-        super().resume(network, optimizer, scheduler)
-        if not self.world.first:
-            self.state = self.saved_state = None
-
-    def steps(self, batches: Iterable[Any]) -> Iterator[Any]:
-        states = self.world.from_first(random_states() if self.world.first else None)
-        if not self.world.first:
-            set_random_states(states)
-        remaining = super().steps(batches)
-        batch = self.world.together(lambda: next(remaining, None))
-        self.seed_others()
-        while batch is not None:
-            if len(batch[1]):  # or else this process has no share of the last images of an evaluation
-                yield batch
-            batch = self.world.together(lambda: next(remaining, None))
-
-    def seed_others(self) -> None:
-        """Let the random generators of all processes but the first one go ways of their own."""
-        if not self.world.first:
-            seed = torch.randint(2**32, (self.world.rank,))[-1].item()
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
-
-    def record(self, *numbers: float) -> None:
-        self.world.together(lambda: Run.record(self, *numbers) if self.world.first else None)
-        self.results = self.world.from_first(self.results)
 
 
 def share(part: Tensor, rank: int, size: int) -> Tensor:

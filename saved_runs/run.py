@@ -1,45 +1,32 @@
-"""A run as a thing on disk: its files, what is saved when, and what an earlier process has left behind.
-
-Checkpoints and weights are what `torch.save` writes, followed by its SHA-256: torch itself notices a file that is cut
-short, but not a changed byte in a weight. `torch.load` reads them as they are.
-"""
+"""A run as a thing on disk: locked as long as it lasts, saved whatever ends it, resumed to the last bit."""
 
 import argparse
 import copy
-import io
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, suppress
-from pathlib import Path
-from pickle import UnpicklingError
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn, optim
 
-from circumstances import code_version, describe_run
-from command_line import on_signals, until_stopped
-from lock import lock_run
-from results import (
-    COLUMNS,
-    DamagedFileError,
-    Results,
-    add_digest,
-    has_digest,
-    read_results,
-    remove_temporaries,
-    write_atomically,
-    write_results,
+from command_line.files import remove_temporaries
+from command_line.settings import Value
+from command_line.signals import on_signals, until_stopped
+from saved_runs.checkpoint import (
+    FORMAT,
+    REMEDY,
+    read_finished,
+    recover_run,
+    save_run,
 )
+from saved_runs.circumstances import code_version, describe_run
+from saved_runs.lock import lock_run
+from saved_runs.paths import run_files
+from saved_runs.results import COLUMNS, Results, write_results
+from saved_runs.tensorboard_curves import Curves
 from seeds import random_states, set_random_states
-from settings import RunFiles, Value, determining, differences, run_files
-from tensorboard_curves import Curves
-
-FORMAT = 1  # raise it when a change makes older checkpoints useless
-REMEDY = "give --restart to start over, or another --name"
 
 
 class Run:
@@ -167,127 +154,3 @@ class Run:
             self.saved_state, self.last_save = self.state, time.monotonic()
         else:
             write_results(self.files.results, self.results)
-
-
-def save_run(files: RunFiles, state: dict[str, Any]) -> None:
-    """Write the state of a run as its checkpoint, then its best weights and its result file.
-
-    The checkpoint comes first: from it, the other two can be mended.
-
-    Raises:
-        OSError: a file cannot be written. What was there before still is.
-    """
-    save_with_digest(state, files.checkpoint)
-    write_outcome(files, state)
-
-
-def write_outcome(files: RunFiles, state: dict[str, Any]) -> None:
-    """Write the best weights and the result file of a run."""
-    save_with_digest(state["best_weights"], files.best_weights)
-    write_results(files.results, results_so_far(state))
-
-
-def save_with_digest(content: dict[str, Any], file: Path) -> None:
-    """Write what `torch.save` makes of `content`, followed by its SHA-256."""
-    saved = io.BytesIO()
-    torch.save(content, saved)
-    add_digest(saved)
-    write_atomically(file, saved.getbuffer())
-
-
-def results_so_far(state: dict[str, Any]) -> Results:
-    """The results in a state."""
-    return Results(state["settings"], {name: np.array(column) for name, column in state["columns"].items()})
-
-
-def load_checkpoint(file: str | os.PathLike) -> dict[str, Any]:
-    """The state that `save_run` has saved, with all tensors on the CPU.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, cut short, or of another version of this program.
-    """
-    content = Path(file).read_bytes()
-    if not has_digest(content):
-        raise ValueError(f"the checkpoint {file} is cut short, damaged or none of this program's: {REMEDY}")
-    try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError):
-        state = None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"the checkpoint {file} was written by another version of this program: {REMEDY}")
-    return state
-
-
-def recover_run(files: RunFiles, settings: argparse.Namespace) -> tuple[Results | None, dict[str, Any] | None]:
-    """What an earlier process has left of a run: its results so far, and the state to resume from.
-
-    Where the process was killed before it had written all files, best weights and result file are made to agree with
-    the checkpoint. There may be neither results nor state; a finished run needs no state.
-
-    Raises:
-        ValueError: the settings were others, or a file is damaged; the message says what to do.
-        FileExistsError: there is the result file of an unfinished run, but no checkpoint.
-        OSError: a file cannot be read or written.
-    """
-    if not files.checkpoint.exists():
-        results = read_finished(files.results, settings)
-        if results is None and files.results.exists():
-            raise FileExistsError(
-                f"{files.results} has fewer than {settings.num_epochs} epochs, but there is no {files.checkpoint} to"
-                f" resume from: {REMEDY}"
-            )
-        return results, None
-    try:
-        state = load_checkpoint(files.checkpoint)
-    except ValueError:  # a run that is finished does not need it
-        with suppress(DamagedFileError):
-            if (results := read_finished(files.results, settings)) is not None:
-                return results, None
-        raise
-    results = results_so_far(state)
-    check_settings(files.checkpoint, results, settings)
-    if not results.has_made(settings.num_epochs):
-        with suppress(DamagedFileError):  # it is written anew
-            finished = read_finished(files.results, settings)
-            if finished is not None:  # in another place, and the file was put here
-                return finished, None
-    write_outcome(files, state)
-    return results, state
-
-
-def read_finished(file: Path, settings: argparse.Namespace) -> Results | None:
-    """What is in the result file of a run, None where there is no such file or it has not all epochs yet.
-
-    Raises:
-        ValueError: the file is damaged, or of a run with other settings.
-        OSError: it cannot be read.
-    """
-    if not file.exists():
-        return None
-    try:
-        results = read_results(file)
-    except DamagedFileError as error:
-        raise DamagedFileError(f"{error}: {REMEDY}") from None
-    check_settings(file, results, settings)
-    return results if results.has_made(settings.num_epochs) else None
-
-
-def check_settings(file: Path, earlier: Results, settings: argparse.Namespace) -> None:
-    """ValueError, with what differs, where a run with `settings` would not have had the `earlier` results."""
-    unlike = differences(earlier.settings, determining(settings))
-    constant = "scheduler" not in unlike and settings.scheduler == "none"
-    if constant and settings.num_epochs >= earlier.num_epochs:
-        unlike.pop("num_epochs", None)  # without a schedule, the epochs so far do not depend on how many follow
-    if not unlike:
-        return
-    listed = "; ".join(f"{name} was {before}, now {now}" for name, (before, now) in unlike.items())
-    hint = ""
-    if list(unlike) == ["num_epochs"]:
-        hint = " (the cosine schedule depends on it from the first epoch on)"
-        if constant:
-            hint = f" (it has {earlier.num_epochs} epochs already)"
-    raise ValueError(
-        f"{file} is of a run with other settings: {listed}{hint}."
-        " Give another --name, the settings it had, or --restart to start over"
-    )

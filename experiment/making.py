@@ -21,8 +21,9 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import STOP_SIGNALS, in_one_line, interrupt, on_signals
-from results import Results
+from command_line.endings import in_one_line
+from command_line.signals import STOP_SIGNALS, interrupt, on_signals
+from saved_runs.results import Results
 
 if TYPE_CHECKING:
     from distributed import Client, Future, LocalCluster
@@ -100,7 +101,7 @@ def make_run(settings: argparse.Namespace, device: str | None, stops: list[int])
     """
     try:
         import train  # it takes seconds, and nothing else here needs it
-        from circumstances import find_device
+        from training.devices import find_device
 
         values = {**vars(settings), "device": find_device(device), "restart": False}
         while not stops:
@@ -291,7 +292,7 @@ def find_problem(client: "Client", workers: Collection[str], path: Path) -> str 
         probe.unlink(missing_ok=True)
     if blind := [address for address, sees in seen.items() if sees is not True]:
         return f"{path} must be a folder that all workers share; not so for {', '.join(blind)}"
-    folder, module = Path(__file__).parent, Path(__file__).stem
+    folder, module = Path(__file__).parent.parent, __package__
     found = ask(client.run, find_spec, module, workers=list(workers), on_error="return")
     found[client.scheduler.address] = ask(client.run_on_scheduler, find_spec, module)
     if lost := [address for address, spec in found.items() if getattr(spec, "loader", None) is None]:

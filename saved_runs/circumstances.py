@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import platform
 import subprocess
-import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -12,9 +11,8 @@ from pathlib import Path
 import torch
 import torchvision
 
-from command_line import FlagError
-from results import Results
-from settings import Value, determining
+from command_line.settings import Value, determining
+from saved_runs.results import Results
 
 
 def describe_run(
@@ -41,12 +39,12 @@ def describe_run(
 @cache
 def code_version() -> str:
     """The commit of this project's repository, '-dirty' with changes; without a repository, a hash of its modules."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
     with suppress(OSError, subprocess.SubprocessError):
         if (folder / ".git").exists():
             command = ["git", "-C", folder, "describe", "--always", "--dirty"]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    modules = b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))
+    modules = b"".join(file.read_bytes() for file in sorted((*folder.glob("*.py"), *folder.glob("*/*.py"))))
     return f"modules {hashlib.sha256(modules).hexdigest()[:12]}"
 
 
@@ -69,17 +67,3 @@ def processor_name() -> str:
             "vendor_id ", ""
         )
     return platform.processor()
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device of that name, by default the accelerator that torch finds, else the CPU. FlagError if missing."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # what torch says of 'mkldnn', beside the error
-            device = torch.device(name if name is not None else accelerator or "cpu")
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises differs by device
-        found = ["cpu", *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()) if accelerator)]
-        reason = str(error).partition("\n")[0]
-        raise FlagError(f"argument --device: {name!r} is not one of {', '.join(found)} ({reason})") from error
-    return device

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from command_line import FlagError
-from results import COLUMNS, Results
-from settings import determining
+from command_line.flag_types import FlagError
+from command_line.settings import determining
+from saved_runs.results import COLUMNS, Results
 
 METRICS = ("val_accuracy", "test_accuracy")  # what TensorBoard lists beside the settings of each run
 

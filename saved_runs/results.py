@@ -5,25 +5,22 @@ the `#` lines holds the SHA-256 of all others, so that a changed number is notic
 files lack it.
 """
 
-import csv
 import hashlib
-import io
 import json
 import math
 import os
 import re
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from settings import DEFAULTS, WITHOUT_EFFECT, Value
+from command_line.files import DamagedFileError, write_atomically
+from command_line.settings import DEFAULTS, WITHOUT_EFFECT, Value
 
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "test_accuracy")
 CHECKSUM = "sha256"  # stands where the name of a setting does
-DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 @dataclass
@@ -74,10 +71,6 @@ class Results:
     def test_accuracy(self) -> float:
         """The headline number: test accuracy in percent at the epoch that `select` says."""
         return float(self.columns["test_accuracy"][-1 if self.select == "last" else self.best_row])
-
-
-class DamagedFileError(ValueError):
-    """A file is not what it should be: changed, cut short, or something else."""
 
 
 def write_results(file: str | os.PathLike, results: Results) -> None:
@@ -153,53 +146,6 @@ def read_results(file: str | os.PathLike) -> Results:
     return Results(settings, {name: np.array(c, dtype=t) for name, c, t in zip(COLUMNS, columns, types, strict=True)})
 
 
-def write_table(stem: Path, settings: Mapping[str, Value], rows: Sequence[Mapping[str, Value]], text: str) -> None:
-    """Write the table of an experiment as STEM.csv, below the settings that its runs share, and `text` as STEM.md.
-
-    Args:
-        stem: the path of both files without their ending.
-        settings: what all runs of the table share.
-        rows: for each setting its numbers by name; `seeds` is how many runs have been finished. There may be further
-            rows, without `seeds`.
-        text: the table as it is shown.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
-    content = io.StringIO()
-    content.writelines(f"{line}\n" for line in header_lines(settings))
-    names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
-    writer = csv.DictWriter(content, list(names), restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(stem.with_name(f"{stem.name}.csv"), content.getvalue().encode())
-    write_atomically(stem.with_name(f"{stem.name}.md"), f"{text}\n".encode())
-
-
-def read_table_size(stem: Path, settings: Mapping[str, Value]) -> int:
-    """How many finished runs are in the table STEM.csv, which is of these settings; 0 where there is none.
-
-    Raises:
-        ValueError: the file is of other settings, or not a table.
-    """
-    file = stem.with_name(f"{stem.name}.csv")
-    if not file.exists():
-        return 0
-    lines = file.read_text(errors="replace").splitlines()
-    earlier = DEFAULTS | read_header(lines)
-    try:
-        finished = sum(
-            int(row["seeds"] or 0) for row in csv.DictReader(line for line in lines if not line.startswith("#"))
-        )
-    except (KeyError, TypeError, ValueError, csv.Error):
-        raise ValueError(f"{file} is not the table of an experiment, and is kept: give another --name") from None
-    found = {name: earlier.get(name) for name in settings}
-    unlike = [f"{name} {found[name]}, here {value}" for name, value in settings.items() if found[name] != value]
-    if unlike:
-        raise ValueError(f"{file} is of other settings, and is kept: {'; '.join(unlike)}. Give another --name")
-    return finished
-
-
 def check_setting(key: str, value: Value) -> None:
     """ValueError where `key` is no identifier or that of the checksum, or `value` not what this flag can have."""
     if not key.isidentifier() or key == CHECKSUM:
@@ -251,41 +197,3 @@ def from_text(text: str) -> Value:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
-
-
-def add_digest(stream: io.BytesIO) -> None:
-    """Write the SHA-256 of what is in a stream at its end."""
-    stream.write(hashlib.sha256(stream.getbuffer()).digest())
-
-
-def has_digest(content: bytes) -> bool:
-    """Whether these bytes end with the SHA-256 of what precedes it."""
-    return hashlib.sha256(content[:-DIGEST_SIZE]).digest() == content[-DIGEST_SIZE:]
-
-
-def write_atomically(file: str | os.PathLike, content: bytes) -> None:
-    """Put `content` into `file` so that at any moment, a crash included, it holds all the old or all the new.
-
-    A file that holds it already is left alone, so that nothing fails where there is nothing to do.
-    """
-    file = Path(file)
-    if file.exists() and file.stat().st_size == len(content) and file.read_bytes() == content:
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")  # no other process writes into this one
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except OSError as error:  # of a full disk, Python does not say which file it was
-        raise OSError(error.errno, f"cannot write it: {error.strerror or error}", str(file)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_temporaries(file: Path) -> None:
-    """Remove what killed processes have left of the writing of `file`. None may be at it now."""
-    for temporary in file.parent.glob(f"{file.name}.????????.tmp"):
-        temporary.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ The images of a set live once, as one uint8 tensor on the training device. A spl
 a batch is one gather, one flip and one conversion of it.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,19 +14,15 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
-from cifar import find_cifar
-from command_line import until_stopped
-from image_folders import KEPT, FoundImages, Size, Statistics, decode_all, find_images, keep_statistics, own_size
+from command_line.settings import DATASETS
+from command_line.signals import until_stopped
+from image_sets.cifar import find_cifar
+from image_sets.folders import KEPT, FoundImages, Size, Statistics, decode_all, find_images, keep_statistics, own_size
+from image_sets.streaming import StreamedImages
 from seeds import make_complex
-from settings import DATASETS
-from streamed_images import StreamedImages
-
-Batch = tuple[Tensor, Tensor]  # images and labels
-Share = Callable[[Tensor], Tensor]  # of what there is for each image of a batch
 
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 USUAL = 224  # pixels of large images, unless another size is given
@@ -219,81 +214,3 @@ def compute_statistics(
     if not deviation.all():
         raise ValueError("the images all have the same value in a channel: use --input_norm bn")
     return tuple((mean / 255).tolist()), tuple((deviation / 255).tolist())
-
-
-class Batches:
-    """The batches of one split, anew at every iteration; the last one may be short.
-
-    A batch is (images, labels), on the device of the set: float32 (n, 3, H, W), the pixels divided by 255 and, if
-    `normalize`, normalized with the statistics of the set; int64 (n,).
-
-    Those of 'train' are shuffled and, where the set allows it, mirrored. The numbers drawn from torch's global
-    generator are those that the paper's code draws through torch's DataLoader, so order and flips are the same. Both go
-    to the device before the first batch of an epoch, and nothing does after that.
-
-    Args:
-        image_set: the images.
-        split: 'train', 'val' or 'test'.
-        batch_size: number of images in a batch.
-        normalize: whether to normalize with the statistics of the set (`input_norm` is 'dataset').
-        share: gives, of what there is for each image of a batch, that of the images to take: all, by default.
-
-    Raises:
-        ValueError: `split` is none of these.
-    """
-
-    def __init__(
-        self, image_set: ImageSet, split: str, batch_size: int, normalize: bool, share: Share | None = None
-    ) -> None:
-        if split not in image_set.splits:
-            raise ValueError(f"the split must be one of {', '.join(image_set.splits)}, not {split!r}")
-        self.image_set = image_set
-        self.indices = image_set.splits[split]
-        self.training = split == "train"
-        self.batch_size = batch_size
-        self.normalize, self.share = normalize, share or (lambda of_batch: of_batch)
-        if normalize:
-            statistics = torch.tensor([image_set.mean, image_set.std], dtype=torch.float32, device=self.indices.device)
-            self.mean, self.std = statistics.view(2, 3, 1, 1)
-        # a DataLoader of positions whose one batch is the whole order
-        positions = range(len(self.indices))
-        self.orders = DataLoader(positions, len(positions), shuffle=self.training, collate_fn=torch.tensor)
-
-    @property
-    def num_images(self) -> int:
-        """The number of images in the split."""
-        return len(self.indices)
-
-    def __len__(self) -> int:
-        return math.ceil(self.num_images / self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        [order] = self.orders
-        parts = self.shares(self.indices[order.to(self.indices.device)])
-        taken = self.augmented(parts) if self.training else self.image_set.take(parts)
-        for part, images in zip(parts, taken, strict=True):
-            images = images.float().div_(255)
-            if self.normalize:
-                images = images.sub_(self.mean).div_(self.std)
-            yield images, self.image_set.labels[part]
-
-    def shares(self, of_images: Tensor) -> list[Tensor]:
-        """What this process has of each batch, of a tensor with an entry for each image of the split."""
-        return [self.share(of_batch) for of_batch in of_images.split(self.batch_size)]
-
-    def augmented(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The images of each part, those that are kept mirrored at random, those that are streamed cropped as well."""
-        images = self.image_set.images
-        if not isinstance(images, Tensor):
-            seeds = self.shares(torch.randint(2**63 - 1, (self.num_images,)))
-            keys = ([*zip(part.tolist(), of.tolist(), strict=True)] for part, of in zip(parts, seeds, strict=True))
-            for batch in images.batches(keys):
-                yield batch.to(self.indices.device, non_blocking=True)
-            return
-        if not self.image_set.flip:
-            yield from self.image_set.take(parts)
-            return
-        # the paper's code draws once an image; torch.rand(n) draws the same numbers as n times torch.rand(1)
-        flipped = self.shares((torch.rand(self.num_images) < 0.5).to(self.indices.device).view(-1, 1, 1, 1))
-        for batch, flips in zip(self.image_set.take(parts), flipped, strict=True):
-            yield torch.where(flips, batch.flip(-1), batch)

@@ -6,10 +6,9 @@ Nothing here takes long to import, so that `--help` and a wrong flag are answere
 import argparse
 import re
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from command_line import FlagError, Parser, as_typed, file_name, folder, number, whole
+from command_line.flag_types import FlagError, Parser, as_typed, file_name, folder, number, whole
 
 Value = str | int | float | bool | None
 
@@ -131,57 +130,9 @@ def check_batch_size(settings: argparse.Namespace, num_train: int) -> None:
         )
 
 
-def named_setting(text: str) -> dict[str, dict[str, Value]]:
-    """The type of a flag that takes a setting: its name, with the flags of `COMPARED` that make it up."""
-    name, colon, rest = text.partition(":")
-    if not colon:
-        if name not in NAMED:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(NAMED)}, and has no :bn_weight=...")
-        return {name: NAMED[name]}
-    values = PAPER["proposed"] | {"equivalent": DEFAULTS["equivalent"]}
-    for part in rest.split(","):
-        key, _, value = part.partition("=")
-        try:
-            values[key] = type(values[key])(value)
-        except (KeyError, ValueError):
-            raise argparse.ArgumentTypeError(f"{text!r}: {part!r} is no {', '.join(COMPARED)}=VALUE") from None
-    if name in NAMED or file_name(name) == "":
-        raise argparse.ArgumentTypeError(f"{text!r} needs a name of its own before the colon")
-    for key, allowed in {"input_norm": INPUT_NORMS, "equivalent": EQUIVALENTS}.items():
-        if values[key] not in allowed:
-            raise argparse.ArgumentTypeError(f"{text!r}: {key} is one of {', '.join(allowed)}")
-    values["c"] = values["c"] or 1.0  # both mean no reduction
-    if values["equivalent"] == DEFAULTS["equivalent"]:
-        del values["equivalent"]  # as in the paper's settings
-    return {name: values}
-
-
 def compared(settings: Mapping[str, Value]) -> dict[str, Value]:
     """The flags of `COMPARED` among these settings; one that they lack is at its default."""
     return {name: settings.get(name, DEFAULTS[name]) for name in COMPARED}
-
-
-def seed_range(text: str) -> list[int]:
-    """The type of a flag that takes seeds: 7, 1-15 or 1,3,5-7."""
-    numbers = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            raise argparse.ArgumentTypeError(f"seeds are whole numbers and ranges such as 1-15, not {text!r}")
-        if int(match[2] or match[1]) > MAX_SEED:
-            raise argparse.ArgumentTypeError(f"seeds above {MAX_SEED} repeat the draws of smaller ones, not {text!r}")
-        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return numbers
-
-
-def scheduler(text: str) -> str:
-    """The type of a flag that takes a schedule of train.py or the address of a Dask scheduler."""
-    address = re.fullmatch(r"tcp://(?:[\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})", text, re.ASCII)
-    if text not in SCHEDULES and not (address and 0 < int(address[1]) < 2**16):
-        raise argparse.ArgumentTypeError(
-            f"must be cos, none or the address of a Dask scheduler, tcp://HOST:PORT, not {text!r}"
-        )
-    return text
 
 
 def determining(settings: argparse.Namespace) -> dict[str, Value]:
@@ -229,23 +180,3 @@ def differences(
     names = [name for name in DEFAULTS if name not in (*WITHOUT_EFFECT, *apart_from)]
     values = {name: (one.get(name, DEFAULTS[name]), other.get(name, DEFAULTS[name])) for name in names}
     return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
-
-
-class RunFiles(NamedTuple):
-    """The files of a run."""
-
-    results: Path
-    best_weights: Path
-    checkpoint: Path
-    lock: Path
-
-
-def run_files(path: Path, name: str) -> RunFiles:
-    """Where the files of the run `name` are below the folder `path`."""
-    networks = path / "networks"
-    return RunFiles(
-        results=path / "results" / f"{name}.csv",
-        best_weights=networks / f"{name}-best.pt",
-        checkpoint=networks / f"{name}-last.pt",
-        lock=networks / f"{name}.lock",
-    )

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from filelock import lock_descriptor
 
-from settings import RunFiles
+from saved_runs.paths import RunFiles
 
 HELD: set[int] = set()  # the descriptors of this process's locks
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
-from command_line import STOP_SIGNALS
-from image_folders import Images, Size, get_image, resize
+from command_line.signals import STOP_SIGNALS
+from image_sets.folders import Images, Size, get_image, resize
 
 Key = tuple[int, int | None]  # which image, and the seed of its augmentation, None for none
 

@@ -1,0 +1,111 @@
+"""What all commands share: the types of their flags, the parser, endings of one line, and signals.
+
+Nothing here takes long to import, so that `--help` and a wrong flag are answered at once.
+"""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
+
+from command_line.flag_types import FlagError
+from command_line.signals import LAUNCHED, interrupt, on_signals
+
+BEGUN: list[str] = []  # the commands that handle signals, or have
+
+
+def answer_at_once(program: str, parse: Callable[[], object]) -> None:
+    """Answer `--help` and a wrong flag before what takes seconds is imported.
+
+    A command calls it between its quick imports and the slow ones. Until its `main` handles signals, Ctrl-C ends the
+    program in one line: nothing is to be saved yet, and an import may not pass an exception on.
+    """
+
+    def end_now(number: int, _: FrameType | None) -> None:
+        if not BEGUN:  # or else it has ended: all is done and said
+            os.write(2, f"{program}: stopped before it began\n".encode())
+            os._exit(128 + number)
+
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is for a command in the background of a script
+        signal.signal(signal.SIGINT, end_now)
+    open_streams()
+    if LAUNCHED and program == "train.py":
+        return  # its processes answer together
+    try:
+        if LAUNCHED:
+            raise FlagError(f"torchrun is for train.py; start {program} without it")
+        parse()
+    except FlagError as error:
+        end(2, f"error: {error}", program)
+
+
+def open_streams() -> None:
+    """Let printing fail neither where a stream is closed, nor where its encoding lacks a letter such as γ or ±."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lives
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(*lines: object) -> None:
+    """Print lines to standard output, above a progress bar; where nobody reads them any more, say nothing from now on.
+
+    A reader that has gone (`| head`) or a device that is full (`> /dev/full`) is no reason to end a run.
+    """
+    from tqdm import tqdm
+
+    try:
+        for line in lines:
+            tqdm.write(str(line))
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def in_one_line(error: BaseException) -> str:
+    """The kind of an error and what it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def how_to_resume(again: str) -> str:
+    """What to say where a signal stops a command that saves what it has done."""
+    return f"stopped; the epochs that are done are saved: run the same command {again} to resume"
+
+
+def end(code: int, message: str, program: str) -> NoReturn:
+    """End the program with one line on standard error."""
+    with suppress(OSError):  # a closed terminal
+        print(f"{program}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+@contextmanager
+def one_line_endings(program: str, stopped: Callable[[], str] = lambda: "stopped") -> Iterator[None]:
+    """Let errors and signals end a command with one line on standard error.
+
+    The exit code is 2 for a wrong flag, 1 for any other error that the user can do something about, 130 for Ctrl-C, 143
+    for SIGTERM and 129 for a closed terminal. An error that only a programmer can mend keeps its traceback.
+
+    Args:
+        program: the command's name.
+        stopped: returns what to say where a signal stops it.
+    """
+    open_streams()
+    try:
+        with on_signals(interrupt):
+            BEGUN.append(program)
+            yield
+    except KeyboardInterrupt as stop:
+        end(128 + (stop.args[0] if stop.args else signal.SIGINT), stopped(), program)
+    except (FloatingPointError, ValueError, OSError) as error:
+        end(2 if isinstance(error, FlagError) else 1, f"error: {error}", program)
+    except (RuntimeError, MemoryError) as error:
+        words = r"out of memory|allocate memory|alloc_failed|memory object"  # torch has several ways to say it
+        if not isinstance(error, MemoryError) and not re.search(words, str(error), re.IGNORECASE):
+            raise
+        end(1, "error: there is too little memory: give a smaller --batch_size or another --device", program)

@@ -1,0 +1,78 @@
+"""Flags: the parser, the types of their values, the error that names a wrong one."""
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+
+class FlagError(ValueError):
+    """A flag is wrong; the message names it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises FlagError where it would print the list of all flags and end the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise FlagError(message)
+
+
+def folder(text: str) -> Path:
+    """The type of a flag that names a folder, which need not exist yet."""
+    if text and not text.isprintable():
+        raise argparse.ArgumentTypeError(f"must be one line of printable text, not {text!r}")
+    try:
+        path = Path(text).expanduser()
+        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    except (OSError, RuntimeError) as error:  # a name that is too long; a home that nobody has
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {error}") from None
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {there} is a file")
+    return path
+
+
+def file_name(text: str) -> str:
+    """The type of a flag that takes a name which files can have on any system."""
+    if (text and not re.fullmatch(r"\w[\w.+=-]*", text)) or len(text.encode()) > 200:
+        raise argparse.ArgumentTypeError(
+            f"must be at most 200 letters, digits and . _ + = - and start with a letter or digit, not {text!r}"
+        )
+    return text
+
+
+def whole(minimum: int) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number of at least `minimum`."""
+
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, not {text!r}")
+        return int(text)
+
+    return convert
+
+
+def number(what: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
+    """The type of a flag that takes a number that is `allowed` (NaN must not be), which `what` puts into words."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+        return value or 0.0  # not -0.0
+
+    return convert
+
+
+def as_typed(value: str | float | bool) -> str:
+    """A value as one would type it after its flag: 100 for 100.0."""
+    return str(value).removesuffix(".0")
+
+
+def is_flag(argument: str, name: str) -> bool:
+    """Whether a command's argument is the flag of this name, with or without its value."""
+    return argument == f"--{name}" or argument.startswith(f"--{name}=")

@@ -1,0 +1,58 @@
+"""Signals that stop a command, and loops that end where they want to when one arrives."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn, TypeVar
+
+# what ends a command: Ctrl-C, a polite request, and, where there are terminals, one that was closed
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+Item = TypeVar("Item")
+
+
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun, as one of several processes
+
+
+def until_stopped(items: Iterable[Item], stops: Sequence[int]) -> Iterator[Item]:
+    """The items, one after the other; KeyboardInterrupt as soon as `stops` has the number of a signal."""
+    for item in items:
+        if stops:
+            raise KeyboardInterrupt(stops[0])
+        yield item
+
+
+@contextmanager
+def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Call `handle` with the number of the first of `STOP_SIGNALS` that arrives.
+
+    A second Ctrl-C ends the process at once; the others are ignored then, as clusters repeat them while a run is being
+    saved. A signal that is ignored already, as by nohup, stays so. Outside the main thread, where Python cannot handle
+    signals, this does nothing.
+    """
+
+    def first(number: int, _: FrameType | None) -> None:
+        for other in earlier:
+            at_once = other == signal.SIGINT and not LAUNCHED  # torchrun may repeat a Ctrl-C
+            signal.signal(other, signal.SIG_DFL if at_once else signal.SIG_IGN)
+        handle(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    earlier = {number: signal.signal(number, first) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():  # torchrun stops its other processes as soon as one has ended
+            signal.signal(number, signal.SIG_IGN if LAUNCHED else handler)
+
+
+def interrupt(number: int) -> NoReturn:
+    """Raise KeyboardInterrupt with the number of a signal."""
+    raise KeyboardInterrupt(number)

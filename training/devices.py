@@ -1,0 +1,88 @@
+"""Devices, precision, compilation."""
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from command_line.flag_types import FlagError
+from command_line.settings import PRECISIONS
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, by default the accelerator that torch finds, else the CPU. FlagError if missing."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what torch says of 'mkldnn', beside the error
+            device = torch.device(name if name is not None else accelerator or "cpu")
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises differs by device
+        found = ["cpu", *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()) if accelerator)]
+        reason = str(error).partition("\n")[0]
+        raise FlagError(f"argument --device: {name!r} is not one of {', '.join(found)} ({reason})") from error
+    return device
+
+
+def speed_up(network: nn.Module, precision: str = "float32", compiled: bool = False) -> None:
+    """Prepare a network for the modes that are faster, with different rounding. In place.
+
+    Weights, their gradients, the statistics of batch norm and the names in `state_dict` stay as they are. A copy of the
+    network (`copy.deepcopy`) is not compiled.
+
+    Args:
+        network: any module, on the device where it will compute.
+        precision: one of `PRECISIONS`. For 'bfloat16', the channels of a pixel are put next to each other in memory.
+        compiled: whether to compile it, with CUDA graphs on a GPU, for each size of the batches that it is called
+            with. `network.forward` stays as it is: for a short last batch, compiling would take longer than it saves.
+
+    Raises:
+        ValueError: `precision` is not one of `PRECISIONS`.
+        FileNotFoundError: there is no compiler to compile with.
+    """
+    check_precision(precision)
+    if precision == "bfloat16":
+        for weight in filter(lambda parameter: parameter.dim() == 4, network.parameters()):
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    if compiled:
+        if not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
+            raise FileNotFoundError("there is no C++ compiler here: install g++, let CXX name one, or do not compile")
+        # for how many kinds of networks and batches a process compiles: torch computes without compiling after that
+        torch.compiler.config.recompile_limit = 64
+        on_gpu = any(parameter.is_cuda for parameter in network.parameters())
+        network.compile(mode="reduce-overhead" if on_gpu else "default", dynamic=False)
+
+
+@contextmanager
+def use_precision(precision: str) -> Iterator[None]:
+    """Let torch compute float32 products and convolutions in this precision, whatever was set before.
+
+    'float32' and 'bfloat16' are torch's own settings: a GPU rounds the inputs of convolutions, but not of products, to
+    the 10 bits of tf32. 'tf32' rounds both, 'strict' neither. A CPU computes in full float32 in any case.
+
+    Raises:
+        ValueError: `precision` is not one of `PRECISIONS`.
+    """
+    check_precision(precision)
+    convolutions = "ieee" if precision == "strict" else "tf32"
+    products = "tf32" if precision == "tf32" else "ieee"
+    backends = torch.backends
+    wanted = {backends.cuda.matmul: products, backends.cudnn.conv: convolutions, backends.cudnn.rnn: convolutions}
+    wanted |= {backends.mkldnn.matmul: "ieee", backends.mkldnn.conv: "ieee"}
+    earlier = {backend: backend.fp32_precision for backend in wanted}
+    try:
+        for backend, value in wanted.items():
+            backend.fp32_precision = value
+        yield
+    finally:
+        for backend, value in earlier.items():
+            backend.fp32_precision = value
+
+
+def check_precision(precision: str) -> None:
+    """ValueError where this is not one of `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
