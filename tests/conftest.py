@@ -1,6 +1,7 @@
 """Small image sets, so that a whole training takes a second."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side, each with a thread of its own
@@ -12,11 +13,20 @@ import torchvision.datasets
 
 import small
 import trained_networks
+from command_line.signals import STOP_SIGNALS
 from image_sets import loading
 from training import preparation
 
 hypothesis.settings.register_profile("machines of any speed", deadline=None)
 hypothesis.settings.load_profile("machines of any speed")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_signal_is_ignored():
+    """Under nohup or in the background of a script, some are, and child processes would inherit that."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)  # the tests go on as before; a child process starts with the default
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def test_mistake_of_the_program_keeps_its_traceback():
 
 
 def test_letters_that_a_stream_does_not_know():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from command_line import endings as c; c.open_streams(); c.say('γ ± 1')"
+    code = "from command_line.endings import open_streams, say; open_streams(); say('γ ± 1')"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "\\u03b3 \\xb1 1\n")
