@@ -3,14 +3,16 @@
     python train.py --dataset cifar10 --bn_weight 0.1 --c 100 --input_norm bn --seed 1
 
 `train` is one whole run from top to bottom: data, network, parameter groups, optimizer, schedule, epochs. The flags are
-in `settings.py`; what is saved, and how a run is resumed, in `checkpoint.py`.
+in `command_line/settings.py`; what is checked before a run, and what is told, in `training/`; what is saved, and how a
+run is resumed, in `saved_runs/run.py`.
 """
 
 import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial, reduce
 from operator import add
 
@@ -23,28 +25,25 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
-from tqdm import tqdm
 
 from equivalence import rewrite
 from image_sets.batches import Batch, Batches
-from saved_runs import paths
-from saved_runs.checkpoint import REMEDY
+from saved_runs.paths import run_files
 from saved_runs.results import Results
-from saved_runs.run import Run
 from seeds import make_deterministic
-from training.devices import speed_up, use_precision
+from training.devices import use_precision
 from training.preparation import check_network, construct, load_images, parse
-from training.progress import introduce
-from training.world import ALONE, OneProcess, join
+from training.progress import Progress, Report
+from training.world import ALONE, World, join
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 
 def train(
     settings: argparse.Namespace,
-    report: Callable[[str], None] = lambda line: None,
+    report: Report = lambda line: None,
     show_bar: bool = False,
     stops: list[int] | None = None,
-    world: OneProcess = ALONE,
+    world: World = ALONE,
 ) -> Results:
     """Run the training that the flags describe, or what is left of it, and return what is in its result file.
 
@@ -60,7 +59,7 @@ def train(
 
     Raises:
         FloatingPointError: a loss is not finite.
-        ValueError: a file is of a run with other settings, or damaged.
+        ValueError: a file is of a run with other settings, or damaged; or the network cannot train on the images.
         FileNotFoundError: the data cannot be had, or there is no compiler for `compile`.
         BlockingIOError: another process works on the same run.
         OSError: a file cannot be read or written.
@@ -72,25 +71,21 @@ def train(
             return run.results
 
         make_deterministic(settings.seed)
-        load = partial(load_images, settings, report=report, show_bar=show_bar, stops=run.stops)
-        image_set = world.load(load, settings.batch_size)
+        image_set = world.load(partial(load_images, settings, report, show_bar, run.stops), settings.batch_size)
+        run.note_images(image_set.notes)
         train_batches, val_batches, test_batches = (
             Batches(image_set, split, settings.batch_size, settings.input_norm == "dataset", world.share)
             for split in ("train", "val", "test")
         )
 
-        network = construct(settings, len(image_set.classes), image_set.size)
-        if settings.dataset not in flags.DATASETS:  # of these, the images were known before
-            flags.check_batch_size(settings, train_batches.num_images)
-            check_network(settings, network, image_set.size, train_batches.num_images, len(image_set.classes))
-            note_images(run, image_set.notes)
+        network = construct(settings, len(image_set.classes), image_set.size, report)
+        check_network(settings, network, image_set)
         network.to(settings.device)
         parameters = adjust_weight_decay_and_learning_rate(
             network, settings.weight_decay, settings.learning_rate, settings.c
         )
         if settings.equivalent != "no":
             network, parameters = rewrite(network, settings)
-        speed_up(network, settings.precision, settings.compile)
         optimizer = optim.SGD(parameters, momentum=settings.momentum, fused=settings.device.type == "cuda")
         if settings.scheduler == "cos":
             scheduler = optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.num_epochs, eta_min=1e-8)
@@ -98,25 +93,19 @@ def train(
             scheduler = optim.lr_scheduler.ConstantLR(optimizer, factor=1)
 
         run.resume(network, optimizer, scheduler)
-        replica = world.replicate(network)
-        for line in introduce(run, network, image_set.numbers, len(train_batches)):
-            report(line)
-        num_images, num_epochs = train_batches.num_images, settings.num_epochs
-        images = {"total": num_epochs * num_images, "initial": (run.epochs[0] - 1) * num_images}
-        with tqdm(**images, unit="image", unit_scale=True, disable=not show_bar) as bar:
+        replica = world.replicate(network, settings)
+        with Progress(run, network, train_batches, world.size, report, show_bar) as progress:
             for epoch in run.epochs:
-                start = time.perf_counter()
-                train_loss = train_one_epoch(replica, run.steps(train_batches), optimizer, settings, epoch, bar, world)
-                speed = num_images / (time.perf_counter() - start)
+                with progress.training(epoch):
+                    train_loss = train_one_epoch(
+                        replica, run.steps(train_batches), optimizer, settings, progress, world
+                    )
                 scheduler.step()
                 val_loss, val_accuracy = measure(network, run.steps(val_batches), settings, world)
                 _, test_accuracy = measure(network, run.steps(test_batches), settings, world)
                 check_finite(val_loss, f"the validation loss after epoch {epoch}")
                 run.record(epoch, train_loss, val_loss, val_accuracy, test_accuracy)
-                report(
-                    f"epoch {epoch}/{num_epochs}: train loss {train_loss:.6f}, val loss {val_loss:.6f}, val accuracy"
-                    f" {val_accuracy:.3f} %, test accuracy {test_accuracy:.3f} %, {speed:,.0f} images/s"
-                )
+                progress.after_epoch(train_loss, val_loss, val_accuracy, test_accuracy)
         return run.results
 
 
@@ -125,13 +114,11 @@ def train_one_epoch(
     batches: Iterable[Batch],
     optimizer: optim.Optimizer,
     settings: argparse.Namespace,
-    epoch: int,
-    bar: tqdm,
-    world: OneProcess = ALONE,
+    progress: Progress,
+    world: World = ALONE,
 ) -> float:
     """Train on every batch once; returns the mean loss of the batches. FloatingPointError where one is not finite."""
     network.train()
-    bar.set_description(f"epoch {epoch}", refresh=False)
     losses = []
     for images, labels in batches:
         optimizer.zero_grad()
@@ -140,18 +127,17 @@ def train_one_epoch(
         optimizer.step()
         losses.append(loss.detach())
         if loss.device.type == "cpu":  # elsewhere, reading a loss would make every step wait for the device
-            check_finite(loss.item(), f"the loss at epoch {epoch}, step {len(losses)}")
-        if bar.update(world.size * len(labels)):  # only now and then is the bar drawn, and the loss needed
-            bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
+            check_finite(loss.item(), f"the loss at epoch {progress.epoch}, step {len(losses)}")
+        progress.step(losses[-1], len(labels))
     values = torch.stack(losses).tolist()
     for step, loss in enumerate(values, start=1):
-        check_finite(loss, f"the loss at epoch {epoch}, step {step}")
+        check_finite(loss, f"the loss at epoch {progress.epoch}, step {step}")
     return reduce(add, values) / len(values)  # one by one: from Python 3.12 on, `sum` rounds differently
 
 
 @torch.inference_mode()
 def measure(
-    network: nn.Module, batches: Iterable[Batch], settings: argparse.Namespace, world: OneProcess = ALONE
+    network: nn.Module, batches: Iterable[Batch], settings: argparse.Namespace, world: World = ALONE
 ) -> tuple[float, float]:
     """Loss (mean over the images) and accuracy (in percent) of a network on every batch, in evaluation mode."""
     network.eval()
@@ -168,25 +154,18 @@ def measure(
 
 def compute_logits(network: nn.Module, images: Tensor, settings: argparse.Namespace) -> Tensor:
     """The network's outputs (N, classes), in float32 whatever the precision is."""
-    compute = network if len(images) == settings.batch_size else network.forward  # which is not compiled
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-        return compute(images).float()
+    short = settings.compile and len(images) != settings.batch_size  # compiling for it would take longer than it saves
+    with (
+        torch.compiler.set_stance("force_eager") if short else nullcontext(),
+        torch.autocast(images.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"),
+    ):
+        return network(images).float()
 
 
 def check_finite(loss: float, what: str) -> None:
     """FloatingPointError where a loss is not a finite number."""
     if not math.isfinite(loss):
         raise FloatingPointError(f"{what} is {loss}: the training has diverged; try a smaller --learning_rate")
-
-
-def note_images(run: Run, notes: dict[str, str]) -> None:
-    """Let the result file say what the images are like. ValueError where a run is resumed with others."""
-    earlier = run.results.settings if run.results else {}
-    for name, note in notes.items():
-        if (before := earlier.get(name, note)) != note:
-            changed = f"the images of {run.settings.dataset} have changed since {run.settings.name} was stopped"
-            raise ValueError(f"{changed}: {name} were {before}, now {note}: {REMEDY}")
-    run.notes.update(notes)
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
@@ -201,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
 
     with one_line_endings("train.py", stopped), join() as world:
         settings = world.together(lambda: parse(argv, world))
-        files = paths.run_files(settings.path, settings.name)
+        files = run_files(settings.path, settings.name)
         results = train(settings, say, show_bar=world.first and sys.stderr.isatty(), world=world)
         weights = f", weights in {files.best_weights}" if files.best_weights.exists() else ""
         say(

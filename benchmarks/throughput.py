@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from image_sets.batches import Batch, Batches
@@ -137,9 +137,11 @@ def make_training(args: argparse.Namespace, mode: str) -> Training:
     parameters = adjust_weight_decay_and_learning_rate(network, learning_rate=0.001, c=100)
     optimizer = optim.SGD(parameters, momentum=0.9, fused=args.device.type == "cuda")
 
+    progress = SimpleNamespace(epoch=1, step=lambda loss, num_images: None)
+
     def train(batches: Iterable[Batch]) -> None:
         with use_precision(precision):
-            train_one_epoch(network, batches, optimizer, settings, 1, tqdm(disable=True))
+            train_one_epoch(network, batches, optimizer, settings, progress)
 
     return train
 

@@ -13,14 +13,15 @@ from command_line.flag_types import FlagError, Parser, as_typed, file_name, fold
 Value = str | int | float | bool | None
 
 
-class Size(NamedTuple):
+class Known(NamedTuple):
     """What is known of a data set before it is loaded."""
 
     num_train: int  # images that are trained on
     pixels: int  # height and width of an image
+    num_classes: int
 
 
-DATASETS = {"cifar10": Size(45_000, 32), "cifar100": Size(45_000, 32), "digits": Size(1_293, 8)}
+DATASETS = {"cifar10": Known(45_000, 32, 10), "cifar100": Known(45_000, 32, 100), "digits": Known(1_293, 8, 10)}
 SCHEDULES = ("cos", "none")
 STEMS = ("auto", "small", "own")
 INPUT_NORMS = ("bn", "dataset")

@@ -1,4 +1,4 @@
-"""A run as a thing on disk: its files, what is saved when, and what an earlier process has left behind.
+"""Checkpoints, and what an earlier process has left of a run.
 
 Checkpoints and weights are what `torch.save` writes, followed by its SHA-256: torch itself notices a file that is cut
 short, but not a changed byte in a weight. `torch.load` reads them as they are.
@@ -18,7 +18,8 @@ import torch
 from command_line.files import DamagedFileError, add_digest, has_digest, write_atomically
 from command_line.settings import determining, differences
 from saved_runs.paths import RunFiles
-from saved_runs.results import Results, read_results, write_results
+from saved_runs.results import Results, format_results, read_results, write_results
+from seeds import keep_random_states, set_random_states
 
 FORMAT = 1  # raise it when a change makes older checkpoints useless
 REMEDY = "give --restart to start over, or another --name"
@@ -71,7 +72,23 @@ def load_checkpoint(file: str | os.PathLike) -> dict[str, Any]:
         state = None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"the checkpoint {file} was written by another version of this program: {REMEDY}")
+    try:
+        check_state(state)
+    except Exception as error:  # which one depends on what is missing, or of another type
+        raise ValueError(f"the checkpoint {file} does not hold the state of a run: {REMEDY}") from error
     return state
+
+
+def check_state(state: dict[str, Any]) -> None:
+    """Raise an error where this cannot be what `Run.record` has made. What is in its networks, `Run.resume` sees."""
+    results = results_so_far(state)
+    format_results(results)
+    float(results.settings["seconds"])
+    with keep_random_states():
+        set_random_states(state["random"])
+    for name in ("best_weights", "network", "optimizer", "scheduler"):
+        if not isinstance(state[name], dict):
+            raise TypeError(name)
 
 
 def recover_run(files: RunFiles, settings: argparse.Namespace) -> tuple[Results | None, dict[str, Any] | None]:

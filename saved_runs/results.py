@@ -77,10 +77,18 @@ def write_results(file: str | os.PathLike, results: Results) -> None:
     """Write `file` whole or not at all, creating its folder if it is missing. `read_results` gives the same back.
 
     Raises:
-        ValueError: the results cannot have come from a run: the name of a setting is not an identifier or its value not
-            of its kind (see `check_setting`), the columns are not those of `COLUMNS`, of equal length, or a row is
-            impossible (see `check_row`).
+        ValueError: the results cannot have come from a run; see `format_results`.
         OSError: the file cannot be written; an older one is then still there.
+    """
+    write_atomically(file, format_results(results))
+
+
+def format_results(results: Results) -> bytes:
+    """What the result file holds.
+
+    ValueError where the results cannot have come from a run: the name of a setting is not an identifier or its value
+    not of its kind (see `check_setting`), the columns are not those of `COLUMNS`, of equal length, or a row is
+    impossible (see `check_row`).
     """
     if set(results.columns) != set(COLUMNS):
         raise ValueError(f"columns must be {', '.join(COLUMNS)}, not {', '.join(results.columns)}")
@@ -93,7 +101,7 @@ def write_results(file: str | os.PathLike, results: Results) -> None:
         check_row(row, number, results.settings)
         lines.append(",".join(map(repr, row)).encode())  # repr: the shortest digits that give the same float back
     lines = [*header, checksum_line([*header, *lines]), *lines]
-    write_atomically(file, b"".join(line + b"\n" for line in lines))
+    return b"".join(line + b"\n" for line in lines)
 
 
 def checksum_line(lines: Iterable[bytes]) -> bytes:

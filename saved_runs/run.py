@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 from command_line.files import remove_temporaries
-from command_line.settings import Value
+from command_line.settings import DATASETS, Value
 from command_line.signals import on_signals, until_stopped
 from saved_runs.checkpoint import (
     FORMAT,
@@ -42,8 +42,7 @@ class Run:
             process are added to it.
 
     Raises:
-        BlockingIOError: another process works on the same run. (All come on entry; this one also later, where somebody
-            has removed the lock's file: then the other process goes on with the run, and this one writes nothing.)
+        BlockingIOError: another process works on the same run.
         ValueError: the files are of a run with other settings, or one is damaged; the message says what to do.
         FileExistsError: there is the result file of an unfinished run, but no checkpoint.
         OSError: a file cannot be read or written.
@@ -64,7 +63,7 @@ class Run:
     def __enter__(self) -> "Run":
         with ExitStack() as contexts:
             try:
-                self.keep_lock = contexts.enter_context(lock_run(self.files))
+                contexts.enter_context(lock_run(self.files))
             except OSError as error:
                 if isinstance(error, BlockingIOError) or self.settings.restart:
                     raise
@@ -85,7 +84,6 @@ class Run:
     def __exit__(self, *_: object) -> None:
         with self.contexts:
             if self.saved_state is not self.state:
-                self.keep_lock()
                 save_run(self.files, self.state)
 
     @property
@@ -107,7 +105,7 @@ class Run:
             for name, part in self.parts.items():
                 try:
                     part.load_state_dict(self.state[name])
-                except (RuntimeError, ValueError):  # the message has a line for each weight
+                except Exception:  # which one depends on what differs; of weights, it has a line for each
                     raise ValueError(f"{self.files.checkpoint} is of a run with another {name}: {REMEDY}") from None
             for group in optimizer.param_groups:  # this goes with the device, which may be another one now
                 group["fused"] = optimizer.defaults["fused"]
@@ -116,11 +114,20 @@ class Run:
             self.start -= self.results.settings["seconds"]
         self.contexts.enter_context(on_signals(self.stops.append))
 
+    def note_images(self, notes: dict[str, Value]) -> None:
+        """Let the result file say what the images of a folder are like. ValueError where others were resumed with."""
+        if self.settings.dataset in DATASETS:
+            return
+        earlier = self.results.settings if self.results else {}
+        for name, note in notes.items():
+            if (before := earlier.get(name, note)) != note:
+                changed = f"the images of {self.settings.dataset} have changed since {self.settings.name} was stopped"
+                raise ValueError(f"{changed}: {name} were {before}, now {note}: {REMEDY}")
+        self.notes.update(notes)
+
     def steps(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, one after the other; KeyboardInterrupt with the number of a signal that has arrived."""
-        for batch in until_stopped(batches, self.stops):
-            self.keep_lock()
-            yield batch
+        return until_stopped(batches, self.stops)
 
     def record(self, *numbers: float) -> None:
         """Add the numbers of an epoch, in the order of `results.COLUMNS`, and save what is due.
@@ -128,7 +135,6 @@ class Run:
         The result file is written after every epoch; the checkpoint after the first one, when `checkpoint_seconds` have
         passed since the last, and at the end.
         """
-        self.keep_lock()
         self.curves.add(self.parts["network"], self.results, *numbers)  # first: so all that is saved is shown
         earlier = self.results.columns if self.results else dict.fromkeys(COLUMNS, np.array([], dtype=int))
         columns = {name: np.append(earlier[name], value) for name, value in zip(COLUMNS, numbers, strict=True)}
@@ -136,7 +142,10 @@ class Run:
         self.results = Results(described | self.notes, columns)
         if self.results.best_epoch == self.results.num_epochs:
             weights = self.parts["network"].state_dict()
-            best_weights = {name: value.cpu().clone() for name, value in weights.items()}
+            best_weights = {
+                name: value.cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+                for name, value in weights.items()
+            }
         else:
             best_weights = self.state["best_weights"]
         self.state = {

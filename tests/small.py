@@ -4,6 +4,7 @@ import hashlib
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,13 +44,18 @@ def stop_in_epoch(epoch_to_stop: int, monkeypatch, error: BaseException = Keyboa
     """Let the run stop within an epoch, when its weights have moved on already."""
     whole_epoch = train.train_one_epoch
 
-    def part_of_epoch(network, batches, optimizer, settings, epoch, bar, world):
-        loss = whole_epoch(network, batches, optimizer, settings, epoch, bar, world)
-        if epoch == epoch_to_stop:
+    def part_of_epoch(network, batches, optimizer, settings, progress, world):
+        loss = whole_epoch(network, batches, optimizer, settings, progress, world)
+        if progress.epoch == epoch_to_stop:
             raise error
         return loss
 
     monkeypatch.setattr(train, "train_one_epoch", part_of_epoch)
+
+
+def silent_progress(epoch: int) -> SimpleNamespace:
+    """In place of the `Progress` of an epoch."""
+    return SimpleNamespace(epoch=epoch, step=lambda loss, num_images: None)
 
 
 def write_pickle(file: Path, content: dict) -> list[str]:

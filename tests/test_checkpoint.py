@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import train
 from cluster import ENVIRONMENT
 from command_line.signals import interrupt, on_signals
 from kill_and_restart import FLAGS, finish, outcome, processes, same, start
-from saved_runs import checkpoint, circumstances, lock
+from saved_runs import checkpoint, circumstances
 from saved_runs import run as saved_run
 from saved_runs.checkpoint import load_checkpoint, save_run
 from saved_runs.lock import lock_run
@@ -532,69 +533,16 @@ def test_lock_is_free_although_a_process_of_the_run_still_lives(tmp_path):
     child.join()
 
 
-def test_removed_lock(alone, tmp_path, monkeypatch):
-    """The run makes it again at its next step, so that no other process gets in."""
-    files, whole, others = run_files(tmp_path, "x"), train.train_one_epoch, []
-
-    def try_others(*arguments):
-        files.lock.unlink()
-        loss = whole(*arguments)
-        with pytest.raises(BlockingIOError, match="another process is at work on the run of"), lock_run(files):
-            pass
-        others.append(arguments)
-        if len(others) == 2:
-            shutil.rmtree(files.lock.parent)  # even that may go
-        return loss
-
-    monkeypatch.setattr(train, "train_one_epoch", try_others)
-    run(tmp_path)
-    assert len(others) == 4
-    assert same(outcome(tmp_path), outcome(alone))
-
-
-@pytest.mark.parametrize("moment", ["the loss at epoch 3, step 1", "the validation loss after epoch 3"])
-def test_lock_that_another_process_has_taken_over(alone, tmp_path, monkeypatch, fails, moment):
-    """It came in before the first one could notice that the lock was gone. From then on, only it writes."""
-    files, check_finite, written = run_files(tmp_path, "x"), train.check_finite, []
-
-    def take_over(loss, what):
-        if what == moment:
-            files.lock.unlink()
-            assert finish(tmp_path, small=True) == 0
-            written.extend(file.read_bytes() for file in files)
-        check_finite(loss, what)
-
-    monkeypatch.setattr(train, "check_finite", take_over)
-    assert "x.lock was removed, and another process is at work on the run of" in fails(tmp_path)
-    assert [file.read_bytes() for file in files] == written
-    assert same(outcome(tmp_path), outcome(alone))
-
-
-def test_stop_of_a_run_that_another_process_has_taken_over(tmp_path, monkeypatch, fails):
-    """What the first one has not saved, the second one makes again."""
-    files = run_files(tmp_path, "x")
-    whole = train.train_one_epoch
-
-    def taken_over(network, batches, optimizer, settings, epoch, bar, world):
-        if epoch == 3:
-            files.lock.unlink()
-            files.lock.touch()
-            raise KeyboardInterrupt
-        return whole(network, batches, optimizer, settings, epoch, bar, world)
-
-    monkeypatch.setattr(train, "train_one_epoch", taken_over)
-    assert "x.lock was removed, and another process" in fails(tmp_path, "--checkpoint_seconds", "1e9")
-    assert len(load_checkpoint(files.checkpoint)["columns"]["epoch"]) == 1
-
-
 def test_file_system_without_locks(tmp_path, monkeypatch, fails):
-    def flock(*_, **__):
-        raise OSError(errno.ENOSYS, "Function not implemented")
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
 
-    run(tmp_path / "finished", "--num_epochs", "1")
-    monkeypatch.setattr(lock, "lock_descriptor", flock)
-    assert "networks is on a file system that cannot lock files: give a --path on another one" in fails(tmp_path)
-    run(tmp_path / "finished", "--num_epochs", "1")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    number = errno.ENOLCK
+    assert "cannot lock it: No locks available: " in fails(tmp_path)
+    number = errno.ENOSYS
+    with pytest.warns(UserWarning, match="falling back to SoftFileLock"):
+        run(tmp_path / "other", "--num_epochs", "1")
 
 
 def test_folder_that_can_only_be_read(tmp_path):
@@ -641,7 +589,7 @@ import sys
 import small, train
 
 def train_one_epoch(*arguments, whole=train.train_one_epoch):
-    if arguments[4] == 2 and sys.argv.pop() == "fill":
+    if arguments[4].epoch == 2 and sys.argv.pop() == "fill":
         try:
             open("disk/filler", "wb").write(bytes(10**8))
         except OSError as error:
@@ -712,7 +660,8 @@ def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
 def small_checkpoint(tmp_path) -> Path:
     """A checkpoint of a few kilobytes."""
     state = {"format": checkpoint.FORMAT, "best_weights": {"w": torch.rand(100)}, "random": random_states()}
-    state |= {"settings": {}, "columns": {name: [1] for name in COLUMNS}}
+    state |= {"settings": {"seconds": 1.0}, "columns": {name: [1] for name in COLUMNS}}
+    state |= {"network": {}, "optimizer": {}, "scheduler": {}}
     files = run_files(tmp_path, "x")
     save_run(files, state)
     assert same(load_checkpoint(files.checkpoint), state)
@@ -746,6 +695,34 @@ def test_checkpoint_of_a_real_run_damaged(tmp_path, monkeypatch, fails):
     file.write_bytes(whole)
     assert "x-last.pt is cut short, damaged" in fails(tmp_path, "--num_epochs", "2")
     run(tmp_path, "--num_epochs", "2", "--restart")
+
+
+WRONG_PARTS = {
+    "settings": [None, [], {"seconds": "many"}, {"a line\nof": 1, "seconds": 1.0}],
+    "columns": [None, {"epoch": [1, 2, 3]}, {name: [1] for name in COLUMNS[1:]}, dict.fromkeys(COLUMNS, [2])],
+    "best_weights": [None, 1],
+    "network": [None, {"nonsense": torch.ones(1)}, {0: 1}],
+    "optimizer": [None, {}, {"state": 1, "param_groups": []}, {"state": {}, "param_groups": [1, 2, 3]}],
+    "scheduler": [None, []],
+    "random": [None, {}, {"python": 1}],
+}
+
+
+def test_checkpoint_with_a_wrong_part(tmp_path, monkeypatch, fails):
+    """Its checksum fits, but what is in it was not written by this program: one line, and nothing is changed."""
+    run_into_stop(2, monkeypatch, tmp_path)
+    files = run_files(tmp_path, "x")
+    state = load_checkpoint(files.checkpoint)
+    for name, wrong in WRONG_PARTS.items():
+        for value in (..., *wrong):
+            part = {} if value is ... else {name: value}
+            checkpoint.save_with_digest({**{k: v for k, v in state.items() if k != name}, **part}, files.checkpoint)
+            before = [file.read_bytes() for file in files]
+            line = fails(tmp_path)
+            assert "x-last.pt" in line and "--restart" in line, (name, value)
+            assert [file.read_bytes() for file in files] == before, (name, value)
+    checkpoint.save_with_digest(state, files.checkpoint)
+    run(tmp_path)
 
 
 def test_checkpoint_of_another_version(small_checkpoint, monkeypatch):

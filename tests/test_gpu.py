@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 from torch._dynamo.utils import counters
-from tqdm import tqdm
 
 import processes
 import train
@@ -23,6 +22,7 @@ from image_sets.loading import load_image_set
 from saved_runs.checkpoint import load_checkpoint
 from saved_runs.results import Results
 from seeds import random_states, set_random_states
+from small import silent_progress
 from training import preparation
 from training.devices import speed_up, use_precision
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
@@ -158,8 +158,7 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(gpu, without_waiting, small_n
     digits = {split: Batches(load_image_set("digits", device=gpu), split, 10, normalize) for split in ("train", "test")}
     optimizer = optim.SGD(adjust_weight_decay_and_learning_rate(network), momentum=0.9, fused=gpu.type == "cuda")
     for _ in range(2):
-        bar = tqdm(disable=True)
-        train.train_one_epoch(network, without_waiting(digits["train"]), optimizer, settings, 1, bar)
+        train.train_one_epoch(network, without_waiting(digits["train"]), optimizer, settings, silent_progress(1))
         train.measure(network, without_waiting(digits["test"]), settings)
 
 

@@ -1,15 +1,12 @@
 import inspect
 import math
 import os
-import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torchvision
@@ -21,11 +18,9 @@ import train
 from batch_norm import prepend_input_norm
 from command_line.settings import PRECISIONS
 from networks import construct_network, reinit_network, zero_biases
-from seeds import make_deterministic
 from small import construct_small_network
 from training import preparation
 from training.devices import speed_up, use_precision
-from training.preparation import check_images, try_images
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 
@@ -382,91 +377,3 @@ def test_input_norm_is_like_the_network(dtype):
 def test_input_norm_with_a_scale_that_there_cannot_be(bn_weight):
     with pytest.raises(ValueError, match=f"bn_weight must be a finite number above 0 that .* not {bn_weight!r}"):
         prepend_input_norm(nn.ReLU(), bn_weight)
-
-
-class Picky(nn.Module):
-    """Computes logits of images whose sides are divisible by 7, in batches of more than one, and draws numbers."""
-
-    def __init__(self, logits: Callable[[torch.Tensor], Any] = lambda logits: logits) -> None:
-        super().__init__()
-        self.batch_norm = nn.BatchNorm2d(3)
-        self.logits = logits
-
-    def forward(self, images: torch.Tensor) -> Any:
-        assert self.training and not torch.is_grad_enabled()
-        random.random(), np.random.rand(), torch.rand(3)
-        if images.shape[2] % 7 or images.shape[3] % 7:
-            raise ValueError("sides must be\ndivisible by 7")
-        return self.logits(self.batch_norm(images).mean((2, 3)))
-
-
-def test_image_size_that_a_network_can_take():
-    network = Picky().eval()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    make_deterministic(3)
-    numbers = random.random(), np.random.rand(), torch.rand(1)
-    make_deterministic(3)
-    check_images(network, 7, 14, 3)
-    for height, width, next_size in [(8, 8, 14), (7, 20, 7), (500, 500, 504)]:
-        with pytest.raises(ValueError) as error:
-            check_images(network, height, width, 3)
-        assert str(error.value) == (
-            f"cannot train on images of {height}×{width} pixels; the next size that works is {next_size}×{next_size}"
-            " (ValueError: sides must be divisible by 7)"
-        )
-    with pytest.raises(ValueError, match=r"of 512×512 pixels; up to 512, none seems to \(ValueError: sides"):
-        check_images(network, 512, 512, 3)
-    assert (random.random(), np.random.rand(), torch.rand(1)) == numbers and not network.training
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("logits", "what"),
-    [
-        (lambda logits: logits[:, :2], r"\(2, 2\)"),
-        (lambda logits: logits[0], r"\(3,\)"),
-        (lambda logits: (logits, logits), "tuple"),
-    ],
-)
-def test_what_is_no_logits(logits, what):
-    with pytest.raises(ValueError, match=rf"computes {what} for 2 images, not logits \(2, 3\)"):
-        check_images(Picky(logits), 7, 7, 3)
-
-
-@pytest.mark.parametrize("name", [name for name, pixels in FAMILIES.items() if 1 < pixels < 75])
-def test_smallest_images_of_torchvision(name):
-    network = construct_network(name, 3, "imagenet")
-    check_images(network, FAMILIES[name], FAMILIES[name], 3)
-    with pytest.raises(ValueError, match=f"; the next size that works is {FAMILIES[name]}×{FAMILIES[name]} "):
-        check_images(network, FAMILIES[name] - 2, FAMILIES[name] - 2, 3)
-
-
-class Pickier(Picky):
-    """What it does not like is found only where something is computed."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if images.shape[2] < 21 and not images.is_meta:
-            raise ArithmeticError
-        return super().forward(images)
-
-
-def test_size_that_shapes_alone_do_not_tell():
-    with pytest.raises(ValueError, match=r"the next size that works is 21×21 \(ArithmeticError:\)"):
-        check_images(Pickier(), 8, 8, 3)
-
-
-def test_network_that_cannot_be_copied():
-    network = Picky()
-    network.weight = nn.Parameter(torch.ones(3)) * 2
-    with pytest.raises(
-        ValueError, match=r"up to 512, none seems to \(RuntimeError: Only Tensors created explicitly by"
-    ):
-        check_images(network, 7, 7, 3)
-
-
-def test_images_are_tried_on_a_copy():
-    network = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
-        try_images(network, 1, 1, 1)
-    assert try_images(network, 1, 2, 3).shape == (1, 3, 2, 3)
-    assert network[0].num_batches_tracked == 0

@@ -16,13 +16,13 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 import train
 from command_line.flag_types import FlagError
 from command_line.settings import determining
 from image_sets import loading
 from saved_runs.results import read_results
+from small import silent_progress
 from training import preparation
 from training.devices import speed_up
 
@@ -211,10 +211,10 @@ def test_loss_that_is_not_finite(few_digits, tmp_path, capsys, monkeypatch):
     flags = [*QUICK, "--path", str(tmp_path), "--name", "x"]
     first_epoch = train.train_one_epoch
 
-    def diverge_in_epoch_2(network, batches, optimizer, settings, epoch, bar, world):
-        if epoch == 2:
+    def diverge_in_epoch_2(network, batches, optimizer, settings, progress, world):
+        if progress.epoch == 2:
             nn.init.constant_(network[1].fc.weight, float("nan"))
-        return first_epoch(network, batches, optimizer, settings, epoch, bar, world)
+        return first_epoch(network, batches, optimizer, settings, progress, world)
 
     monkeypatch.setattr(train, "train_one_epoch", diverge_in_epoch_2)
     with pytest.raises(SystemExit) as stop:
@@ -248,9 +248,8 @@ def test_loss_is_checked_where_it_is_not_read_at_every_step(monkeypatch):
     batches = [(image, torch.zeros(4, dtype=torch.int64)) for image in images]
     with pytest.raises(FloatingPointError, match="epoch 7, step 2 is nan"):
         settings = preparation.parse(["--device", "cpu"])
-        train.train_one_epoch(
-            network, batches, torch.optim.SGD(network.parameters(), 0.1), settings, 7, tqdm(disable=True)
-        )
+        optimizer, progress = torch.optim.SGD(network.parameters(), 0.1), silent_progress(epoch=7)
+        train.train_one_epoch(network, batches, optimizer, settings, progress)
 
 
 def test_progress_bar(small_network, tmp_path, monkeypatch, capsys):
@@ -282,8 +281,6 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
         ("--batch_size", "9" * 5000, WHOLE),
         ("--batch_size", "1294", "digits has 1293 training images, fewer than a batch of 1294"),
         ("--batch_size", "999999999999", "digits has 1293 training images, fewer"),
-        ("--batch_size", "68", "68 leaves a last batch of one of the 1293 training images"),
-        ("--batch_size", "1", "1 leaves a last batch of one"),
         ("--num_epochs", "", WHOLE),
         ("--num_epochs", "0", WHOLE),
         ("--num_epochs", "-1", WHOLE),
@@ -376,11 +373,6 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
         ),
         ("--network", "ResNet18", "torchvision has no classification network 'ResNet18': close are resnet18, resnet"),
         ("--network", "vgg16", "vgg16 has no batch norm, which the method is about: take one that has some"),
-        (
-            "--network",
-            "googlenet",
-            "googlenet cannot train on images of 8×8 pixels; the next size that works is 15×15 (RuntimeError",
-        ),
         ("--network", "my_networks:small", "my_networks cannot be imported: ModuleNotFoundError: No module named"),
         ("--scheduler", "", "choose from"),
         ("--scheduler", "cosine", "choose from"),
@@ -441,6 +433,21 @@ def test_only_whole_batches_are_compiled(small_network, monkeypatch):
             torch.testing.assert_close(train.compute_logits(fast, images, settings), plain(images))
     assert counters["stats"]["unique_graphs"] == 2
     assert fast.state_dict()["2.num_batches_tracked"] == 4
+
+
+@pytest.mark.parametrize("flags", [[], ["--compile"]])
+def test_every_batch_goes_through_the_hooks_of_a_network(small_network, monkeypatch, flags):
+    """Such as one that normalizes the images, whatever the size of the batch."""
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, dynamic: whole(f, backend="aot_eager", dynamic=dynamic))
+    settings = preparation.parse(["--dataset", "digits", "--device", "cpu", "--batch_size", "16", *flags])
+    network = preparation.construct_network("", 10, "digits", 0.1).eval()
+    images = torch.rand(20, 3, 8, 8)
+    expected = network(images * 3 - 1)
+    network.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 3 - 1,))
+    speed_up(network, compiled=settings.compile)
+    for batch, logits in zip(images.split(16), expected.split(16), strict=True):
+        torch.testing.assert_close(train.compute_logits(network, batch, settings), logits)
 
 
 def test_logits_in_bfloat16(small_network):

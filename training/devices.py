@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from command_line.flag_types import FlagError
-from command_line.settings import PRECISIONS
 
 
 def find_device(name: str | None) -> torch.device:
@@ -43,7 +42,6 @@ def speed_up(network: nn.Module, precision: str = "float32", compiled: bool = Fa
         ValueError: `precision` is not one of `PRECISIONS`.
         FileNotFoundError: there is no compiler to compile with.
     """
-    check_precision(precision)
     if precision == "bfloat16":
         for weight in filter(lambda parameter: parameter.dim() == 4, network.parameters()):
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
@@ -66,7 +64,6 @@ def use_precision(precision: str) -> Iterator[None]:
     Raises:
         ValueError: `precision` is not one of `PRECISIONS`.
     """
-    check_precision(precision)
     convolutions = "ieee" if precision == "strict" else "tf32"
     products = "tf32" if precision == "tf32" else "ieee"
     backends = torch.backends
@@ -80,9 +77,3 @@ def use_precision(precision: str) -> Iterator[None]:
     finally:
         for backend, value in earlier.items():
             backend.fp32_precision = value
-
-
-def check_precision(precision: str) -> None:
-    """ValueError where this is not one of `PRECISIONS`."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")

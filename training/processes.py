@@ -1,4 +1,4 @@
-"""One training run on the processes that torchrun has started, on one machine or many.
+"""The processes that torchrun has started, on one machine or many, to make one training run.
 
 Every process builds the same network and draws the same order, flips and augmentations as one process would; of each
 batch it computes a share. Batch norm has the statistics of the whole batch, DistributedDataParallel averages the
@@ -36,6 +36,7 @@ from training.devices import find_device
 from training.pulse import FAILING, LEAVING, Pulse
 from training.shared_run import SharedRun
 from training.synchronized_batch_norm import synchronize
+from training.world import World
 
 FOR_EVER = timedelta(days=365)
 JOINING = timedelta(minutes=5)  # for all processes to be there: imports may take long
@@ -52,8 +53,8 @@ EXPECTED = (KeyboardInterrupt, FloatingPointError, ValueError, OSError)
 Result = TypeVar("Result")
 
 
-class Processes:
-    """All processes of a run; `world.OneProcess` says what the methods are for.
+class Processes(World):
+    """All processes of a run.
 
     Attributes:
         first: whether this is the process that prints and writes files.
@@ -143,7 +144,8 @@ class Processes:
     def share(self, part: Tensor) -> Tensor:
         return share(part, self.rank, self.size)
 
-    def replicate(self, network: nn.Module) -> nn.Module:
+    def replicate(self, network: nn.Module, settings: argparse.Namespace) -> nn.Module:
+        super().replicate(network, settings)
         if next(network.parameters()).is_cuda:
             nn.SyncBatchNorm.convert_sync_batchnorm(network, self.group)
         else:

@@ -3,7 +3,7 @@
 import argparse
 import random
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,7 +11,9 @@ from torch import nn, optim
 
 from saved_runs.run import Run
 from seeds import random_states, set_random_states
-from training.world import OneProcess
+
+if TYPE_CHECKING:
+    from training.processes import Processes
 
 
 class SharedRun(Run):
@@ -23,10 +25,9 @@ class SharedRun(Run):
     Between two batches all agree on whether to go on: a signal, or an image that is damaged, ends all at the same step.
     """
 
-    def __init__(self, world: OneProcess, settings: argparse.Namespace, stops: list[int] | None) -> None:
+    def __init__(self, world: "Processes", settings: argparse.Namespace, stops: list[int] | None) -> None:
         super().__init__(settings, stops)
         self.world, self.processes = world, world.size
-        self.keep_lock = lambda: None
 
     def __enter__(self) -> "SharedRun":
         self.world.together(super().__enter__ if self.world.first else lambda: None)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from command_line.signals import LAUNCHED
 from image_sets.loading import ImageSet
 from saved_runs.run import Run
-from training.devices import find_device
+from training.devices import find_device, speed_up
 
 Result = TypeVar("Result")
 
 
-class OneProcess:
-    """A world of one process: all that `processes.Processes` does for many, where there is nothing to do.
+class World:
+    """The processes of a run. This is a world of one, where there is little to do; `processes.Processes` has many.
 
     Attributes:
         first: whether this is the process that prints and writes files.
@@ -50,8 +50,9 @@ class OneProcess:
         """This process's share of what there is for each image of a batch, its images in the same order."""
         return part
 
-    def replicate(self, network: nn.Module) -> nn.Module:
-        """The network as it is trained: it computes a share, and its gradients become those of the whole batch."""
+    def replicate(self, network: nn.Module, settings: argparse.Namespace) -> nn.Module:
+        """The network as it is trained, fast: it computes a share; its gradients become those of the whole batch."""
+        speed_up(network, settings.precision, settings.compile)
         return network
 
     def mean(self, loss: Tensor, num_images: int) -> Tensor:
@@ -63,11 +64,11 @@ class OneProcess:
         return numbers
 
 
-ALONE = OneProcess()
+ALONE = World()
 
 
 @contextmanager
-def join() -> Iterator[OneProcess]:
+def join() -> Iterator[World]:
     """The world of this process, as long as it takes part. ConnectionError where another process is lost."""
     if not LAUNCHED:
         yield ALONE
