@@ -699,7 +699,7 @@ def test_checkpoint_of_a_real_run_damaged(tmp_path, monkeypatch, fails):
 
 WRONG_PARTS = {
     "settings": [None, [], {"seconds": "many"}, {"a line\nof": 1, "seconds": 1.0}],
-    "columns": [None, {"epoch": [1, 2, 3]}, {name: [1] for name in COLUMNS[1:]}, dict.fromkeys(COLUMNS, [2])],
+    "columns": [None, {"epoch": [1, 2, 3]}, {name: [1] for name in COLUMNS[1:]}, {name: [2] for name in COLUMNS}],
     "best_weights": [None, 1],
     "network": [None, {"nonsense": torch.ones(1)}, {0: 1}],
     "optimizer": [None, {}, {"state": 1, "param_groups": []}, {"state": {}, "param_groups": [1, 2, 3]}],

@@ -93,7 +93,7 @@ def test_experiment_says_that_its_images_have_changed(beetles, capsys):
     [
         (True, [], 1, "has no folder test (or val)"),
         (False, ["--batch_size", "55"], 2, "argument --batch_size: beetles has 54 training images, fewer than"),
-        (False, ["--network", "vgg11_bn"], 2, "argument --network: vgg11_bn cannot train on two images of 16×16 pixels"),
+        (False, ["--network", "vgg11_bn"], 2, "--network: vgg11_bn cannot train on two images of 16×16 pixels"),
     ],
 )
 def test_what_is_wrong_for_all_runs_is_said_once(beetles, capsys, change, others, code, message):
