@@ -21,7 +21,7 @@ from folders import make_folder
 from processes import DRIVER, TORCHRUN, started
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 80  # in which a run ends when a process was killed; the README says so
+SECONDS = 80  # in which a run ends when a process was killed; USAGE.md says so
 
 NETWORKS = """
 from torch import nn
@@ -177,8 +177,8 @@ def test_ends_all_processes_with_one_line(seen, job, code, line):
 
 @contextmanager
 def slow_run(folder: Path) -> Iterator[tuple[subprocess.Popen, list[int]]]:
-    """The README's example with the small network, once the first epoch is saved: torchrun and its two processes."""
-    [example] = re.findall(r"^```\n(torchrun .*)\n```$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    """The example of USAGE.md with the small network, once the first epoch is saved: torchrun and its two processes."""
+    [example] = re.findall(r"^```\n(torchrun .*)\n```$", (ROOT / "USAGE.md").read_text(), re.MULTILINE)
     words = shlex.split(example)
     script = words.index("train.py")
     assert words[0] == "torchrun" and words[1:script] == ["--nproc_per_node=2"]

@@ -13,10 +13,10 @@ from folders import make_folder
 from training import preparation
 
 ROOT = Path(__file__).parent.parent
-README, MODULES = ((ROOT / name).read_text() for name in ("README.md", "MODULES.md"))
+README, USAGE, MODULES = ((ROOT / f"{name}.md").read_text() for name in ("README", "USAGE", "MODULES"))
 NOT_OF_THE_PAPER = {"stem", "image_size", "no_flip", "workers", "precision", "compile", "equivalent", "tensorboard"}
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-EXAMPLES = [*EXAMPLE.findall(README), *EXAMPLE.findall(MODULES)]
+EXAMPLES = [*EXAMPLE.findall(README), *EXAMPLE.findall(USAGE), *EXAMPLE.findall(MODULES)]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
@@ -46,7 +46,7 @@ def test_modules_import_only_what_stands_below_them():
 @pytest.mark.parametrize("parser", [settings.make_parser(), plan.make_parser()], ids=["train", "reproduce"])
 def test_every_flag_is_explained(parser):
     section = "The paper's training" if parser.prog == "train.py" else "The paper's experiment"
-    text = re.search(rf"^## {section}\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
+    text = re.search(rf"^## {section}\n(.*?)^## ", USAGE, re.DOTALL | re.MULTILINE)[1]
     table = dict(re.findall(r"^\| `(--\w+)` \| (.*?) \|", text, re.MULTILINE))
     flags = {action.option_strings[-1]: action.default for action in parser._actions}
     del flags["--help"]
@@ -57,7 +57,7 @@ def test_every_flag_is_explained(parser):
 
 
 def test_settings_of_the_experiment_are_explained():
-    rows = re.findall(r"^\| `([\w+]+)` \| ([\d.]+) \| ([\d.]+) \| `(\w+)` \|(?: `--equivalent (\S+)`)?", README, re.M)
+    rows = re.findall(r"^\| `([\w+]+)` \| ([\d.]+) \| ([\d.]+) \| `(\w+)` \|(?: `--equivalent (\S+)`)?", USAGE, re.M)
     assert {
         name: {"bn_weight": float(bn_weight), "c": float(c), "input_norm": input_norm}
         | ({"equivalent": equivalent} if equivalent else {})
@@ -66,7 +66,7 @@ def test_settings_of_the_experiment_are_explained():
 
 
 def test_command_of_the_paper_has_every_flag():
-    command = README.split("## The paper's training\n\n```\n")[1].split("```")[0].replace("\\\n", " ").split()
+    command = USAGE.split("## The paper's training\n\n```\n")[1].split("```")[0].replace("\\\n", " ").split()
     assert command[:2] == ["python", "train.py"]
     arguments = [argument.strip("'").replace("cuda:0", "cpu") for argument in command[2:]]
     given, default = vars(preparation.parse(arguments)), vars(preparation.parse(["--device", "cpu"]))
@@ -77,7 +77,7 @@ def test_command_of_the_paper_has_every_flag():
 
 def test_commands_for_a_network_and_images_of_ones_own(tmp_path):
     """As printed, in a folder with JPEGs of odd sizes and modes; every command ends with its results."""
-    section = re.search(r"^## Your own network, your own images\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
+    section = re.search(r"^## Your own network, your own images\n(.*?)^## ", USAGE, re.DOTALL | re.MULTILINE)[1]
     [example] = re.findall(r"^```\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     make_folder(tmp_path / "images" / "flowers")
     commands = example.replace("python ", f"{sys.executable} {ROOT}/").replace("--num_epochs 5", "--num_epochs 1")
