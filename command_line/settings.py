@@ -67,43 +67,47 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="train.py",
         description="Train a network by the method of 'Revisiting Batch Norm Initialization'.",
+        usage="%(prog)s [FLAG ...]",
         allow_abbrev=False,
     )
-    flag = parser.add_argument
+    # as --help shows them, one after the other
+    titles = ("the paper's method", "training", "files and device", "beyond the paper")
+    method, training, files, beyond = (parser.add_argument_group(title).add_argument for title in titles)
     not_negative = number("0 or a number from 1e-30 to 1e30", lambda x: x == 0 or 1e-30 <= x <= 1e30)
     fraction = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
     reduction = number("0 or 1 (no reduction) or a number from 1 to 1e30", lambda x: x == 0 or 1 <= x <= 1e30)
 
-    flag("--path", default="", type=folder, help="folder of images/, networks/, results/ (default: the current one)")
-    flag("--name", default="", type=file_name, help="name of the run's files (default: made from the settings)")
+    # the order is that of the lines of a result file, and of the parts of a default name
+    files("--path", default="", type=folder, help="folder of images/, networks/, results/ (default: the current one)")
+    files("--name", default="", type=file_name, help="name of the run's files (default: made from the settings)")
     dataset_help = f"{', '.join(DATASETS)} or a folder in images/ with train/ and test/ (default: %(default)s)"
-    flag("--dataset", default="cifar10", type=dataset_name, help=dataset_help)
+    training("--dataset", default="cifar10", type=dataset_name, help=dataset_help)
     network_help = "a torchvision network, or MODULE:FUNCTION of your own (default: %(default)s)"
-    flag("--network", default="resnet18", type=network_name, help=network_help)
-    flag("--batch_size", default=128, type=whole(1), help="images in a batch (default: %(default)s)")
-    flag("--num_epochs", default=180, type=whole(1), help="passes over the training images (default: %(default)s)")
-    flag("--learning_rate", default=0.1, type=positive, help="initial learning rate (default: %(default)s)")
-    flag("--scheduler", default="cos", choices=SCHEDULES, help="cosine or constant rate (default: %(default)s)")
-    flag("--momentum", default=0.9, type=fraction, help="momentum of SGD (default: %(default)s)")
-    flag("--weight_decay", default=1e-4, type=not_negative, help="decay of the weights (default: %(default)s)")
-    flag("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator that torch finds, else cpu)")
-    flag("--checkpoint_seconds", default=60.0, type=not_negative, help="between checkpoints (default: %(default)g)")
-    flag("--restart", action="store_true", help="start over, replacing what an earlier run of this name left")
-    # not in the paper's script
-    flag("--tensorboard", action="store_true", help="write what TensorBoard shows of the run, too")
-    flag("--stem", default="auto", choices=STEMS, help="first layers of a ResNet: for small images or its own")
-    flag("--image_size", type=whole(1), help="pixels of an image (default: its own if small, else 224)")
-    flag("--no_flip", action="store_true", help="never mirror an image")
-    flag("--workers", type=whole(0), help="processes that decode large images (default: the cores)")
-    flag("--precision", default="float32", choices=PRECISIONS, help="of products and layers (default: %(default)s)")
-    flag("--compile", action="store_true", help="compile the network with torch.compile")
+    training("--network", default="resnet18", type=network_name, help=network_help)
+    training("--batch_size", default=128, type=whole(1), help="images in a batch (default: %(default)s)")
+    training("--num_epochs", default=180, type=whole(1), help="passes over the training images (default: %(default)s)")
+    training("--learning_rate", default=0.1, type=positive, help="initial learning rate (default: %(default)s)")
+    training("--scheduler", default="cos", choices=SCHEDULES, help="cosine or constant rate (default: %(default)s)")
+    training("--momentum", default=0.9, type=fraction, help="momentum of SGD (default: %(default)s)")
+    training("--weight_decay", default=1e-4, type=not_negative, help="weight decay (default: %(default)s)")
+    files("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator that torch finds, else cpu)")
+    seconds_help = "least time between two checkpoints (default: %(default)g)"
+    files("--checkpoint_seconds", default=60.0, type=not_negative, help=seconds_help)
+    files("--restart", action="store_true", help="start over, replacing what an earlier run of this name left")
+    files("--tensorboard", action="store_true", help="write curves for TensorBoard too")
+    beyond("--stem", default="auto", choices=STEMS, help="first layers of a ResNet: for small images, or its own")
+    beyond("--image_size", type=whole(1), help="height and width in pixels (default: their own if small, else 224)")
+    beyond("--no_flip", action="store_true", help="never mirror an image")
+    files("--workers", type=whole(0), help="processes that decode large images (default: the cores)")
+    precision_help = "of products and convolutions (default: %(default)s)"
+    beyond("--precision", default="float32", choices=PRECISIONS, help=precision_help)
+    beyond("--compile", action="store_true", help="compile the network with torch.compile")
     equivalent_help = "train a network with γ = 1 that starts with the same logits, or also learns the same way"
-    flag("--equivalent", default="no", choices=EQUIVALENTS, help=equivalent_help)
-    # what the paper is about
-    flag("--bn_weight", default=0.1, type=positive, help="initial scale of every batch norm (default: %(default)s)")
-    flag("--c", default=100.0, type=reduction, help="divides the learning rate of the scales (default: %(default)g)")
-    flag("--input_norm", default="bn", choices=INPUT_NORMS, help="what normalizes the images (default: %(default)s)")
-    flag("--seed", default=1, type=whole(0), help="seed of every draw but the split's (default: %(default)s)")
+    beyond("--equivalent", default="no", choices=EQUIVALENTS, help=equivalent_help)
+    method("--bn_weight", default=0.1, type=positive, help="initial γ of every batch norm (default: %(default)s)")
+    method("--c", default=100.0, type=reduction, help="divides the learning rate of γ (default: %(default)g)")
+    method("--input_norm", default="bn", choices=INPUT_NORMS, help="what normalizes the images (default: %(default)s)")
+    training("--seed", default=1, type=whole(0), help="seed of every draw but the split's (default: %(default)s)")
     return parser
 
 

@@ -55,31 +55,36 @@ def make_parser() -> Parser:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="All other flags are those of train.py, see python train.py --help.",
+        usage="%(prog)s [FLAG ...]",
         allow_abbrev=False,
     )
-    flag = parser.add_argument
+    comparison, files = (parser.add_argument_group(t).add_argument for t in ("the comparison", "files and devices"))
     settings_help = f"any of {', '.join(NAMED)}, or your own as NAME:bn_weight=0.2,c=50 (default: baseline proposed)"
     seeds_help = "such as 1-15 or 1 2 5-7 (default: 1-15)"
     default = [{name: PAPER[name]} for name in ("baseline", "proposed")]
-    flag("--settings", nargs="+", default=default, type=named_setting, metavar="SETTING", help=settings_help)
-    flag("--bn_weights", nargs="+", default=[], type=flags.positive, metavar="γ", help="proposed, with each of these")
-    flag("--seeds", nargs="+", default=[seed_range("1-15")], type=seed_range, metavar="SEEDS", help=seeds_help)
+    comparison("--settings", nargs="+", default=default, type=named_setting, metavar="SETTING", help=settings_help)
+    comparison(
+        "--bn_weights", nargs="+", default=[], type=flags.positive, metavar="γ", help="proposed, with each of these"
+    )
+    comparison("--seeds", nargs="+", default=[seed_range("1-15")], type=seed_range, metavar="SEEDS", help=seeds_help)
     contrast = {"action": "append", "nargs": 2, "default": [], "metavar": ("SETTING", "OTHER")}
-    flag("--contrast", **contrast, help="test whether SETTING is better than OTHER, too; may be given several times")
+    comparison(
+        "--contrast", **contrast, help="test whether SETTING is better than OTHER, too; may be given several times"
+    )
     selection_help = "test accuracy at the epoch of the best validation accuracy, or at the last (default: %(default)s)"
-    flag("--select", default="best", choices=SELECTIONS, help=selection_help)
+    comparison("--select", default="best", choices=SELECTIONS, help=selection_help)
     rates = {"nargs": "+", "default": [], "type": flags.positive, "metavar": "RATE"}
-    flag("--learning_rates", **rates, help="choose each setting's learning rate among these, on the tuning seeds")
+    comparison("--learning_rates", **rates, help="choose each setting's learning rate among these, on the tuning seeds")
     tuning_help = "seeds to choose on, none of --seeds (default: 16-20)"
-    flag("--tuning_seeds", nargs="+", type=seed_range, metavar="SEEDS", help=tuning_help)
-    flag("--name", default="", type=file_name, help="beginning of all file names (default: made from the settings)")
-    flag("--jobs", default=1, type=whole(1), help="runs at a time on this machine (default: %(default)s)")
+    comparison("--tuning_seeds", nargs="+", type=seed_range, metavar="SEEDS", help=tuning_help)
+    files("--name", default="", type=file_name, help="beginning of all file names (default: made from the settings)")
+    files("--jobs", default=1, type=whole(1), help="runs at a time on this machine (default: %(default)s)")
     scheduler_help = "tcp://HOST:PORT of a Dask scheduler that gets the runs; cos and none are those of train.py"
-    flag("--scheduler", action="append", default=[], type=scheduler, help=scheduler_help)
-    flag("--device", help="device of every run (default: with --jobs, runs share out all GPUs; cpu without any)")
-    flag("--list", action="store_true", help="print the commands of all runs instead of making them")
+    files("--scheduler", action="append", default=[], type=scheduler, help=scheduler_help)
+    files("--device", help="device of every run (default: with --jobs, runs share out all GPUs; cpu without any)")
+    files("--list", action="store_true", help="print the commands of all runs instead of making them")
     report_help = "make no runs, only table and figures of the result files in FOLDER (default: results/ below --path)"
-    flag("--report", nargs="?", const=False, type=folder, metavar="FOLDER", help=report_help)
+    files("--report", nargs="?", const=False, type=folder, metavar="FOLDER", help=report_help)
     return parser
 
 

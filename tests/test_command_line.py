@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from command_line.endings import one_line_endings
+from command_line.settings import DEFAULTS, WITHOUT_EFFECT, make_parser, parse
 from command_line.signals import STOP_SIGNALS, on_signals
+from experiment import plan
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_SLOW_IMPORTS = """
@@ -51,6 +54,32 @@ def test_help_and_wrong_flags_are_answered_before_the_slow_imports(command, flag
             ),
         ).stderr
     )  # the test would notice
+
+
+@pytest.mark.parametrize(
+    ("parser", "titles"),
+    [
+        (make_parser(), ["the paper's method", "training", "files and device", "beyond the paper"]),
+        (plan.make_parser(), ["the comparison", "files and devices"]),
+    ],
+    ids=["train.py", "reproduce.py"],
+)
+def test_help_shows_flags_in_groups(parser, titles):
+    assert re.findall(r"^(\S.*):$", parser.format_help(), re.MULTILINE)[-len(titles) :] == titles
+
+
+def test_order_of_flags_is_that_of_committed_files():
+    """They have it in their headers, and in their names."""
+    files = [*(ROOT / "results").glob("*/*-seed*.csv")]
+    assert files
+    for file in files:
+        header = dict(re.findall(r"^# (\w+): (.*)$", file.read_text(), re.MULTILINE))
+        of_numbers = [flag for flag in header if flag in DEFAULTS and flag not in WITHOUT_EFFECT]
+        if "equivalent" in header:  # the newest of these flags: before it, there was another order
+            assert of_numbers == [flag for flag in DEFAULTS if flag in of_numbers]
+        given = {flag: header[flag] for flag in of_numbers if header[flag] not in ("null", "false")}
+        flags = [f"--{flag}" if value == "true" else f"--{flag}={value}" for flag, value in given.items()]
+        assert parse(flags).name == header["name"] == file.stem
 
 
 def test_wrong_values_are_answered_before_the_slow_imports():
