@@ -38,9 +38,8 @@ import numpy as np
 from scipy.stats import ttest_rel
 
 from reporting.comparison import Comparison
-from reporting.power import LEVEL as LEVEL  # whoever draws or prints verdicts has it from here, with the test
 from reporting.power import have_spread
-from reporting.tables import selection_note, tables
+from reporting.tables import selection_note, tables, without_tables
 from saved_runs.by_seed import accuracy_by_seed, check_alike, mixed_circumstances, read_by_seed
 from saved_runs.results import Results
 
@@ -51,8 +50,10 @@ def evaluate(d1: Any, d2: Any) -> float:
     The paper calls a gain significant where the p-value is at most 0.05.
 
     Args:
-        d1: n numbers, such as the test accuracies of the proposed method: a list, an array, or a tensor on any device.
-        d2: n numbers that pair with them, such as the baseline's accuracies with the same seeds.
+        d1: n numbers, such as the test accuracies of the proposed method: a list of numbers or of tensors, an array, a
+            tensor on any device, or a pandas Series.
+        d2: n numbers that pair with them by position, such as the baseline's accuracies with the same seeds. Two Series
+            must have the same index in the same order.
 
     Returns:
         The p-value, between 0 and 1. Where `d1` and `d2` are identical there is nothing to test, and it is NaN, which
@@ -60,9 +61,12 @@ def evaluate(d1: Any, d2: Any) -> float:
         are nearly identical.
 
     Raises:
-        ValueError: the lengths differ, there are fewer than two pairs, an input does not have exactly one dimension,
-            or a value is missing (NaN) or infinite.
+        ValueError: the lengths or the indices differ, there are fewer than two pairs, an input does not have exactly
+            one dimension, or a value is missing (NaN or masked), infinite, or no real number, as text and dates are.
     """
+    indices = [getattr(d, "index", None) for d in (d1, d2)]  # of a list, it is a method
+    if all(hasattr(index, "equals") for index in indices) and not indices[0].equals(indices[1]):
+        raise ValueError("d1 and d2 have different indices: align them first, d1, d2 = d1.align(d2, join='inner')")
     d1, d2 = as_vector(d1, "d1"), as_vector(d2, "d2")
     if len(d1) != len(d2):
         raise ValueError(f"a paired test needs as many values in d1 as in d2, not {len(d1)} and {len(d2)}")
@@ -74,17 +78,27 @@ def evaluate(d1: Any, d2: Any) -> float:
 
 def as_vector(values: Any, name: str) -> np.ndarray:
     """`values` as a float64 array of one dimension; ValueError, naming `name`, where that cannot be."""
-    if hasattr(values, "detach"):  # a tensor: recognized without importing torch, which takes seconds
-        values = values.detach().cpu().double()
+    if np.ma.is_masked(values):
+        raise ValueError(f"{name} holds a masked value")
+    if isinstance(values, list | tuple):
+        values = [without_gradient(value) for value in values]
     try:
-        vector = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be a sequence of numbers: {error}") from None
+        vector = np.asarray(without_gradient(values))
+        if vector.dtype.kind not in "biufO" or any(isinstance(value, str | bytes | complex) for value in vector.flat):
+            raise TypeError(f"they are of the type {vector.dtype}")
+        vector = vector.astype(np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must be a sequence of real numbers: {error}") from None
     if vector.ndim != 1:
         raise ValueError(f"{name} must have one dimension, not {vector.ndim}")
     if not np.isfinite(vector).all():
         raise ValueError(f"{name} holds a value that is not a finite number")
     return vector
+
+
+def without_gradient(values: Any) -> Any:
+    """The numbers of a tensor, which is recognized without importing torch, as that takes seconds; others as is."""
+    return values.tolist() if hasattr(values, "detach") else values
 
 
 def compare(setting: str, proposed: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison:
@@ -164,7 +178,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line: compare two groups of result files; see `one_line_endings` for its exit codes."""
     with one_line_endings("t_test.py"):
         args = make_parser().parse_args(argv)
-        say(report(args.proposed, args.baseline, args.select))
+        (proposed, notes), (baseline, more) = without_tables(args.proposed), without_tables(args.baseline)
+        say(report(proposed, baseline, args.select), *notes, *more)
 
 
 if __name__ == "__main__":

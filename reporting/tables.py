@@ -137,3 +137,21 @@ def read_table_size(stem: Path, settings: Mapping[str, Value]) -> int:
     if unlike:
         raise ValueError(f"{file} is of other settings, and is kept: {'; '.join(unlike)}. Give another --name")
     return finished
+
+
+def without_tables(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The files that are no table of an experiment, which `results/*.csv` catches too, and a line for each table.
+
+    ValueError where there is nothing but tables.
+    """
+    tables = [file for file in files if file.is_file() and is_table(file)]
+    others = [file for file in files if file not in tables]
+    if tables and not others:
+        raise ValueError(f"{tables[0]} is the table of an experiment: give the result files of its runs")
+    return others, [f"{file} is the table of an experiment, and left out" for file in tables]
+
+
+def is_table(file: Path) -> bool:
+    """Whether the first line that is no setting begins as that of `write_table`. OSError where it cannot be read."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        return next((line for line in lines if not line.startswith("#")), "").startswith(f"setting,{COMPARED[0]},")

@@ -1,3 +1,4 @@
+import datetime
 import itertools
 import math
 import signal
@@ -6,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import assume, given
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import t_test
+from command_line.settings import NAMED
 from reporting.comparison import Comparison
-from reporting.tables import table
+from reporting.tables import table, table_rows, write_table
 from saved_runs.results import Results, write_results
 from t_test import apply_holm_correction, compare, compare_all, evaluate, main
 
@@ -33,12 +36,20 @@ def by_hand(d1, d2) -> float:
 
 @pytest.mark.parametrize(
     "convert",
-    [list, tuple, np.array, lambda d: torch.tensor(d, requires_grad=True, dtype=torch.float64)],
+    [
+        tuple,
+        np.array,
+        np.ma.array,
+        pd.Series,
+        lambda d: torch.tensor(d, requires_grad=True, dtype=torch.float64),
+        lambda d: [torch.tensor(number, requires_grad=True, dtype=torch.float64) for number in d],
+    ],
 )
 def test_p_value(convert):
     p_value = evaluate(convert(PROPOSED), convert(BASELINE))
     assert type(p_value) is float
     assert p_value == pytest.approx(by_hand(PROPOSED, BASELINE))
+    assert evaluate(convert(PROPOSED), BASELINE) == p_value
 
 
 accuracies = st.floats(0, 100).map(lambda accuracy: round(accuracy, 2))
@@ -68,6 +79,15 @@ def test_is_paired():
 def test_low_precision_tensors(dtype):
     d1, d2 = torch.tensor(PROPOSED, dtype=dtype), torch.tensor(BASELINE, dtype=dtype)
     assert evaluate(d1, d2) == pytest.approx(by_hand(d1, d2))
+    assert evaluate(list(d1), list(d2)) == evaluate(d1, d2)
+
+
+def test_series_with_different_indices_are_refused():
+    ours, theirs = pd.Series(PROPOSED), pd.Series(BASELINE)
+    for other in (theirs[::-1], theirs.set_axis([1, 2, 3, 4, 5])):
+        with pytest.raises(ValueError, match="d1 and d2 have different indices"):
+            evaluate(ours, other)
+    assert evaluate(*ours.align(theirs[::-1], join="inner")) == evaluate(ours, theirs)  # as the message says
 
 
 def test_without_spread():
@@ -90,7 +110,23 @@ def test_without_spread():
         ([1, 2], [1, float("nan")], "d2 holds a value that is not a finite number"),
         ([1, float("inf")], [1, 2], "d1 holds a value that is not a finite number"),
         ([1, None], [1, 2], "d1 holds a value that is not a finite number"),
-        (["a", "b"], [1, 2], "d1 must be a sequence of numbers"),
+        (np.ma.array([1, 2, 3], mask=[0, 1, 0]), [1, 2, 3], "d1 holds a masked value"),
+        *[
+            ([1, 2, 3], numbers, "d2 must be a sequence of real numbers")
+            for numbers in (
+                ["a", "b", "c"],
+                ["1", "2", "4"],
+                [1, "2", 4],
+                np.array([1, "2", 4], dtype=object),
+                pd.Series(["1", "2", "4"]),
+                [1, 2 + 1j, 4],
+                torch.tensor([1, 2, 4 + 1j]),
+                np.array(["2026-01-01", "2026-01-02", "2026-01-04"], dtype="datetime64[D]"),
+                [datetime.date(2026, 1, day) for day in (1, 2, 4)],
+                [1, 2, 10**400],
+                {1: 2, 2: 3, 4: 5},
+            )
+        ],
     ],
 )
 def test_bad_input(d1, d2, message):
@@ -237,6 +273,17 @@ def test_other_files_are_refused(tmp_path, fails):
         message = fails(runs, write_runs(tmp_path, [95.0], **{missing: None}))
         assert "does not say with which seed and num_epochs it was made" in message
     assert "No such file" in fails(runs, [str(tmp_path / "none.csv")])
+
+
+def test_tables_of_experiments_are_left_out(tmp_path, fails, capsys):
+    runs = write_runs(tmp_path, PROPOSED)
+    rows = table_rows([compare("baseline", {1: 95.0}, {})], {"baseline": NAMED["baseline"]})
+    write_table(tmp_path / "digits", {"dataset": "digits"}, rows, "")
+    the_table = str(tmp_path / "digits.csv")
+    main(["--proposed", *runs, "--baseline", the_table, *runs])
+    out, _ = capsys.readouterr()
+    assert "| proposed | 5 " in out and out.endswith(f"{the_table} is the table of an experiment, and left out\n")
+    assert f"{the_table} is the table of an experiment: give the result files of its runs" in fails([the_table], runs)
 
 
 def test_what_files_lack_is_at_its_default(tmp_path, capsys):
