@@ -6,14 +6,16 @@ Each figure is a function that returns a `matplotlib.figure.Figure` without a wi
 it. All figures can be read in grey: lines differ in their strokes and markers too.
 """
 
+import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from command_line.endings import answer_at_once, one_line_endings, say
-from command_line.flag_types import Parser, folder
-from command_line.settings import DEFAULTS, NAMED, PAPER, compared
+from command_line.flag_types import Parser, as_typed, folder
+from command_line.settings import DATASETS, DEFAULTS, NAMED, PAPER, compared
 
 
 def make_parser() -> Parser:
@@ -31,17 +33,16 @@ if __name__ == "__main__":
 
 import numpy as np
 from matplotlib.artist import Artist
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from batch_norm import SETTLED
-from observations import learned_scales_and_shifts, normalized_values, observe_runs
+from observations import NUM_MEASURED, learned_scales_and_shifts, normalized_values, observe_runs
 from reporting.comparison import Comparison, is_contrast
-from reporting.drawing import label_axes, line_style, make_axes, save
+from reporting.drawing import add_legend, label_axes, line_style, make_axes, make_logarithmic, save
+from reporting.tables import without_tables
 from saved_runs.by_seed import accuracy_by_seed, check_alike, read_by_seed
 from saved_runs.results import Results, read_results
-from t_test import LEVEL, compare, compare_all
+from t_test import compare, compare_all
 
 Runs = Mapping[str, Mapping[int, Results]]  # finished runs by setting and seed
 
@@ -69,31 +70,17 @@ def learning_curves(runs: Runs) -> Figure:
             label = f"{setting} ({len(values)} seed{'s' * (len(values) > 1)})"
             panel.plot(epochs, median, label=label, markevery=0.1 if num_epochs > 20 else 1, **line_style(index))
             panel.fill_between(epochs, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
-    for panel, of_panel, name in zip(
-        axes, shown, ("test error (%)", "training loss (cross-entropy, nats)"), strict=True
-    ):
-        label_axes(panel, "epoch", name)
-        make_logarithmic(panel, np.concatenate(of_panel))
-    axes[0].set_ylim(top=min(100, axes[0].get_ylim()[1]))
-    axes[0].set_title(
-        f"For about {SETTLED} steps, evaluation uses running statistics\nof batch norm that have not settled.",
-        fontsize=9,
-    )
-    figure, title = axes[0].figure, "median, middle half of the seeds"
-    handles, names = axes[1].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, title=title, title_fontsize=8)
-    return figure
-
-
-def make_logarithmic(panel: Axes, values: np.ndarray) -> None:
-    """Give a panel a logarithmic y axis with plain numbers, from the smallest of the values above 0 to the largest."""
-    above = values[values > 0] if (values > 0).any() else np.ones(1)
-    panel.set_ylim(above.min() / 1.2, above.max() * 1.2)
-    panel.set_yscale("log")
-    plain = FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else "")
-    panel.yaxis.set_major_formatter(plain)
-    panel.yaxis.set_minor_formatter(plain)
-    panel.grid(alpha=0.15, which="minor")
+    label_axes(axes[0], "epoch", "test error (%)")
+    label_axes(axes[1], "epoch", "training loss (cross-entropy, nats)")
+    make_logarithmic(axes[0], np.concatenate(shown[0]), largest=100)
+    make_logarithmic(axes[1], np.concatenate(shown[1]))
+    settings = DEFAULTS | next(iter(run.settings for seeds in runs.values() for run in seeds.values()))
+    dataset = DATASETS.get(settings["dataset"])
+    if dataset and (steps := math.ceil(dataset.num_train / settings["batch_size"])) < SETTLED:
+        note = f"An epoch has {steps} steps. For about {SETTLED} steps, evaluation uses\nrunning statistics"
+        axes[0].set_title(f"{note} of batch norm that have not settled.", fontsize=8)
+    add_legend(axes[0].figure, title="median and middle half of the seeds")
+    return axes[0].figure
 
 
 def forest_plot(comparisons: Sequence[Comparison]) -> Figure:
@@ -126,23 +113,26 @@ def forest_plot(comparisons: Sequence[Comparison]) -> Figure:
     panel.set_ylim(len(names) - 0.3, -0.4)  # the first at the top
     panel.set_xlabel("difference in test accuracy (percentage points)")
     panel.grid(alpha=0.3, axis="x")
-    panel.figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    add_legend(panel.figure, handles)
     return panel.figure
 
 
-def paired_differences(runs: Runs, baseline: str = "baseline") -> Figure:
+def paired_differences(runs: Runs) -> Figure:
     """How far each seed's test accuracy exceeds the baseline's, with the mean and its 95 % confidence interval.
 
     A circle marks a difference of 0. ValueError where no seed has a run of the baseline and of another setting.
     """
-    theirs = accuracy_by_seed(runs.get(baseline, {}))
-    comparisons = [compare(name, accuracy_by_seed(of), theirs) for name, of in runs.items() if name != baseline]
+    theirs = accuracy_by_seed(runs.get("baseline", {}))
+    comparisons = [compare(name, accuracy_by_seed(of), theirs) for name, of in runs.items() if name != "baseline"]
     comparisons = [c for c in comparisons if c.differences]
     if not comparisons:
-        raise ValueError(f"there is no seed with a run of {baseline} and of another setting")
-    axes = make_axes(columns=len(comparisons), width=max(2.6, 5.5 / len(comparisons)), sharey=True, squeeze=False)[0]
+        raise ValueError("there is no seed with a run of baseline and of another setting")
+    columns = min(4, len(comparisons))
+    rows = math.ceil(len(comparisons) / columns)
+    size = {"width": max(3.0, 5.5 / columns), "height": 4.0 if rows == 1 else 3.0}
+    axes = make_axes(rows, columns, **size, sharey=True, squeeze=False)
     handles: dict[str, Artist] = {}
-    for panel, c in zip(axes, comparisons, strict=True):
+    for panel, c in zip(axes.flat, comparisons, strict=False):
         names, values = list(map(str, c.differences)), list(c.differences.values())
         colors = ["0.4" if value > 0 else "0.85" for value in values]
         panel.bar(names, values, color=colors, edgecolor="black", linewidth=0.8, zorder=2)
@@ -159,43 +149,55 @@ def paired_differences(runs: Runs, baseline: str = "baseline") -> Figure:
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("seed")
         panel.tick_params(axis="x", labelsize=7)
-    axes[0].figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
-    axes[0].set_ylabel(f"test accuracy − {baseline}'s (percentage points)")
-    return axes[0].figure
+    for panel in axes.flat[len(comparisons) :]:
+        panel.remove()
+    add_legend(axes[0, 0].figure, handles)
+    axes[0, 0].figure.supylabel("test accuracy − baseline's (percentage points)", fontsize=10)
+    return axes[0, 0].figure
 
 
-def accuracy_by_bn_weight(runs: Runs, baseline: str = "baseline") -> Figure:
+def accuracy_by_bn_weight(runs: Runs, comparisons: Sequence[Comparison] | None = None) -> Figure:
     """Test accuracy by the initial γ, for all settings that have the c and input_norm of 'proposed'.
 
-    It shows mean and standard deviation over the seeds, and a star where the paired t-test against the baseline gives
-    p ≤ 0.05. ValueError where they have fewer than three values of γ.
+    It shows mean and standard deviation over the seeds, and a star where the verdict of the comparison with the
+    baseline, which is corrected, is "significant". By default the settings are compared with the baseline alone.
+    ValueError where they have fewer than three values of γ.
     """
-    theirs = accuracy_by_seed(runs.get(baseline, {}))
+    verdicts = {c.setting: c.verdict for c in (compare_all(runs) if comparisons is None else comparisons)}
     points = []
     for setting, seeds in runs.items():
-        if not seeds:
-            continue
-        values = compared(next(iter(seeds.values())).settings)
-        if values == compared({**PAPER["proposed"], "bn_weight": values["bn_weight"]}):
-            points.append((values["bn_weight"], compare(setting, accuracy_by_seed(seeds), theirs)))
-    if len({weight for weight, _ in points}) < 3:
+        values = compared(next(iter(seeds.values())).settings) if seeds else {}
+        if seeds and values == compared({**PAPER["proposed"], "bn_weight": values["bn_weight"]}):
+            c = compare(setting, accuracy_by_seed(seeds), {})
+            points.append((values["bn_weight"], c.mean, np.nan_to_num(c.deviation), verdicts.get(setting)))
+    if len({weight for weight, *_ in points}) < 3:
         raise ValueError("there are fewer than three bn_weights to compare")
-    weights, comparisons = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+    weights, means, deviations, stars = zip(*sorted(points, key=lambda point: point[0]), strict=True)
     panel = make_axes()
-    means, deviations = [c.mean for c in comparisons], [np.nan_to_num(c.deviation) for c in comparisons]
     panel.errorbar(weights, means, deviations, color="black", marker="o", capsize=3, label="c = 100, input_norm bn")
-    for weight, mean, c in zip(weights, means, comparisons, strict=True):
-        if c.p_value <= LEVEL:
+    for weight, mean, verdict in zip(weights, means, stars, strict=True):
+        if verdict == "significant":
             panel.annotate("*", (weight, mean), (5, 2), textcoords="offset points", fontsize=18)
-    if theirs:
-        panel.axhline(np.mean(list(theirs.values())), color="C3", linestyle="--", label=baseline)
+    if runs.get("baseline"):
+        theirs = list(accuracy_by_seed(runs["baseline"]).values())
+        panel.axhline(np.mean(theirs), color="C3", linestyle="--", label="baseline")
     panel.set(xscale="log", xlabel="initial γ (bn_weight)", ylabel="test accuracy (%), mean ± standard deviation")
     panel.set_xticks(weights, [f"{weight:g}" for weight in weights], minor=False)
     panel.minorticks_off()
-    panel.set_title(f"* p ≤ {LEVEL} against {baseline} (not corrected)", fontsize=9)
+    panel.set_title("* significant gain over baseline, p-values corrected by Holm", fontsize=9)
     panel.grid(alpha=0.3)
-    panel.legend()
+    add_legend(panel.figure)
     return panel.figure
+
+
+def describe(runs: Iterable[Results]) -> str:
+    """What all these runs are of: network, data set, epochs and learning rate."""
+    all_settings = [DEFAULTS | run.settings for run in runs]
+    first, rates = all_settings[0], {settings["learning_rate"] for settings in all_settings}
+    stem = f" (stem {first['stem']})" * (first["stem"] != DEFAULTS["stem"])
+    epochs = f"{first['num_epochs']} epoch{'s' * (first['num_epochs'] != 1)}"
+    rate = f"learning rate {as_typed(*rates)}" if len(rates) == 1 else "each setting at its own learning rate"
+    return f"{first['network']}{stem} on {first['dataset']}, {epochs}, {rate}"
 
 
 def save_figures(
@@ -216,24 +218,31 @@ def save_figures(
         The files of the figures; and a line for each figure of trained networks that cannot be made, with the reason.
         A figure that would compare more settings or seeds than there are is left out without one.
     """
-    figures: dict[str, Figure] = {}
-    for draw in (learning_curves, paired_differences, accuracy_by_bn_weight):
-        with suppress(ValueError):  # there are too few settings or seeds for it
-            figures[draw.__name__.replace("_", "-")] = draw(runs)
-    with suppress(ValueError):
-        figures["forest"] = forest_plot(compare_all(runs) if comparisons is None else comparisons)
+    comparisons = compare_all(runs) if comparisons is None else comparisons
+    title = describe(run for seeds in runs.values() for run in seeds.values())
     first_runs = {name: seeds[min(seeds)] for name in SHOWN if (seeds := runs.get(name))}
-    names = {setting: str(run.settings.get("name")) for setting, run in first_runs.items()}
+    seeds_shown = sorted({run.settings["seed"] for run in first_runs.values()})
+    of_seed = f"{title}, seed {' and '.join(map(str, seeds_shown))}"
+    names = "\n".join(str(run.settings.get("name")) for run in first_runs.values())
     archive = stem.with_name(f"{stem.name}-scales-and-shifts.npz")
-    weights, measured, missing = observe_runs(first_runs, "\n".join(names.values()), networks, archive)
+    weights, measured, missing = observe_runs(first_runs, names, networks, archive)
+    bn_weights = {setting: PAPER[setting]["bn_weight"] for setting in weights}
+    figures: dict[str, tuple[Callable[[], Figure], str]] = {
+        "learning-curves": (lambda: learning_curves(runs), title),
+        "paired-differences": (lambda: paired_differences(runs), title),
+        "accuracy-by-bn-weight": (lambda: accuracy_by_bn_weight(runs, comparisons), title),
+        "forest": (lambda: forest_plot(comparisons), title),
+    }
     if measured:
-        figures["normalized-values"] = figure = normalized_values(measured)
-        figure.suptitle("\n".join([*names.values(), "128 test images"]), fontsize=9)
+        figures["normalized-values"] = lambda: normalized_values(measured), f"{of_seed}; {NUM_MEASURED} test images"
     if weights:
-        bn_weights = {setting: PAPER[setting]["bn_weight"] for setting in weights}
-        figures["scales-and-shifts"] = figure = learned_scales_and_shifts(weights, bn_weights)
-        figure.suptitle("\n".join(names[setting] for setting in weights), fontsize=9)
-    made = [file for name, figure in figures.items() for file in save(figure, stem.with_name(f"{stem.name}-{name}"))]
+        figures["scales-and-shifts"] = lambda: learned_scales_and_shifts(weights, bn_weights), of_seed
+    made = []
+    for name, (draw, title) in figures.items():
+        with suppress(ValueError):  # there are too few settings or seeds for it
+            figure = draw()
+            figure.suptitle(textwrap.fill(title, int(11 * figure.get_figwidth())), fontsize=10)
+            made += save(figure, stem.with_name(f"{stem.name}-{name}"))
     return made, missing
 
 
@@ -265,9 +274,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_endings("figures.py"):
         args = make_parser().parse_args(argv)
         networks = args.networks or args.files[0].parent.parent / "networks"
-        made, missing = save_figures(args.output / "figure", read_runs(args.files), networks)
+        files, tables = without_tables(args.files)
+        made, missing = save_figures(args.output / "figure", read_runs(files), networks)
         say(*made)
-        for line in missing:
+        for line in (*tables, *missing):
             print(f"figures.py: {line}", file=sys.stderr)
 
 

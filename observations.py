@@ -19,13 +19,14 @@ from batch_norm import SIGMA_ACT
 from command_line.files import add_digest, write_atomically
 from command_line.settings import DEFAULTS
 from image_sets.loading import ImageSet, load_image_set
-from reporting.drawing import label_axes, line_style, make_axes
+from reporting.drawing import add_legend, label_axes, line_style, make_axes
 from saved_runs.results import Results
 from trained_networks import check_digest, rebuild_network
 
 Weights = Mapping[str, Any]  # a state_dict, or arrays under the same names
 
 LARGE = 3.0  # a normalized value beyond ±3 is called large
+NORMALIZED = ".normalized"  # ends the names of normalized values in an archive
 
 
 # --- γ and β --------------------------------------------------------------------------------------------------------
@@ -56,25 +57,100 @@ def batch_norm_arrays(weights: Weights) -> dict[str, np.ndarray]:
     return {name: np.asarray(weights[name]) for name in of_batch_norms if not name.endswith(".num_batches_tracked")}
 
 
-def save_batch_norms(file: Path, title: str, weights: Mapping[str, Weights]) -> None:
-    """Write the `batch_norm_arrays` of each setting to a compressed NumPy archive.
+# --- normalized values ----------------------------------------------------------------------------------------------
+
+
+class NormalizedValues(NamedTuple):
+    """How large the outputs of one batch norm's normalization are, before γ and β."""
+
+    name: str  # of the batch norm in its network
+    share_beyond_3: float  # how many are beyond ±3, from 0 to 1
+    maximum: float  # of their absolute values
+
+
+NUM_MEASURED = 128  # test images on which normalized values are measured
+
+
+@torch.inference_mode()
+def measure_normalized_values(network: nn.Module, images: Tensor) -> list[NormalizedValues]:
+    """How large normalized values get in each batch norm of a network, in the order of computation (Section 3).
+
+    Args:
+        network: any module; it computes in evaluation mode, that is with the running statistics, and is left as it was,
+            the mode of each of its layers included.
+        images: one batch of what it takes.
+    """
+    measured, hooks = [], []
+
+    def measure(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        statistics = layer.running_mean, layer.running_var
+        of_batch = layer.running_mean is None
+        normalized = F.batch_norm(inputs[0].float(), *statistics, training=of_batch, eps=layer.eps).abs()
+        share = (normalized > LARGE).float().mean().item()
+        measured.append(NormalizedValues(name, share, normalized.max().item()))
+
+    for name, layer in network.named_modules():
+        if isinstance(layer, _BatchNorm):
+            hooks.append(layer.register_forward_pre_hook(partial(measure, name)))
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        network(images)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for hook in hooks:
+            hook.remove()
+    return measured
+
+
+def measure_run(
+    run: Results, network: nn.Module, image_set: ImageSet, num_images: int = NUM_MEASURED
+) -> list[NormalizedValues]:
+    """`measure_normalized_values` of a run's network on the first test images, prepared as in training.
+
+    Args:
+        run: the run.
+        network: its trained network, from `rebuild_network`.
+        image_set: its data set, on the CPU.
+        num_images: how many test images to take.
+    """
+    [images] = image_set.take([image_set.splits["test"][:num_images]])
+    images = images.float() / 255
+    if (DEFAULTS | run.settings)["input_norm"] == "dataset":
+        images = Normalize(image_set.mean, image_set.std)(images)
+    return measure_normalized_values(network, images)
+
+
+# --- both, of the runs of an experiment -----------------------------------------------------------------------------
+
+
+def save_observations(
+    file: Path, title: str, weights: Mapping[str, Weights], measured: Mapping[str, Sequence[NormalizedValues]]
+) -> None:
+    """Write what is observed to a compressed NumPy archive, from which figures can be drawn without the weights.
 
     It takes some hundred kB, where the weights take some hundred MB. OSError where it cannot be written.
 
     Args:
         file: the archive, with the suffix .npz.
-        title: the names of the runs, one a line; `load_batch_norms` asks for them.
+        title: the names of the runs, one a line; `load_observations` asks for them.
         weights: the `batch_norm_arrays` of each setting.
+        measured: the normalized values of each setting, in arrays (share beyond ±3, maximum) by name of the batch norm.
     """
     arrays = {f"{setting}/{name}": values for setting, of in weights.items() for name, values in of.items()}
+    for setting, layers in measured.items():
+        arrays |= {f"{setting}/{layer.name}{NORMALIZED}": np.array(layer[1:]) for layer in layers}
     content = io.BytesIO()
     np.savez_compressed(content, title=title, **arrays)
     add_digest(content)  # a zip file has one for each array, but not for their list
     write_atomically(file, content.getvalue())
 
 
-def load_batch_norms(file: Path, title: str) -> dict[str, dict[str, np.ndarray]]:
-    """What `save_batch_norms` wrote: the arrays of each setting, by their names in the `state_dict`.
+def load_observations(
+    file: Path, title: str
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, list[NormalizedValues]]]:
+    """`weights` and `measured` of `save_observations`. Older files lack the latter.
 
     The file may hold some only of the runs that the lines of `title` name.
 
@@ -93,71 +169,15 @@ def load_batch_norms(file: Path, title: str) -> dict[str, dict[str, np.ndarray]]
     if not set(found.splitlines()) <= set(title.splitlines()):
         raise ValueError(f"{file} is of other runs: {', '.join(found.splitlines())}")
     weights: dict[str, dict[str, np.ndarray]] = {}
+    measured: dict[str, list[NormalizedValues]] = {}
     for key, values in arrays.items():
         setting, _, name = key.partition("/")
-        weights.setdefault(setting, {})[name] = values
-    return weights
-
-
-# --- normalized values ----------------------------------------------------------------------------------------------
-
-
-class NormalizedValues(NamedTuple):
-    """How large the outputs of one batch norm's normalization are, before γ and β."""
-
-    name: str  # of the batch norm in its network
-    share_beyond_3: float  # how many are beyond ±3, from 0 to 1
-    maximum: float  # of their absolute values
-
-
-@torch.inference_mode()
-def measure_normalized_values(network: nn.Module, images: Tensor) -> list[NormalizedValues]:
-    """How large normalized values get in each batch norm of a network, in the order of computation (Section 3).
-
-    Args:
-        network: any module; it computes in evaluation mode, that is with the running statistics, and is left as it was.
-        images: one batch of what it takes.
-    """
-    measured, hooks = [], []
-
-    def measure(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        statistics = layer.running_mean, layer.running_var
-        of_batch = layer.running_mean is None
-        normalized = F.batch_norm(inputs[0].float(), *statistics, training=of_batch, eps=layer.eps).abs()
-        share = (normalized > LARGE).float().mean().item()
-        measured.append(NormalizedValues(name, share, normalized.max().item()))
-
-    for name, layer in network.named_modules():
-        if isinstance(layer, _BatchNorm):
-            hooks.append(layer.register_forward_pre_hook(partial(measure, name)))
-    training = network.training
-    network.eval()
-    try:
-        network(images)
-    finally:
-        network.train(training)
-        for hook in hooks:
-            hook.remove()
-    return measured
-
-
-def measure_run(run: Results, network: nn.Module, image_set: ImageSet, num_images: int = 128) -> list[NormalizedValues]:
-    """`measure_normalized_values` of a run's network on the first test images, prepared as in training.
-
-    Args:
-        run: the run.
-        network: its trained network, from `rebuild_network`.
-        image_set: its data set, on the CPU.
-        num_images: how many test images to take.
-    """
-    [images] = image_set.take([image_set.splits["test"][:num_images]])
-    images = images.float() / 255
-    if (DEFAULTS | run.settings)["input_norm"] == "dataset":
-        images = Normalize(image_set.mean, image_set.std)(images)
-    return measure_normalized_values(network, images)
-
-
-# --- both, for figures ----------------------------------------------------------------------------------------------
+        if name.endswith(NORMALIZED):
+            layer = NormalizedValues(name.removesuffix(NORMALIZED), *values.tolist())
+            measured.setdefault(setting, []).append(layer)
+        else:
+            weights.setdefault(setting, {})[name] = values
+    return weights, measured
 
 
 class Observations(NamedTuple):
@@ -175,7 +195,7 @@ def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archiv
         runs: for each setting a finished run, all of one data set; there may be none.
         title: the names of the runs, one a line.
         networks: the folder with their weights, NAME-best.pt; `images` beside it has the data. Nothing is downloaded.
-        archive: where γ and β are written to, and read from where the weights are missing; see `save_batch_norms`.
+        archive: written where there are weights, and read where they are missing; see `save_observations`.
 
     Raises:
         OSError: the archive cannot be written.
@@ -189,15 +209,14 @@ def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archiv
             for setting, run in runs.items()
         }
     except (OSError, ValueError) as error:
-        found.missing.append(f"no normalized values: {reason(error)}")
+        lines = [f"no normalized values: {reason(error)}"]
         try:
-            found.weights.update(load_batch_norms(archive, title))
+            found = Observations(*load_observations(archive, title), [])
         except (OSError, ValueError) as error:
-            found.missing.append(f"no scales and shifts: {reason(error)}")
-        return found
+            lines.append(f"no scales and shifts: {reason(error)}")
+        return found._replace(missing=[] if found.normalized_values else lines)
 
     found.weights.update({setting: batch_norm_arrays(network.state_dict()) for setting, network in trained.items()})
-    save_batch_norms(archive, title, found.weights)
     try:
         [(dataset, image_size)] = {
             tuple((DEFAULTS | run.settings)[name] for name in ("dataset", "image_size")) for run in runs.values()
@@ -207,6 +226,7 @@ def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archiv
         found.normalized_values.update(measured)
     except (OSError, ValueError) as error:
         found.missing.append(f"no normalized values: {reason(error)}")
+    save_observations(archive, title, found.weights, found.normalized_values)
     return found
 
 
@@ -214,6 +234,8 @@ def reason(error: OSError | ValueError) -> str:
     """What an error says; of a missing file, without its number."""
     return f"there is no {error.filename}" if isinstance(error, FileNotFoundError) and error.filename else str(error)
 
+
+# --- figures --------------------------------------------------------------------------------------------------------
 
 DEPTH = "batch norm, from input to output (0: in front of the network)"
 
@@ -223,7 +245,8 @@ def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mappin
 
     Both are divided by the γ that their batch norm started with, so that settings with different ones can be compared.
     For each setting and batch norm, a marker is at the median of the channels, a thick bar goes from the 5 % to the
-    95 % quantile, and a thin one from the smallest to the largest value.
+    95 % quantile, and a thin one from the smallest to the largest value. The scale is that of the network: values of
+    the batch norm in front of it that go beyond are written at the edge.
 
     Args:
         weights: for each setting a `state_dict`, as in `networks/NAME-best.pt`.
@@ -231,27 +254,36 @@ def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mappin
     """
     panels = make_axes(2, width=9, height=3.4, sharex=True)
     offsets = 0.24 * (np.arange(len(weights)) - (len(weights) - 1) / 2)
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for index, (setting, trained) in enumerate(weights.items()):
         layers = [
             (d, np.array((scale, shift)) / initial_scale(d, bn_weights[setting]))
             for d, scale, shift in batch_norms(trained)
         ]
-        depths = offsets[index] + [depth for depth, _ in layers]
+        depths = np.array([depth for depth, _ in layers])
         quantiles = np.array([np.quantile(values, (0, 0.05, 0.5, 0.95, 1), axis=1) for _, values in layers])
+        found[setting] = depths, quantiles
         for panel, (lowest, low, median, high, highest) in zip(panels, quantiles.transpose(2, 1, 0), strict=True):
-            panel.vlines(depths, lowest, highest, color=f"C{index}", linewidth=0.8)
-            panel.vlines(depths, low, high, color=f"C{index}", linewidth=3, alpha=0.6)
+            panel.vlines(depths + offsets[index], lowest, highest, color=f"C{index}", linewidth=0.8)
+            panel.vlines(depths + offsets[index], low, high, color=f"C{index}", linewidth=3, alpha=0.6)
             style = line_style(index) | {"linestyle": "none", "markeredgecolor": "black", "markersize": 4}
-            panel.plot(depths, median, label=setting, **style)
-    for panel, start, name in zip(panels, (1, 0), ("learned γ / initial γ", "learned β / initial γ"), strict=True):
+            panel.plot(depths + offsets[index], median, label=setting, **style)
+    for place, (panel, start, name) in enumerate(zip(panels, (1, 0), ("γ", "β"), strict=True)):
         panel.axhline(start, color="black", linestyle="--", linewidth=0.8, zorder=0, label="start")
-        label_axes(panel, "", name)
+        label_axes(panel, "", f"learned {name} / initial γ")
+        within = [quantiles[depths > 0, :, place].ravel() for depths, quantiles in found.values()]
+        within = np.concatenate([*within, [start]])
+        margin = 0.05 * np.ptp(within) or 0.05
+        low, high = within.min() - margin, within.max() + margin
+        panel.set_ylim(low, high)
+        for offset, (setting, (depths, quantiles)) in zip(offsets, found.items(), strict=True):
+            lowest, highest = quantiles[0, [0, -1], place]
+            if depths[0] == 0 and (lowest < low or highest > high):
+                text = f"{setting}: {lowest:.1f} to {highest:.1f}"
+                panel.annotate(text, (offset, high), (4, -10), textcoords="offset points", fontsize=8)
     panels[1].set_xlabel(DEPTH)
-    figure = panels[0].figure
-    title = "median, 5 to 95 % of the channels, all of them"
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, title=title, title_fontsize=8)
-    return figure
+    add_legend(panels[0].figure, title="median, 5 to 95 % of the channels, all of them")
+    return panels[0].figure
 
 
 def normalized_values(measured: Mapping[str, Sequence[NormalizedValues]]) -> Figure:
@@ -266,5 +298,5 @@ def normalized_values(measured: Mapping[str, Sequence[NormalizedValues]]) -> Fig
     label_axes(axes[0], DEPTH, f"normalized values beyond ±{LARGE:g} (%)")
     label_axes(axes[1], DEPTH, "largest absolute normalized value")
     axes[1].set_ylim(bottom=0)
-    axes[0].legend()
+    add_legend(axes[0].figure)
     return axes[0].figure

@@ -1,13 +1,20 @@
 """How every figure looks, and how it is written."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from command_line.files import write_atomically
+
+STROKES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
+MARKERS = "osD^vP"  # one less than strokes: together they differ for 42 lines
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -19,12 +26,6 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         figure.savefig(content, format=file.suffix[1:], dpi=150, metadata=without_date)
         write_atomically(file, content.getvalue())
     return files
-
-
-STROKES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
-
-
-MARKERS = "osD^vP"  # one less than strokes: together they differ for 42 lines
 
 
 def make_axes(rows: int = 1, columns: int = 1, width: float = 5.5, height: float = 4.0, **options: Any) -> Any:
@@ -43,3 +44,32 @@ def label_axes(panel: Axes, xlabel: str, ylabel: str) -> None:
     panel.set(xlabel=xlabel, ylabel=ylabel)
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(alpha=0.3)
+
+
+def add_legend(figure: Figure, handles: Mapping[str, Artist] | None = None, title: str | None = None) -> None:
+    """Put a legend below all panels, where it hides no data: of these artists by name, by default of all labelled."""
+    if handles is None:
+        pairs = (zip(*panel.get_legend_handles_labels(), strict=True) for panel in reversed(figure.axes))
+        handles = {name: artist for of_panel in pairs for artist, name in of_panel}
+    options = {"ncols": min(4, len(handles)), "fontsize": 8, "title": title, "title_fontsize": 8}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", **options)
+
+
+def make_logarithmic(panel: Axes, values: np.ndarray, largest: float = np.inf) -> None:
+    """Give a panel a logarithmic y axis from the smallest of these values above 0 to the largest of them.
+
+    Its ticks are plain numbers, close enough together that one can read a difference off. It ends at `largest`.
+    """
+    above = values[values > 0] if (values > 0).any() else np.ones(1)
+    low, high = above.min() / 1.1, min(above.max() * 1.1, largest)
+    decades = np.log10(high / low)
+    if decades < 1:
+        ticks = MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(low, high)
+    else:
+        powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+        ticks = np.outer(powers, (1, 1.5, 2, 3, 5, 7) if decades < 2.3 else (1, 2, 5) if decades < 6 else (1,)).ravel()
+    panel.set_ylim(low, high)
+    panel.set_yscale("log")
+    panel.set_yticks(ticks[(ticks >= low) & (ticks <= high)])
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_locator(NullLocator())

@@ -13,7 +13,9 @@ from scipy import stats
 
 import figures
 import small
+from command_line.settings import NAMED
 from reporting import drawing
+from reporting.tables import table_rows, write_table
 from saved_runs import results
 from saved_runs.results import Results, write_results
 from t_test import compare_all
@@ -56,7 +58,11 @@ def test_learning_curves():
         assert (heights.min(), heights.max()) == pytest.approx((quartiles[0].min(), quartiles[1].max()))
     np.testing.assert_allclose(loss.lines[0].get_ydata(), 3 - np.array([55, 80, 91]) / 40)
     assert (error.get_xlabel(), error.get_ylabel(), error.get_yscale()) == ("epoch", "test error (%)", "log")
-    assert "100 steps" in error.get_title() and "running statistics" in error.get_title()
+    assert not error.get_title()  # by default, these are runs on CIFAR-10, whose epochs have 352 steps
+    digits = make_run("baseline", 1)
+    digits.settings |= {"dataset": "digits", "batch_size": 64}
+    note = figures.learning_curves({"baseline": {1: digits}}).axes[0].get_title()
+    assert note.startswith("An epoch has 21 steps. For about 100 steps, evaluation uses\nrunning statistics")
     with pytest.raises(ValueError, match="there are no runs"):
         figures.learning_curves({"baseline": {}})
     styles = {(str(line.get_linestyle()), line.get_marker()) for line in error.lines}
@@ -77,6 +83,23 @@ def test_learning_curves_at_the_ends_of_the_scale(accuracies, tmp_path):
     heights = panel.collections[0].get_paths()[0].vertices[:, 1]
     assert heights.min() >= 0 and heights.max() <= 100
     drawing.save(figure, tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([24.0, 29.0, 50.0], [25, 30, 35, 40, 45, 50, 55]),
+        ([1.1, 1.4, 90.0], [1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70]),
+        ([0.004, 0.01, 1.3], [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]),
+        ([0.0, 1e-9, 1.0], [10.0**power for power in range(-9, 1)]),
+    ],
+)
+def test_ticks_of_logarithmic_axes(values, ticks):
+    panel = drawing.make_axes()
+    drawing.make_logarithmic(panel, np.array(values))
+    np.testing.assert_allclose(panel.get_yticks(), ticks)
+    assert [label.get_text() for label in panel.get_yticklabels()] == [f"{tick:g}" for tick in ticks]
+    assert not panel.yaxis.get_minor_ticks()
 
 
 def test_paired_differences():
@@ -134,9 +157,11 @@ def test_accuracy_by_bn_weight():
     panel = figures.accuracy_by_bn_weight(three).axes[0]
     points = np.asarray(panel.lines[0].get_xydata(), dtype=float)
     np.testing.assert_allclose(points, [[0.1, np.mean([93, 91, 94])], [0.5, np.mean([95, 97, 96.5])], [1, 91]])
-    assert panel.get_xscale() == "log"
-    [star] = [text for text in panel.texts if text.get_text() == "*"]
-    assert star.xy[0] == 0.5  # for 0.1, p is 0.18
+    assert panel.get_xscale() == "log" and not panel.get_legend()
+    assert [text.xy[0] for text in panel.texts] == [0.5]  # p is 0.0005 there, and 0.18 at 0.1
+    comparisons = compare_all(three)
+    comparisons[2].corrected_p_value = 0.06
+    assert not figures.accuracy_by_bn_weight(three, comparisons).axes[0].texts  # the star is the corrected verdict
     again = two | {"again": {1: RUNS["proposed"][1]}}  # a third setting, not a third γ
     with pytest.raises(ValueError, match="fewer than three bn_weights"):
         figures.accuracy_by_bn_weight(again)
@@ -162,13 +187,13 @@ def test_files(small_network, tmp_path):
             assert image.convert("L").getextrema() == (0, 255)
 
     # without the weights, from the small file that was made of them
-    before = (tmp_path / "figures" / "figure-scales-and-shifts.png").read_bytes()
+    of_networks = [tmp_path / "figures" / f"figure-{name}.png" for name in ("scales-and-shifts", "normalized-values")]
+    before = [file.read_bytes() for file in of_networks]
     for file in (tmp_path / "figures").glob("*.p*"):
         file.unlink()
     figures.main([*files, "--output", str(tmp_path / "figures"), "--networks", str(tmp_path / "none")])
-    made = {file.stem for file in (tmp_path / "figures").glob("*.png")}
-    assert made == {f"figure-{name}" for name in names - {"normalized-values"}}
-    assert (tmp_path / "figures" / "figure-scales-and-shifts.png").read_bytes() == before
+    assert {file.stem for file in (tmp_path / "figures").glob("*.png")} == made
+    assert [file.read_bytes() for file in of_networks] == before
 
     # and where there are runs of `init`, of which the small file has nothing
     run = make_run("proposed", 1)
@@ -176,7 +201,7 @@ def test_files(small_network, tmp_path):
     write_results(tmp_path / "results" / "init 1.csv", run)
     files = list(map(str, (tmp_path / "results").glob("*.csv")))
     figures.main([*files, "--output", str(tmp_path / "figures"), "--networks", str(tmp_path / "none")])
-    assert (tmp_path / "figures" / "figure-scales-and-shifts.png").read_bytes() == before
+    assert [file.read_bytes() for file in of_networks] == before
 
 
 def test_what_is_missing_does_not_keep_the_others_from_being_drawn(tmp_path, capsys):
@@ -231,6 +256,26 @@ def test_read_runs(tmp_path):
         ValueError, match=r"the runs differ in more than bn_weight, c, input_norm, equivalent: momentum 0\.9 and 0\.5"
     ):
         figures.read_runs([tmp_path / "baseline-1.csv", tmp_path / "other.csv"])
+
+
+def test_titles_say_what_is_shown():
+    runs = [make_run("baseline", 1), make_run("proposed", 2)]
+    assert figures.describe(runs) == "resnet18 on cifar10, 3 epochs, learning rate 0.1"
+    runs[1].settings |= {"learning_rate": 0.03}
+    for run in runs:
+        run.settings |= {"num_epochs": 1, "stem": "own", "dataset": "digits"}
+    assert figures.describe(runs) == "resnet18 (stem own) on digits, 1 epoch, each setting at its own learning rate"
+
+
+def test_tables_of_experiments_are_left_out(tmp_path, capsys):
+    for run in RUNS["baseline"].values():
+        write_results(tmp_path / f"{run.settings['seed']}.csv", run)
+    rows = table_rows(compare_all({"baseline": RUNS["baseline"]}), {"baseline": NAMED["baseline"]})
+    write_table(tmp_path / "all", {"dataset": "cifar10"}, rows, "")
+    figures.main([*map(str, tmp_path.glob("*.csv")), "--output", str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    assert "figure-learning-curves.png" in out
+    assert err.startswith(f"figures.py: {tmp_path / 'all.csv'} is the table of an experiment, and left out\n")
 
 
 def test_files_that_are_not_results(tmp_path, capsys):

@@ -8,7 +8,14 @@ import observations
 import trained_networks
 from batch_norm import ScaleBatchNorm2d
 from image_sets.loading import load_image_set
-from observations import load_batch_norms, measure_normalized_values, observe_runs, save_batch_norms
+from networks import construct_network
+from observations import (
+    NormalizedValues,
+    load_observations,
+    measure_normalized_values,
+    observe_runs,
+    save_observations,
+)
 from saved_runs.results import Results, read_results
 from test_trained_networks import random_states, write_run
 
@@ -46,27 +53,29 @@ def test_batch_norms_by_depth():
     assert set(arrays) == names | {name.replace("mean", "var") for name in names if name.endswith("mean")}
 
 
-def test_archive_of_batch_norms(tmp_path):
+def test_archive(tmp_path):
     file = tmp_path / "x.npz"
     weights = {"baseline": {"1.weight": np.array([1.0, 2.0])}, "proposed": {"0.bias": np.array([3.0], np.float32)}}
-    save_batch_norms(file, "run 1\nrun 2", weights)
-    loaded = load_batch_norms(file, "run 1\nrun 2\nrun 3")
+    measured = {"baseline": [NormalizedValues("2", 0.1, 9.0), NormalizedValues("1.bn1", 0.02, 4.0)]}
+    save_observations(file, "run 1\nrun 2", weights, measured)
+    loaded, loaded_measured = load_observations(file, "run 1\nrun 2\nrun 3")
+    assert loaded_measured == measured
     assert {setting: list(arrays) for setting, arrays in loaded.items()} == {
         setting: list(arrays) for setting, arrays in weights.items()
     }
     np.testing.assert_array_equal(loaded["proposed"]["0.bias"], [3.0])
     with pytest.raises(ValueError, match=r"x\.npz is of other runs: run 1, run 2"):
-        load_batch_norms(file, "run 1\nrun 3")
+        load_observations(file, "run 1\nrun 3")
     whole = file.read_bytes()
     file.write_bytes(whole[:-32])  # without its checksum, as an older one
-    assert load_batch_norms(file, "run 1\nrun 2").keys() == weights.keys()
-    changed = [whole[:n] + bytes([whole[n] ^ 1 << n % 8]) + whole[n + 1 :] for n in range(len(whole))]
+    assert load_observations(file, "run 1\nrun 2")[0].keys() == weights.keys()
+    changed = [whole[:n] + bytes([whole[n] ^ 1 << n % 8]) + whole[n + 1 :] for n in range(0, len(whole), 7)]
     for content in (b"", b"a", whole[:-30], *changed):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.npz is damaged"):
-            load_batch_norms(file, "run 1\nrun 2")
+            load_observations(file, "run 1\nrun 2")
     with pytest.raises(FileNotFoundError, match=r"none\.npz"):
-        load_batch_norms(tmp_path / "none.npz", "run 1\nrun 2")
+        load_observations(tmp_path / "none.npz", "run 1\nrun 2")
 
 
 # --- normalized values ----------------------------------------------------------------------------------------------
@@ -79,7 +88,10 @@ def test_measure_normalized_values():
         network(torch.randn(16, 3, 8, 8) ** 3)
     images = 3 * torch.randn(8, 3, 8, 8) ** 3
     measured = measure_normalized_values(network, images)
-    assert network.training
+    assert all(module.training for module in network.modules())
+    network[2].eval()
+    measure_normalized_values(network, images)
+    assert not network[2].training and network.training and network[0].training  # each keeps its own mode
     network.eval()
     with torch.no_grad():
         inputs = {"0": images, "2": network[1](network[0](images))}
@@ -121,10 +133,11 @@ def test_observe_runs(small_network, tmp_path):
     kept = archive.read_bytes()
 
     (networks / "a run-best.pt").write_bytes(b"damaged")
-    found = observe_runs(runs, "a run", networks, archive)
-    np.testing.assert_array_equal(found.weights["proposed"]["0.weight"], weights["0.weight"])
-    assert not found.normalized_values and archive.read_bytes() == kept
-    [line] = found.missing
+    again = observe_runs(runs, "a run", networks, archive)
+    np.testing.assert_array_equal(again.weights["proposed"]["0.weight"], weights["0.weight"])
+    assert again.normalized_values == found.normalized_values and not again.missing and archive.read_bytes() == kept
+    save_observations(archive, "a run", found.weights, {})  # as an older one
+    [line] = observe_runs(runs, "a run", networks, archive).missing
     assert line.startswith("no normalized values: ") and "a run-best.pt is damaged" in line
     archive.write_bytes(b"damaged")
     found = observe_runs(runs, "a run", networks, archive)
@@ -143,3 +156,53 @@ def test_observe_runs(small_network, tmp_path):
     assert list(found.weights) == ["proposed"] and archive.exists()
     [line] = found.missing
     assert line.startswith(f"no normalized values: CIFAR-10 is not in {tmp_path / 'images'}")
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+SETTINGS = {"baseline": (1.0, "dataset"), "proposed": (0.1, "bn"), "init": (0.1, "bn")}  # bn_weight and input_norm
+
+
+def test_learned_scales_and_shifts():
+    weights = {name: construct_network(bn_weight=w, input_norm=n).state_dict() for name, (w, n) in SETTINGS.items()}
+    weights["proposed"]["1.bn1.weight"][:16] *= 1.2  # a quarter of the channels of the first batch norm of the network
+    weights["proposed"]["1.layer4.1.bn2.bias"] += 0.05
+    figure = observations.learned_scales_and_shifts(weights, {name: w for name, (w, _) in SETTINGS.items()})
+    scales, shifts = figure.axes
+    for panel, start in ((scales, 1), (shifts, 0)):
+        medians = [line for line in panel.lines if line.get_marker() != "None"]
+        assert [line.get_label() for line in medians] == list(SETTINGS)
+        assert len({line.get_marker() for line in medians}) == 3  # what can be told apart in grey
+        assert [np.round(line.get_xdata()).tolist() for line in medians] == [
+            list(range(1, 21)),
+            list(range(21)),
+            list(range(21)),
+        ]
+        places = np.concatenate([line.get_xdata() for line in medians])
+        assert len(np.unique(places.round(6))) == 62  # no two above each other
+        np.testing.assert_allclose(medians[0].get_ydata(), start, rtol=1e-6)
+        np.testing.assert_allclose(medians[2].get_ydata(), start, rtol=1e-6)
+    whole, most = (np.array(bars.get_segments())[:, :, 1] for bars in scales.collections[2:4])
+    np.testing.assert_allclose(whole[1], [1, 1.2], rtol=1e-6)
+    np.testing.assert_allclose(most[1], [1, 1.2], rtol=1e-6)
+    np.testing.assert_allclose(np.delete(whole, 1, axis=0), 1, rtol=1e-6)
+    assert not scales.texts and scales.get_ylim() == pytest.approx((0.99, 1.21))
+    shift = next(line for line in shifts.lines if line.get_label() == "proposed").get_ydata()
+    np.testing.assert_allclose(shift[[0, 19, 20]], [0, 0, 0.5], atol=1e-6)  # 0.05 / 0.1
+
+    weights["init"]["0.weight"][0] *= 20  # what is in front of the network does not flatten the rest
+    scales, _ = observations.learned_scales_and_shifts(weights, {name: w for name, (w, _) in SETTINGS.items()}).axes
+    assert scales.get_ylim() == pytest.approx((0.99, 1.21)) and [text.get_text() for text in scales.texts] == [
+        "init: 1.0 to 20.0"
+    ]
+
+
+def test_normalized_values():
+    measured = {
+        "baseline": [NormalizedValues("bn1", 0.02, 9.0), NormalizedValues("bn2", 0.01, 8.0)],
+        "proposed": [NormalizedValues("0", 0.001, 2.0), NormalizedValues("1.bn1", 0.002, 4.0)],
+    }
+    share, largest = observations.normalized_values(measured).axes
+    np.testing.assert_allclose(share.lines[0].get_xydata(), [[1, 2], [2, 1]])
+    np.testing.assert_allclose(share.lines[1].get_xydata(), [[0, 0.1], [1, 0.2]])
+    np.testing.assert_allclose(largest.lines[1].get_xydata(), [[0, 2], [1, 4]])
