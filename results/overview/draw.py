@@ -1,0 +1,49 @@
+"""The figure of the README's results: the gain in each experiment of its table, from the committed result files.
+
+python results/overview/draw.py
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+RESULTS = Path(__file__).parent.parent
+sys.path.insert(0, str(RESULTS.parent))
+
+from figures import forest_plot  # noqa: E402
+from reporting.comparison import Comparison  # noqa: E402
+from reporting.drawing import save  # noqa: E402
+from saved_runs.by_seed import accuracy_by_seed, read_by_seed  # noqa: E402
+from t_test import compare  # noqa: E402
+
+CIFAR10 = "cifar10-own-stem/cifar10-resnet18-num_epochs=5{}-stem=own"
+DIGITS = "/digits-resnet18-batch_size=64-num_epochs="
+ROWS = {  # how the names of the files begin: of the method's, and of the baseline's where that is another learning rate
+    "CIFAR-10, 5 epochs,\nthe paper's learning rate": [CIFAR10.format("")],
+    "CIFAR-10, 5 epochs,\neach at the best of four rates": [CIFAR10.format(""), CIFAR10.format("-learning_rate=0.03")],
+    "digits, 5 epochs,\nlearning rate 0.05": [f"digits-why{DIGITS}5-learning_rate=0.05"],
+    "digits, 5 epochs,\neach at the best of six rates": [f"digits-fair-rates{DIGITS}5-learning_rate=0.02"],
+    "digits, 20 epochs,\nlearning rate 0.05": [f"digits-20-epochs{DIGITS}20-learning_rate=0.05"],
+}
+
+
+def read_accuracies(experiment: str, setting: str) -> dict[int, float]:
+    """The test accuracies of a setting, in percent, of the seeds 1 to 15."""
+    files = [RESULTS / f"{experiment}-{setting}-seed{seed}.csv" for seed in range(1, 16)]
+    return accuracy_by_seed(read_by_seed(files, experiment))
+
+
+def compare_all_rows() -> list[Comparison]:
+    """The method beside the baseline in every experiment."""
+    comparisons = []
+    for label, experiments in ROWS.items():
+        ours = read_accuracies(experiments[0], "weight0.1-c100-bn")
+        theirs = read_accuracies(experiments[-1], "weight1-c1-dataset")
+        comparisons.append(replace(compare(label, ours, theirs), reference="without the method"))
+    return comparisons
+
+
+if __name__ == "__main__":
+    figure = forest_plot(compare_all_rows())
+    figure.suptitle("gain in test accuracy, ResNet-18, 15 seeds", fontsize=10)
+    save(figure, RESULTS / "overview" / "forest")
