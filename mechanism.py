@@ -9,6 +9,7 @@ same is measured.
 import argparse
 import copy
 import math
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, repeat
@@ -18,7 +19,7 @@ from command_line.endings import answer_at_once, one_line_endings, say
 from command_line.flag_types import FlagError, Parser, as_typed, folder, is_flag, whole
 
 DIGITS = ["--batch_size", "64", "--learning_rate", "0.05"]  # what the README trains digits with
-COMPARED = ("baseline", "proposed")
+TRAINED = ("baseline", "proposed")  # the settings whose first steps are looked at
 BN_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0)
 MEASURED = (0, 1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000)  # steps after which there is a measurement
 
@@ -39,10 +40,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args, others = make_parser().parse_known_args(argv)
     for name in flags.COMPARED:
         if any(is_flag(other, name) for other in others):
-            raise FlagError(f"argument --{name}: leave it out: {' and '.join(COMPARED)} have their own")
+            raise FlagError(f"argument --{name}: leave it out: {' and '.join(TRAINED)} have their own")
     shared = ["--dataset", args.dataset, *(DIGITS if args.dataset == "digits" else []), *others]
     args.runs = {}
-    for name in COMPARED:
+    for name in TRAINED:
         own = [f"--{flag}={as_typed(value)}" for flag, value in flags.PAPER[name].items()]
         args.runs[name] = flags.parse([*shared, *own])
     return args
@@ -61,7 +62,7 @@ import train
 from command_line.files import write_atomically
 from image_sets.batches import Batch, Batches
 from image_sets.loading import ImageSet
-from reporting.drawing import label_axes, line_style, make_axes, save
+from reporting.drawing import add_legend, label_axes, line_style, make_axes, save
 from reporting.tables import markdown
 from seeds import keep_random_states, make_deterministic
 from training import preparation
@@ -176,9 +177,8 @@ def estimate_statistics(network: nn.Module, batches: Iterable[Batch]) -> nn.Modu
 def angle(one: Tensor, other: Tensor) -> float:
     """The angle between two tensors of the same shape, as vectors, in degrees."""
     one, other = (F.normalize(tensor.detach().double().flatten(), dim=0) for tensor in (one, other))
-    return math.degrees(
-        2 * math.atan2((one - other).norm().item(), (one + other).norm().item())
-    )  # exact for small ones
+    half = math.atan2((one - other).norm().item(), (one + other).norm().item())  # exact for small angles too
+    return math.degrees(2 * half)
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -192,7 +192,6 @@ def draw_initialization(measured: Mapping[float, AtInitialization]) -> Figure:
         by_depth.plot(range(1, len(norms) + 1), norms, label=f"initial γ {bn_weight:g}", **line_style(index))
     label_axes(by_depth, CONVOLUTION, "norm of the gradient")
     by_depth.set_yscale("log")
-    by_depth.figure.legend(loc="outside upper left", ncols=len(measured), fontsize=8)
     bn_weights, deviations = np.array(list(measured)), np.array([at.logit_deviation for at in measured.values()])
     by_scale.plot(bn_weights, deviations, label="standard deviation of the logits", **line_style(0))
     by_scale.plot(bn_weights, [at.loss for at in measured.values()], label="loss (nats)", **line_style(1))
@@ -200,7 +199,7 @@ def draw_initialization(measured: Mapping[float, AtInitialization]) -> Figure:
     by_scale.plot(bn_weights, proportional, color="0.5", linewidth=1, label="in proportion to γ")
     by_scale.set(xscale="log", yscale="log", xlabel="initial γ")
     by_scale.grid(alpha=0.3)
-    by_scale.legend(fontsize=8)
+    add_legend(by_scale.figure)
     return by_scale.figure
 
 
@@ -213,7 +212,7 @@ def draw_statistics(runs: Mapping[str, FirstSteps]) -> Figure:
         label_axes(panel, "training step", "test accuracy (%)" if panel is panels[0] else "")
         panel.set_title(name)
     panels[0].set_ylim(0, 100)
-    panels[0].legend()
+    add_legend(panels[0].figure)
     return panels[0].figure
 
 
@@ -229,7 +228,7 @@ def draw_rotation(runs: Mapping[str, FirstSteps], num_panels: int = 3) -> Figure
         label_axes(panel, CONVOLUTION, "angle to the initial weights (degrees)" if panel is panels[0] else "")
         panel.set_title(f"after {steps[place]} step{'s' * int(steps[place] > 1)}")
     panels[0].set_ylim(bottom=0)
-    panels[0].legend()
+    add_legend(panels[0].figure)
     return panels[0].figure
 
 
@@ -258,6 +257,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line: measure, write and print the numbers, draw; see `one_line_endings` for its exit codes."""
     with one_line_endings("mechanism.py"):
         args = parse(argv)
+        args.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output):  # fails now where nothing could be written in the end
+            pass
         runs = {name: preparation.prepare(settings) for name, settings in args.runs.items()}
         first = runs["proposed"]
         image_set = preparation.load_images(runs["baseline"], report=say)  # with the statistics, which it needs
@@ -274,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = {"initialization": draw_initialization(measured), "running-statistics": draw_statistics(of_runs)}
         figures["rotation"] = draw_rotation(of_runs)
         for name, figure in figures.items():
+            figure.suptitle(f"{first.network} on {first.dataset}, one seed: {first.seed}", fontsize=10)
             say(*save(figure, args.output / f"mechanism-{name}"))
 
 

@@ -206,6 +206,16 @@ def test_command(few_digits, tmp_path, capsys):
         assert image.convert("L").getextrema() == (0, 255)
 
 
+def test_an_impossible_output_is_noticed_before_the_training(few_digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mechanism.preparation, "prepare", None)  # what comes first of a training
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    with pytest.raises(SystemExit) as stop:
+        mechanism.main([*FLAGS, "--output", str(tmp_path / "nowhere")])
+    captured = capsys.readouterr()
+    assert (stop.value.code, captured.out, captured.err.count("\n")) == (1, "", 1)
+    assert captured.err.startswith("mechanism.py: error: ") and "nowhere" in captured.err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
