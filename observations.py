@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms import Normalize
 
 from batch_norm import SIGMA_ACT
-from command_line.files import add_digest, write_atomically
+from command_line.files import add_digest, read_file, write_atomically
 from command_line.settings import DEFAULTS
 from image_sets.loading import ImageSet, load_image_set
 from reporting.drawing import add_legend, label_axes, line_style, make_axes
@@ -158,7 +158,7 @@ def load_observations(
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or of a run that `title` does not name.
     """
-    content = file.read_bytes()
+    content = read_file(file)
     try:
         check_digest(content)
         with np.load(io.BytesIO(content)) as archive:

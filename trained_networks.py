@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
-from command_line.files import has_digest
+from command_line.files import has_digest, read_file
 from command_line.settings import DEFAULTS
 from equivalence import equivalent
 from image_sets.cifar import CIFAR10_STATISTICS
@@ -98,7 +98,7 @@ def load_weights(file: str | os.PathLike) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or holds something else.
     """
-    content = Path(file).read_bytes()
+    content = read_file(file)
     try:
         check_digest(content)
         weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

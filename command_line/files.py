@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and checksums at their end."""
+"""Files that are read at once or refused, written whole or not at all, and checksums at their end."""
 
 import hashlib
 import io
@@ -11,6 +11,19 @@ DIGEST_SIZE = hashlib.sha256().digest_size
 
 class DamagedFileError(ValueError):
     """A file is not what it should be: changed, cut short, or something else."""
+
+
+def check_plain(file: str | os.PathLike) -> None:
+    """OSError where there is something else than a file or a folder: reading it might never end."""
+    file = Path(file)
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise OSError(f"{file} is a pipe, a socket or a device, where a file should be")
+
+
+def read_file(file: str | os.PathLike) -> bytes:
+    """The content of a file. OSError at once where it cannot be read, or is a pipe, a socket or a device."""
+    check_plain(file)
+    return Path(file).read_bytes()
 
 
 def add_digest(stream: io.BytesIO) -> None:
@@ -29,6 +42,7 @@ def write_atomically(file: str | os.PathLike, content: bytes) -> None:
     A file that holds it already is left alone, so that nothing fails where there is nothing to do.
     """
     file = Path(file)
+    check_plain(file)
     if file.exists() and file.stat().st_size == len(content) and file.read_bytes() == content:
         return
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,8 @@ class Known(NamedTuple):
 
 
 DATASETS = {"cifar10": Known(45_000, 32, 10), "cifar100": Known(45_000, 32, 100), "digits": Known(1_293, 8, 10)}
+SMALL_IMAGE = 64  # pixels: up to here, images keep their size, stay decoded, and a ResNet gets the stem for small ones
+LARGE_IMAGE = 224  # pixels of all others, unless another size is given
 SCHEDULES = ("cos", "none")
 STEMS = ("auto", "small", "own")
 INPUT_NORMS = ("bn", "dataset")

@@ -10,7 +10,7 @@ from math import nan
 from pathlib import Path
 from statistics import fmean
 
-from command_line.files import write_atomically
+from command_line.files import read_file, write_atomically
 from command_line.flag_types import as_typed
 from command_line.settings import Value, determining, differences
 from reporting.tables import markdown
@@ -79,5 +79,5 @@ def read_divergence(folder: Path, settings: argparse.Namespace) -> str | None:
     file = divergence_file(folder, settings)
     if not file.exists():
         return None
-    *lines, reason = file.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    *lines, reason = read_file(file).decode(errors="replace").splitlines() or [""]
     return None if differences(read_header(lines), determining(settings)) else reason

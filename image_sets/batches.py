@@ -1,4 +1,4 @@
-"""The batches of an image set."""
+"""The batches of an image set: each is one gather, one flip and one conversion of its images."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -7,13 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from image_sets.loading import (
-    ImageSet,
-)
+from image_sets.loading import ImageSet
 
 Batch = tuple[Tensor, Tensor]  # images and labels
-
-
 Share = Callable[[Tensor], Tensor]  # of what there is for each image of a batch
 
 

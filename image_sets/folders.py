@@ -14,14 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.Image import Transpose
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from command_line.files import write_atomically
+from command_line.files import check_plain, read_file, write_atomically
+from command_line.settings import SMALL_IMAGE
 from command_line.signals import until_stopped
 
 try:
@@ -31,12 +33,21 @@ except ImportError:
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF and of large images, which are read all the same
 
-Size = tuple[int, int]  # height and width
+Size = tuple[int, int]  # height and width of an image in pixels
 Images = Sequence[Path] | Tensor  # files, or uint8 (N, 3, H, W)
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, from 0 to 1
 
-KEPT = 64  # images of at most so many pixels in height and width are decoded once and kept
-ORIENTATION = 0x0112  # EXIF's tag for how the camera was held; from 5 on, height and width are exchanged
+ORIENTATION = 0x0112  # EXIF's tag for how the camera was held
+UPRIGHT = 1
+TURNS = {  # what makes images of the other orientations upright; from 5 on, height and width are exchanged
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 
 
 @dataclass
@@ -126,23 +137,32 @@ def read_image(file: Path) -> Tensor:
         OSError: the file cannot be read.
         ValueError: it does not hold a whole image, or its pixels have no common scale; the message names it.
     """
-    content = file.read_bytes()
+    content = read_file(file)
     try:
         with Image.open(io.BytesIO(content)) as opened:
-            upright = opened.getexif().get(ORIENTATION, 1) == 1
-            if simplejpeg and opened.format == "JPEG" and opened.mode == "RGB" and upright:
+            if simplejpeg and opened.format == "JPEG" and opened.mode == "RGB" and find_orientation(opened) == UPRIGHT:
                 with suppress(ValueError):  # of a slight damage, which PIL may pass over
                     return torch.from_numpy(simplejpeg.decode_jpeg(content)).permute(2, 0, 1)
-            image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # PIL would cut off at 255
-        elif image.mode in ("I", "F"):
-            raise ValueError(f"pixels of mode {image.mode} have no scale of their own: convert it")
-        elif "transparency" in image.info:
-            image = image.convert("RGBA")
-        return v2.functional.pil_to_tensor(image.convert("RGB"))
+            opened.load()
+            turn = TURNS.get(find_orientation(opened))
+            image = opened if turn is None else opened.transpose(turn)
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # PIL would cut off at 255
+            elif image.mode in ("I", "F"):
+                raise ValueError(f"pixels of mode {image.mode} have no scale of their own: convert it")
+            elif "transparency" in image.info:
+                image = image.convert("RGBA")
+            return v2.functional.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # which one depends on the format, and on where the damage is
         raise unreadable(file, error) from error
+
+
+def find_orientation(image: Image.Image) -> int:
+    """How an image is to be turned, by its EXIF, from 1 to 8; 1, upright, where that is unreadable or senseless."""
+    with suppress(Exception):  # which one depends on where the damage is
+        if (found := image.getexif().get(ORIENTATION)) in TURNS:
+            return found
+    return UPRIGHT
 
 
 def get_image(images: Images, index: int) -> Tensor:
@@ -152,17 +172,18 @@ def get_image(images: Images, index: int) -> Tensor:
 
 
 def own_size(files: Iterable[Path]) -> Size | None:
-    """Height and width that all these images have, upright, or None where they differ or are larger than `KEPT`."""
+    """Height and width that all these images have, upright, or None where they differ or one is not small."""
     sizes = set()
     for file in files:
+        check_plain(file)
         try:
             with Image.open(file) as image:
                 width, height = image.size
-                turned = image.getexif().get(ORIENTATION, 1) >= 5
+                exchanged = find_orientation(image) >= 5
         except Exception as error:
             raise unreadable(file, error) from error
-        sizes.add((width, height) if turned else (height, width))
-        if len(sizes) > 1 or max(height, width) > KEPT:
+        sizes.add((width, height) if exchanged else (height, width))
+        if len(sizes) > 1 or max(height, width) > SMALL_IMAGE:
             return None
     return sizes.pop()
 
@@ -205,19 +226,17 @@ def keep_statistics(
 
     It is kept in the folder of the data set, as JSON, with the number of the files of its training images, their size
     together and their newest change. Where nothing can be written there, `report` is given a line that says so.
+    OSError where there is a pipe, a socket or a device in its place.
     """
     stats = [file.stat() for file in found.files]
     made_from = {"files": len(stats), "bytes": sum(s.st_size for s in stats), "newest": max(s.st_mtime for s in stats)}
     file = found.folder / f"statistics-{size[0]}x{size[1]}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    check_plain(file)
+    with suppress(Exception):  # there may be anything in it, or nothing
         kept = json.loads(file.read_text())
         mean, std = (tuple(map(float, kept[name])) for name in ("mean", "std"))
-        if (
-            kept["made_from"] == made_from
-            and len(mean) == len(std) == 3
-            and min(std) > 0
-            and math.isfinite(sum(mean + std))
-        ):
+        sound = len(mean) == len(std) == 3 and min(std) > 0 and math.isfinite(sum(mean + std))
+        if sound and kept["made_from"] == made_from:
             return mean, std
     mean, std = compute()
     content = {"mean": mean, "std": std, "made_from": made_from}

@@ -1,7 +1,7 @@
-"""Image sets, the split into training and validation images, and the batches.
+"""Image sets and their split into training, validation and test images.
 
-The images of a set live once, as one uint8 tensor on the training device. A split is a vector of indices into it, and
-a batch is one gather, one flip and one conversion of it.
+The images of a set live once, as one uint8 tensor on the training device, or are streamed from their files where they
+are large. A split is a vector of indices into them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,15 +17,14 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
-from command_line.settings import DATASETS
+from command_line.settings import DATASETS, LARGE_IMAGE, SMALL_IMAGE
 from command_line.signals import until_stopped
 from image_sets.cifar import find_cifar
-from image_sets.folders import KEPT, FoundImages, Size, Statistics, decode_all, find_images, keep_statistics, own_size
+from image_sets.folders import FoundImages, Size, Statistics, decode_all, find_images, keep_statistics, own_size
 from image_sets.streaming import StreamedImages
 from seeds import make_complex
 
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-USUAL = 224  # pixels of large images, unless another size is given
 
 
 @dataclass
@@ -96,12 +95,12 @@ def load_image_set(
     Args:
         name: 'cifar10' (60,000 photographs of 10 classes, 32×32, through torchvision), 'cifar100' (as many, of 100
             classes), 'digits' (1,797 handwritten digits, 8×8, which scikit-learn brings along); any other name is that
-            of a folder of images, see `image_folders.find_images`.
+            of a folder of images, see `find_images`.
         folder: where these folders lie. 'digits' needs none.
         device: where images and labels shall live.
         image_size: height and width to which images are resized and cropped. By default they stay as they are where all
-            are alike and at most `KEPT` pixels high and wide, and get `USUAL` pixels where not. Up to `KEPT` pixels,
-            they are decoded once and kept; above, they are streamed, and augmented for training.
+            are alike and at most `SMALL_IMAGE` pixels high and wide, and get `LARGE_IMAGE` pixels where not. Up to
+            `SMALL_IMAGE` pixels, they are decoded once and kept; above, streamed, and augmented for training.
         flip: whether training images may be mirrored left to right. Digits never are.
         workers: how many threads decode the images that are kept, or processes those that are streamed; by default as
             many as there are cores.
@@ -124,10 +123,10 @@ def load_image_set(
     workers = torch.get_num_threads() if workers is None else workers
     decoded = isinstance(found.images, Tensor)
     own = tuple(found.images.shape[2:]) if decoded else None if image_size else own_size(found.images)
-    size = (image_size, image_size) if image_size else own or (USUAL, USUAL)
+    size = (image_size, image_size) if image_size else own or (LARGE_IMAGE, LARGE_IMAGE)
     if decoded and size == own:
         images = found.images.to(device)
-    elif max(size) <= KEPT:
+    elif max(size) <= SMALL_IMAGE:
         images = decode_all(found.images, size, max(workers, 1), show_bar, stops).to(device)
     else:
         images = StreamedImages(found.images, size, flip, workers, pin_memory=device.type == "cuda")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import nan
 from pathlib import Path
 
-from command_line.files import write_atomically
+from command_line.files import read_file, write_atomically
 from command_line.settings import COMPARED, DEFAULTS, Value, compared
 from reporting.comparison import Comparison, is_contrast
 from reporting.power import POWER
@@ -124,7 +124,7 @@ def read_table_size(stem: Path, settings: Mapping[str, Value]) -> int:
     file = stem.with_name(f"{stem.name}.csv")
     if not file.exists():
         return 0
-    lines = file.read_text(errors="replace").splitlines()
+    lines = read_file(file).decode(errors="replace").splitlines()
     earlier = DEFAULTS | read_header(lines)
     try:
         finished = sum(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from command_line.files import DamagedFileError, add_digest, has_digest, write_atomically
+from command_line.files import DamagedFileError, add_digest, has_digest, read_file, write_atomically
 from command_line.settings import determining, differences
 from saved_runs.paths import RunFiles
 from saved_runs.results import Results, format_results, read_results, write_results
@@ -63,7 +63,7 @@ def load_checkpoint(file: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, cut short, or of another version of this program.
     """
-    content = Path(file).read_bytes()
+    content = read_file(file)
     if not has_digest(content):
         raise ValueError(f"the checkpoint {file} is cut short, damaged or none of this program's: {REMEDY}")
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn, optim
 
-from command_line.files import remove_temporaries
+from command_line.files import check_plain, remove_temporaries
 from command_line.settings import DATASETS, Value
 from command_line.signals import on_signals, until_stopped
 from saved_runs.checkpoint import (
@@ -72,6 +72,7 @@ class Run:
                     raise
                 return self  # a run that is finished needs no lock, and its folder need not be one that can be written
             for file in self.files:
+                check_plain(file)
                 remove_temporaries(file)
             code_version()  # as it is now: it may be changed while the run goes on
             if not self.settings.restart:

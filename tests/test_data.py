@@ -225,9 +225,9 @@ def test_digits():
 
 def test_sizes_known_before_loading():
     image_set = load_image_set("digits")
-    assert DATASETS["digits"] == (len(image_set.splits["train"]), image_set.images.shape[-1])
+    assert DATASETS["digits"] == (len(image_set.splits["train"]), image_set.images.shape[-1], len(image_set.classes))
     train, _ = train_test_split(np.arange(50_000), test_size=0.1)
-    assert DATASETS["cifar10"] == DATASETS["cifar100"] == (len(train), 32)
+    assert (DATASETS["cifar10"], DATASETS["cifar100"]) == ((len(train), 32, 10), (len(train), 32, 100))
 
 
 def test_split_leaves_the_generators_alone(small_cifar10):
