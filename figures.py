@@ -7,13 +7,12 @@ it. All figures can be read in grey: lines differ in their strokes and markers t
 """
 
 import math
-import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from command_line.endings import answer_at_once, one_line_endings, say
+from command_line.endings import answer_at_once, one_line_endings, say, warn
 from command_line.flag_types import Parser, as_typed, folder
 from command_line.settings import DATASETS, DEFAULTS, NAMED, PAPER, compared
 
@@ -278,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         made, missing = save_figures(args.output / "figure", read_runs(files), networks)
         say(*made)
         for line in (*tables, *missing):
-            print(f"figures.py: {line}", file=sys.stderr)
+            warn(line, "figures.py")
 
 
 if __name__ == "__main__":

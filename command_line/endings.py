@@ -1,4 +1,4 @@
-"""What all commands share: the types of their flags, the parser, endings of one line, and signals.
+"""How every command begins and ends: a wrong flag is answered at once, an error is one line.
 
 Nothing here takes long to import, so that `--help` and a wrong flag are answered at once.
 """
@@ -15,6 +15,7 @@ from typing import NoReturn
 from command_line.flag_types import FlagError
 from command_line.signals import LAUNCHED, interrupt, on_signals
 
+LONGEST_LINE = 1000  # letters of an error that are shown
 BEGUN: list[str] = []  # the commands that handle signals, or have
 
 
@@ -69,7 +70,14 @@ def say(*lines: object) -> None:
 
 def in_one_line(error: BaseException) -> str:
     """The kind of an error and what it says."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return one_line(f"{type(error).__name__}: {error}")
+
+
+def one_line(text: str) -> str:
+    """A text in one line that a terminal shows as it is; of a very long one, the beginning and the end."""
+    line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
 
 
 def how_to_resume(again: str) -> str:
@@ -77,10 +85,15 @@ def how_to_resume(again: str) -> str:
     return f"stopped; the epochs that are done are saved: run the same command {again} to resume"
 
 
+def warn(message: str, program: str) -> None:
+    """Print a message as one line to standard error."""
+    with suppress(OSError):  # a closed terminal
+        print(f"{program}: {one_line(message)}", file=sys.stderr, flush=True)
+
+
 def end(code: int, message: str, program: str) -> NoReturn:
     """End the program with one line on standard error."""
-    with suppress(OSError):  # a closed terminal
-        print(f"{program}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    warn(message, program)
     sys.exit(code)
 
 

@@ -181,6 +181,7 @@ def test_signal_that_is_ignored_stays_so():
         (ValueError("two\n lines"), "error: two lines"),
         (FileNotFoundError(2, "No such file", "a.csv"), "error: [Errno 2] No such file: 'a.csv'"),
         (RuntimeError("CUDA out of memory"), "error: there is too little memory: give a smaller --batch_size or"),
+        (ValueError("\x1b[31m a\b.csv \udcff γ"), "error: \\x1b[31m a\\x08.csv \\udcff γ\n"),
     ],
 )
 def test_error_ends_a_command_in_one_line(capsys, error, line):
@@ -189,6 +190,14 @@ def test_error_ends_a_command_in_one_line(capsys, error, line):
     assert stop.value.code == 1
     shown = capsys.readouterr().err
     assert shown.startswith(f"x.py: {line}") and shown.count("\n") == 1
+
+
+def test_long_value_is_cut(capsys):
+    with pytest.raises(SystemExit), one_line_endings("x.py"):
+        raise ValueError(f"argument --seed: not '{'9' * 5000}': give a small one")
+    shown = capsys.readouterr().err
+    assert shown.startswith("x.py: error: argument --seed: not '999") and shown.endswith("999': give a small one\n")
+    assert len(shown) < 1100 and " ... " in shown
 
 
 def test_mistake_of_the_program_keeps_its_traceback():
