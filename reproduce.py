@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from command_line import settings as flags
-from command_line.endings import answer_at_once, end, how_to_resume, one_line_endings, say
+from command_line.endings import answer_at_once, end, how_to_resume, one_line_endings, say, warn
 from command_line.signals import on_signals
 from experiment.plan import PlannedRun, parse, plan_runs
 
@@ -44,7 +44,7 @@ from reporting.tables import (
     tables,
     write_table,
 )
-from saved_runs.by_seed import mixed_circumstances
+from saved_runs.by_seed import mixed_circumstances, note_missing_checksums
 from saved_runs.lock import lock_run
 from saved_runs.paths import RunFiles, run_files
 from saved_runs.results import Results
@@ -162,7 +162,7 @@ def list_runs(args: argparse.Namespace, folder: Path) -> None:
     device = ["--device", args.device] if args.device else []
     say(*(shlex.join(["python", "train.py", *run.flags, *device]) for run in (*args.tuning_runs, *args.runs)))
     if not args.runs:
-        print(f"reproduce.py: {lines[-1]}", file=sys.stderr)
+        warn(lines[-1], "reproduce.py")
 
 
 def choose(args: argparse.Namespace, outcomes: Outcomes) -> list[str]:
@@ -204,8 +204,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{folder} has no finished {'tuning ' * bool(explained)}run of this experiment")
         comparisons = compare_runs(args, outcomes)
         texts = tables(comparisons) if args.runs else []
-        text = "\n\n".join((*texts, *explained, *selection_note(args.select), *explain_failures(args, outcomes)))
-        say(text, *mixed_circumstances(run for seeds in runs.values() for run in seeds.values()))
+        compared = [run for seeds in runs.values() for run in seeds.values()]
+        notes = (*explained, *selection_note(args.select), *note_missing_checksums(compared))
+        text = "\n\n".join((*texts, *notes, *explain_failures(args, outcomes)))
+        say(text, *mixed_circumstances(compared))
         if 0 < finished < in_table and not restart:
             say(f"{stem}.csv keeps its table of {in_table} finished runs: remove it to have this one written")
         elif finished:
@@ -218,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 _, missing = save_figures(stem, runs, folder.parent / "networks", comparisons)
                 say(*missing)
         for name, reason in outcomes.failed.items():
-            print(f"reproduce.py: {name} failed: {reason}", file=sys.stderr)
+            warn(f"{name} failed: {reason}", "reproduce.py")
     if outcomes.stops:
         again = "without --restart" if restart else "again"
         end(128 + outcomes.stops[0], how_to_resume(again), "reproduce.py")

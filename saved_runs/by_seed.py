@@ -59,3 +59,10 @@ def mixed_circumstances(runs: Iterable[Results]) -> list[str]:
     runs = list(runs)
     found = {name: sorted({str(run.settings.get(name)) for run in runs}) for name in CIRCUMSTANCES}
     return [f"not all runs have the same {name}: {'; '.join(values)}" for name, values in found.items() if values[1:]]
+
+
+def note_missing_checksums(runs: Iterable[Results]) -> list[str]:
+    """A line where some of the runs were read from files without a checksum."""
+    checked = [run.checked for run in runs]
+    missing = checked.count(False)
+    return [f"{missing} of {len(checked)} result files have no checksum to compare their numbers with"] * (missing > 0)

@@ -1,8 +1,7 @@
-"""Files of numbers: a run's, an experiment's table, and the one way in which all files are written.
+"""The results of a run and their file.
 
-The result file of a run is CSV: its settings as `# key: value` lines, then its numbers, one line an epoch. The last of
-the `#` lines holds the SHA-256 of all others, so that a changed number is noticed; older
-files lack it.
+It is CSV: the run's settings as `# key: value` lines, then its numbers, one line an epoch. The last of the `#` lines
+holds the SHA-256 of all other lines, so that a changed number is noticed; older files lack it.
 """
 
 import hashlib
@@ -12,11 +11,10 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from command_line.files import DamagedFileError, write_atomically
+from command_line.files import DamagedFileError, read_file, write_atomically
 from command_line.settings import DEFAULTS, WITHOUT_EFFECT, Value
 
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "test_accuracy")
@@ -32,11 +30,13 @@ class Results:
         columns: an array for each name in `COLUMNS`, an element an epoch. `epoch` counts from 1; the losses are
             cross-entropies, `train_loss` the mean over batches, `val_loss` over images; the accuracies are in percent.
         select: the epoch of `test_accuracy`: "best" is that of the best validation accuracy, "last" the last one.
+        checked: whether the file that they were read from, if any, has a checksum.
     """
 
     settings: dict[str, Value]
     columns: dict[str, np.ndarray]
     select: str = "best"
+    checked: bool = True
 
     @property
     def num_epochs(self) -> int:
@@ -120,7 +120,7 @@ def read_results(file: str | os.PathLike) -> Results:
     settings: dict[str, Value] = {}
     header = None
     rows = []
-    *lines, rest = Path(file).read_bytes().replace(b"\r\n", b"\n").split(b"\n")
+    *lines, rest = read_file(file).replace(b"\r\n", b"\n").split(b"\n")
     if rest:
         raise DamagedFileError(f"{file} is not a result file, or cut short: its last line has no end")
     checksums = [line for line in lines if line.startswith(f"# {CHECKSUM}: ".encode())]
@@ -151,7 +151,8 @@ def read_results(file: str | os.PathLike) -> Results:
         raise DamagedFileError(f"{file} is not a result file: it has no line '{','.join(COLUMNS)}'")
     columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
     types = [np.int64] + [np.float64] * (len(COLUMNS) - 1)
-    return Results(settings, {name: np.array(c, dtype=t) for name, c, t in zip(COLUMNS, columns, types, strict=True)})
+    arrays = {name: np.array(c, dtype=t) for name, c, t in zip(COLUMNS, columns, types, strict=True)}
+    return Results(settings, arrays, checked=bool(checksums))
 
 
 def check_setting(key: str, value: Value) -> None:
@@ -172,6 +173,8 @@ def check_row(row: Sequence[float], number: int, settings: Mapping[str, Value]) 
     epoch, *losses, val_accuracy, test_accuracy = row
     possible = (
         len(row) == len(COLUMNS)
+        and type(epoch) is int
+        and all(type(value) in (int, float) for value in row)
         and epoch == number <= settings.get("num_epochs", number)
         and all(0 <= loss < math.inf for loss in losses)
         and 0 <= val_accuracy <= 100
