@@ -1,4 +1,5 @@
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -15,32 +16,81 @@ from training import preparation
 ROOT = Path(__file__).parent.parent
 README, USAGE, MODULES = ((ROOT / f"{name}.md").read_text() for name in ("README", "USAGE", "MODULES"))
 NOT_OF_THE_PAPER = {"stem", "image_size", "no_flip", "workers", "precision", "compile", "equivalent", "tensorboard"}
+FOLDERS = sorted(file.parent.name for file in ROOT.glob("*/__init__.py"))
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 EXAMPLES = [*EXAMPLE.findall(README), *EXAMPLE.findall(USAGE), *EXAMPLE.findall(MODULES)]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_example_runs(example, few_digits, tmp_path, monkeypatch):
+def test_example_runs(example, small_network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
 
 
+def modules() -> dict[str, Path]:
+    """Every module of the project, by name."""
+    files = [*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in (ROOT / folder).glob("[!_]*.py"))]
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+
+
 def test_every_module_has_an_example():
-    sections = re.findall(r"^## `(\w+)\.py`\n(.*?)(?=^## |\Z)", MODULES, re.DOTALL | re.MULTILINE)
-    assert {name for name, _ in sections} == {file.stem for file in ROOT.glob("*.py")}
+    sections = re.findall(r"^##+ `([\w/]+)\.py`\n(.*?)(?=^##+ |\Z)", MODULES, re.DOTALL | re.MULTILINE)
+    assert sorted(name.replace("/", ".") for name, _ in sections) == sorted(modules())
     for name, text in sections:
         [example] = EXAMPLE.findall(text)
-        assert re.search(rf"^(from|import) {name}\b", example, re.MULTILINE)
+        assert re.search(rf"^(from|import) {name.replace('/', '.')}\b", example, re.MULTILINE), name
+
+
+def imported(file: Path, everywhere: bool = True) -> set[str]:
+    """The modules that a file imports: everywhere, or only where it is itself imported."""
+    tree = ast.parse(file.read_text())
+    nodes = list(ast.walk(tree) if everywhere else tree.body)
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, file
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_top_level_is_what_the_table_says():
+    table = MODULES.split("| the paper | |\n")[1].split("\n\n")[0]
+    assert sorted(re.findall(r"\[(\w+)\.py\]", table)) == sorted(file.stem for file in ROOT.glob("*.py"))
+    folders = MODULES.split("| the machinery | |\n")[1].split("\n\n")[0]
+    assert sorted(re.findall(r"\[(\w+)/\]", folders)) == sorted(FOLDERS)
 
 
 def test_modules_import_only_what_stands_below_them():
-    order = re.findall(r"^\| \[(\w+)\.py\]", MODULES, re.MULTILINE)
-    assert sorted(order) == sorted(file.stem for file in ROOT.glob("*.py"))
-    for place, name in enumerate(order):
-        nodes = list(ast.walk(ast.parse((ROOT / f"{name}.py").read_text())))
-        imports = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-        imports |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        assert not imports & set(order[: place + 1]), name
+    rows = MODULES.split("| floor | |\n")[1].split("\n\n")[0].splitlines()[1:]
+    floors = [[room.removesuffix(".py").strip("/") for room in re.findall(r"`([\w./]+)`", row)] for row in rows]
+    found = modules()
+    assert sorted(itertools.chain(*floors)) == sorted({name.partition(".")[0] for name in found})
+    floor_of = {room: floor for floor, rooms in enumerate(floors) for room in rooms}
+    for name, file in found.items():
+        room = name.partition(".")[0]
+        for other in {one.partition(".")[0] for one in imported(file)} & floor_of.keys() - {room}:
+            assert floor_of[other] > floor_of[room], f"{name} imports {other}"
+
+
+def test_no_circles_within_a_folder():
+    found = modules()
+    below = {name: imported(file, everywhere=False) & found.keys() for name, file in found.items()}
+    while free := {name for name, others in below.items() if not others}:
+        below = {name: others - free for name, others in below.items() if name not in free}
+    assert not below
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "weight_decay_and_learning_rate"])
+def test_files_to_copy_need_nothing_but_torch(name):
+    roots = {module.partition(".")[0] for module in imported(ROOT / f"{name}.py")}
+    assert roots <= {"torch", *sys.stdlib_module_names}
+
+
+def test_modules_have_the_names_of_now():
+    table = MODULES.split("| before | now |\n")[1].split("\n\n")[0]
+    now = re.findall(r"`((?:\w+\.)\w+)`", table)
+    assert len(now) > 20
+    assert set(now) <= modules().keys()
 
 
 @pytest.mark.parametrize("parser", [settings.make_parser(), plan.make_parser()], ids=["train", "reproduce"])
@@ -76,18 +126,18 @@ def test_command_of_the_paper_has_every_flag():
 
 
 def test_commands_for_a_network_and_images_of_ones_own(tmp_path):
-    """As printed, in a folder with JPEGs of odd sizes and modes; every command ends with its results."""
+    """In a folder with JPEGs of odd sizes and modes, all but as printed; every command ends with its results."""
     section = re.search(r"^## Your own network, your own images\n(.*?)^## ", USAGE, re.DOTALL | re.MULTILINE)[1]
     [example] = re.findall(r"^```\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     make_folder(tmp_path / "images" / "flowers")
     commands = example.replace("python ", f"{sys.executable} {ROOT}/").replace("--num_epochs 5", "--num_epochs 1")
-    commands = commands.replace(".py --", ".py --device cpu --")
+    commands = commands.replace(".py --", ".py --device cpu --").replace("--seeds 1-3", "--image_size 64 --seeds 1-2")
     run = subprocess.run(["bash", "-ec", commands], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("best epoch 1: ") == 2 and "| proposed | 3 " in run.stdout
+    assert run.stdout.count("best epoch 1: ") == 2 and "| proposed | 2 " in run.stdout
     results = {file.name for file in (tmp_path / "results").iterdir()}
     own = "flowers-my_networks.small-batch_size=16-num_epochs=1-image_size=32-weight0.1-c100-bn-seed1.csv"
-    experiment = "flowers-mobilenet_v3_small-batch_size=16-num_epochs=1"
+    experiment = "flowers-mobilenet_v3_small-batch_size=16-num_epochs=1-image_size=64"
     assert {own, f"{experiment}.md", f"{experiment}-paired-differences.png"} <= results
     assert f"{experiment}-normalized-values.png" in results  # which needs networks and images
     assert len(results) > 9
