@@ -1,5 +1,6 @@
 """Batch norm whose scale γ starts below 1 (Section 4 of the paper), in a layer and in any network."""
 
+import warnings
 from numbers import Integral, Real
 from typing import Any
 
@@ -17,7 +18,9 @@ class ScaleBatchNorm2d(_BatchNorm):
     """Batch normalization over (N, C, H, W) whose scale γ starts at `bn_weight` and whose shift β starts at 0.
 
     In everything else it is `torch.nn.BatchNorm2d`: the same formula, buffers and `state_dict` names. γ starts at
-    `bn_weight` again after `reset_parameters()`.
+    `bn_weight` again after `reset_parameters()`. torch.fx takes it whole, as it does torch's layers. What looks for
+    `nn.BatchNorm2d` passes it over, though, such as `torch.ao.quantization.fuse_modules` and timm's
+    `freeze_batch_norm_2d`: for these, build the network with `nn.BatchNorm2d` and call `initialize_scales`.
 
     Args:
         num_features: number of channels C. `num_feature`, the spelling in the paper's repository, is understood too.
@@ -55,6 +58,7 @@ class ScaleBatchNorm2d(_BatchNorm):
         check_bn_weight(bn_weight, batch_norm_arguments.get("dtype") or torch.get_default_dtype())
         self.bn_weight = float(bn_weight)  # before the constructor of torch, which calls reset_parameters
         super().__init__(int(channels), eps, momentum, affine, **batch_norm_arguments)
+        self.__module__ = _BatchNorm.__module__  # by this attribute, torch.fx knows the layers that it does not trace
 
     def reset_parameters(self) -> None:
         """Reset the running statistics, set γ to `bn_weight` and β to 0."""
@@ -77,6 +81,9 @@ def initialize_scales(network: nn.Module, bn_weight: float) -> list[str]:
     from them; those at the end of residual blocks, whose γ some networks start at 0, are no exception. Running
     statistics, all other layers, devices, types and `requires_grad` stay as they are.
 
+    This is for training from scratch: what a trained network has learned is lost with its γ and β. A UserWarning says
+    so where a batch norm has seen batches, or its γ or running variances are not all the same.
+
     Args:
         network: any module.
         bn_weight: where every element of γ starts. The paper proposes a value below 1, such as 0.1.
@@ -85,8 +92,9 @@ def initialize_scales(network: nn.Module, bn_weight: float) -> list[str]:
         The names of these batch norms, as in `network.named_modules()`.
 
     Raises:
-        ValueError: there is no such batch norm; one is lazy, without parameters as yet; or `bn_weight` is not a finite
-            number above 0 that their types can hold. Nothing is changed then.
+        ValueError: there is no such batch norm; one is lazy, without parameters as yet, or computes γ or β from other
+            parameters; or `bn_weight` is not a finite number above 0 that their types can hold. Nothing is changed
+            then.
     """
     layers = {name: module for name, module in network.named_modules() if isinstance(module, _BatchNorm)}
     layers = {name: layer for name, layer in layers.items() if layer.weight is not None}
@@ -94,8 +102,18 @@ def initialize_scales(network: nn.Module, bn_weight: float) -> list[str]:
         raise ValueError("there is no batch norm with a scale γ in the network")
     for name, layer in layers.items():
         if is_lazy(layer.weight):
-            raise ValueError(f"the batch norm {name!r} is lazy and has no γ yet: let the network compute a batch first")
+            raise ValueError(
+                f"the batch norm {name!r} is lazy and has no γ yet: let the network compute a batch in eval mode first"
+            )
+        check_plain(layer, name, "weight")
+        check_plain(layer, name, "bias")
         check_bn_weight(bn_weight, layer.weight.dtype)
+    if any(map(is_trained, layers.values())):
+        warnings.warn(
+            "the network seems to have been trained, and loses with its γ and β what it has learned: the method is for"
+            " training from scratch; to fine-tune a network, leave initialize_scales out",
+            stacklevel=2,
+        )
     for layer in layers.values():
         nn.init.constant_(layer.weight, bn_weight)
         if layer.bias is not None:
@@ -103,6 +121,25 @@ def initialize_scales(network: nn.Module, bn_weight: float) -> list[str]:
         if isinstance(layer, ScaleBatchNorm2d):
             layer.bn_weight = float(bn_weight)  # for reset_parameters
     return list(layers)
+
+
+def is_trained(module: nn.Module) -> bool:
+    """Whether this is a batch norm that has seen batches, or whose γ or running variances are not all the same."""
+    if not isinstance(module, _BatchNorm):
+        return False
+    state = (module.num_batches_tracked, module.weight, module.running_var)
+    known = [tensor for tensor in state if tensor is not None and not tensor.is_meta]
+    return any(tensor > 0 if tensor.dim() == 0 else tensor.unique().numel() > 1 for tensor in known)
+
+
+def check_plain(layer: nn.Module, layer_name: str, name: str) -> None:
+    """ValueError where a tensor of a layer is computed from other ones, so that setting it would have no effect."""
+    tensor = getattr(layer, name, None)
+    if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter) and name not in layer._buffers:
+        raise ValueError(
+            f"the {name} of layer {layer_name!r} is computed from other parameters, as by a parametrization, pruning or"
+            " weight norm: set the initial values first, and add that afterwards"
+        )
 
 
 def check_bn_weight(bn_weight: float, dtype: torch.dtype) -> None:
@@ -120,7 +157,7 @@ def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int =
     """Put a batch norm in front of a network that normalizes its images (Section 4 of the paper).
 
     Its γ starts at `bn_weight` · σ_act, as if the images were rectified activations of a layer before; its β is frozen
-    at 0. It is made on the device and of the type of the network's first floating-point parameter.
+    at 0. It is made on the device and of the type of the network's first floating-point parameter, and in its mode.
 
     Args:
         network: any module.
@@ -128,7 +165,8 @@ def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int =
         num_channels: of the images, (N, num_channels, H, W).
 
     Returns:
-        `nn.Sequential(input_norm, network)`, so that the names of all weights start with `0.` or `1.`.
+        `nn.Sequential(input_norm, network)`, so that the names of all weights start with `0.` or `1.`. `input_norm` is
+        a `ScaleBatchNorm2d`.
 
     Raises:
         ValueError: `bn_weight` is not a finite number above 0 that the type can hold.
@@ -137,4 +175,6 @@ def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int =
     check_bn_weight(bn_weight, like.dtype)
     input_norm = ScaleBatchNorm2d(num_channels, bn_weight=bn_weight * SIGMA_ACT, device=like.device, dtype=like.dtype)
     input_norm.bias.requires_grad = False
-    return nn.Sequential(input_norm, network)
+    whole = nn.Sequential(input_norm, network)
+    whole.training = input_norm.training = network.training  # and the layers within stay in the modes they are in
+    return whole

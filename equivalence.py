@@ -43,7 +43,7 @@ def equivalent(
     - A schedule multiplies all learning rates by the same factor, which `CosineAnnealingLR` does with `eta_min` = 0.
 
     Args:
-        network: any module; it is left as it is. Its γ's may have any values, as those of the input layer have.
+        network: any module; it is left as it is. Its γ may have any values, as those of the input layer have.
         bn_weight: γ0.
         weight_decay, learning_rate, c: what the given network is trained with, see
             `adjust_weight_decay_and_learning_rate`.
@@ -55,8 +55,9 @@ def equivalent(
         ValueError: a layer is not one of `HOMOGENEOUS`, a batch norm lacks γ or β, or there is no linear layer.
     """
     other = copy.deepcopy(network)
-    leaves = [module for module in other.modules() if not list(module.children())]
-    unlike = {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, HOMOGENEOUS)}
+    leaves = [module for module in other.modules() if isinstance(module, _BatchNorm) or not list(module.children())]
+    known = {layer.forward for layer in HOMOGENEOUS}  # a layer derived from one of them may do more
+    unlike = {type(leaf).__name__ for leaf in leaves if type(leaf).forward not in known}
     if unlike:
         raise ValueError(f"there is no equivalent where a layer is not homogeneous: {', '.join(sorted(unlike))}")
     last = last_layer(other)
@@ -93,7 +94,7 @@ def logits_alone(
 def rewrite(network: nn.Module, settings: argparse.Namespace) -> tuple[nn.Module, Groups]:
     """The network that `--equivalent` asks to train in place of that of a run, and its parameter groups.
 
-    Its γ's start at 1, but for the input layer's. FlagError where there is no such network.
+    Its γ start at 1, but for the input layer's. FlagError where there is no such network.
     """
     functions = {"logits": logits_alone, "logits+rates": equivalent}
     rates = settings.weight_decay, settings.learning_rate, settings.c
@@ -115,6 +116,8 @@ def rescale(
     network: nn.Module, scales: Mapping[nn.Parameter, float], weight_decay: float, learning_rate: float, c: float
 ) -> Groups:
     """Divide parameters by their scales, in place, and make the parameter groups with which they train as before."""
+    if not all(isinstance(parameter, nn.Parameter) for parameter in scales):
+        raise ValueError("there is no equivalent where a layer computes its weights from other parameters")
     with torch.no_grad():
         for parameter, scale in scales.items():
             parameter /= scale
@@ -123,5 +126,5 @@ def rescale(
         for scale in sorted({scales.get(parameter, 1.0) for parameter in group["params"]}):
             parameters = [parameter for parameter in group["params"] if scales.get(parameter, 1.0) == scale]
             rates = {"weight_decay": group["weight_decay"] * scale**2, "lr": group["lr"] / scale**2}
-            groups.append({"params": parameters, **rates})
+            groups.append({"name": group["name"], "params": parameters, **rates})
     return groups

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torchvision import models
 
-from batch_norm import initialize_scales, prepend_input_norm
+from batch_norm import check_plain, initialize_scales, prepend_input_norm
 from command_line.endings import in_one_line
 from command_line.settings import DATASETS, INPUT_NORMS, SMALL_IMAGE, STEMS
 
@@ -31,7 +31,7 @@ def reinit_network(network: nn.Module, fan: str = "in", activation_function: typ
         activation_function: `nn.ReLU`, or `nn.LeakyReLU` with its default slope of 0.01.
 
     Raises:
-        ValueError: `fan` or `activation_function` is none of these.
+        ValueError: `fan` or `activation_function` is none of these, or a layer computes its weights from others.
     """
     if fan not in ("in", "out"):
         raise ValueError(f"fan must be 'in' or 'out', not {fan!r}")
@@ -40,7 +40,9 @@ def reinit_network(network: nn.Module, fan: str = "in", activation_function: typ
     mode = f"fan_{fan}"
     nonlinearity = "relu" if activation_function is nn.ReLU else "leaky_relu"
     # `a`, the slope below 0, has a meaning for leaky_relu alone: torch ignores it for relu.
-    for module in network.modules():
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            check_plain(module, name, "weight")
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, a=0.01, mode=mode, nonlinearity=nonlinearity)
         elif isinstance(module, nn.Linear):
@@ -48,8 +50,12 @@ def reinit_network(network: nn.Module, fan: str = "in", activation_function: typ
 
 
 def zero_biases(network: nn.Module) -> None:
-    """Set the `bias` of every layer that has one to 0: convolutions, linear layers, normalizations. In place."""
-    for module in network.modules():
+    """Set the `bias` of every layer that has one to 0: convolutions, linear layers, normalizations. In place.
+
+    ValueError where a layer computes its bias from other parameters.
+    """
+    for name, module in network.named_modules():
+        check_plain(module, name, "bias")
         if isinstance(getattr(module, "bias", None), nn.Parameter):
             nn.init.zeros_(module.bias)
 
@@ -68,8 +74,9 @@ def construct_network(
     Args:
         network_name: a classification network of torchvision that has batch norms, whose weights are then drawn by
             `reinit_network` and `zero_biases`; or 'package.module:function', for what your own
-            `function(num_classes=...)` returns, with the weights that it has there. The module is imported, from the
-            current folder too.
+            `function(num_classes=...)` returns, with the weights that it has there, but for γ and β. The module is
+            imported, from the current folder too. `train.py` puts all layers into training mode before every epoch; a
+            layer that is to stay frozen needs a network whose own `train()` sees to it.
         num_classes: number of outputs.
         dataset: the images it is for.
         bn_weight: where γ starts in every batch norm, by `initialize_scales`.

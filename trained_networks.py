@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
 from command_line.files import has_digest, read_file
-from command_line.settings import DEFAULTS
+from command_line.settings import DATASETS, DEFAULTS, Value
 from equivalence import equivalent
 from image_sets.cifar import CIFAR10_STATISTICS
 from image_sets.loading import load_image_set
@@ -31,6 +33,9 @@ def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLik
         A module from images, float (N, 3, H, W) with values in [0, 1], to logits (N, classes). Where the run's
         `input_norm` is 'dataset', it normalizes the images first, with the statistics of the run's data set.
         For a folder of images these are in the result file.
+
+    A network of your own, MODULE:FUNCTION, is built anew: this imports the module that the result file names, from the
+    current folder too. So load only result files that you trust.
 
     Raises:
         FileNotFoundError: one of the files is missing.
@@ -70,15 +75,17 @@ def rebuild_network(run: Results, weights_file: str | os.PathLike) -> nn.Module:
     arguments["image_size"] = 32 if first is not None and first.shape[-1] == 3 else 224  # 3×3: for small images
     construct = partial(construct_network, settings["network"], **arguments)
     with torch.device("cpu"), keep_random_states():  # initial weights are drawn, but nobody sees them
-        network = construct(10)
-        initial = network.state_dict()
-        unlike = {
-            value.shape[:1]
-            for name, value in weights.items()
-            if isinstance(value, Tensor) and name in initial and value.shape[:1] != initial[name].shape[:1]
-        }
-        if len(unlike) == 1:  # the last layer alone, which has an output for each class
-            network = construct(*unlike.pop())
+        num_classes = find_num_classes(settings)
+        network = construct(num_classes or 10)
+        if num_classes is None:
+            initial = network.state_dict()
+            unlike = {
+                value.shape[:1]
+                for name, value in weights.items()
+                if isinstance(value, Tensor) and name in initial and value.shape[:1] != initial[name].shape[:1]
+            }
+            if len(unlike) == 1:  # the last layer alone, which has an output for each class
+                network = construct(*unlike.pop())
     if settings["equivalent"] == "logits+rates":
         network, _ = equivalent(network, settings["bn_weight"])  # which has another eps
     try:
@@ -89,6 +96,17 @@ def rebuild_network(run: Results, weights_file: str | os.PathLike) -> nn.Module:
             f" with input_norm {settings['input_norm']}"
         ) from None
     return network.eval()
+
+
+def find_num_classes(settings: Mapping[str, Value]) -> int | None:
+    """The number of classes of a run's data set; None for a folder of images of which an old result file says nothing.
+
+    What a result file says of its images begins like `ImageSet.numbers`.
+    """
+    if settings["dataset"] in DATASETS:
+        return DATASETS[settings["dataset"]].num_classes
+    said = re.search(r" of ([\d,]+) classes", str(settings.get("images", "")))
+    return int(said[1].replace(",", "")) if said else None
 
 
 def load_weights(file: str | os.PathLike) -> dict[str, Tensor]:

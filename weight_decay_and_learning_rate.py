@@ -1,14 +1,18 @@
-"""The parameter groups: a smaller learning rate for the γ's, and weight decay for weights alone (Section 4)."""
+"""The parameter groups: a smaller learning rate for γ, and weight decay for weights alone (Section 4)."""
 
 import math
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.utils.parametrize import is_parametrized
 
-NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # _NormBase: batch norms and instance norms
+NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm)  # _NormBase: batch norms and instance norms
+if hasattr(nn, "RMSNorm"):  # from torch 2.4 on
+    NORMALIZATIONS += (nn.RMSNorm,)
 
 
 def adjust_weight_decay_and_learning_rate(
@@ -27,18 +31,23 @@ def adjust_weight_decay_and_learning_rate(
     3. the rest (weights of convolutional and linear layers, and what some networks have besides, such as tokens,
        tables of positions and scales of residual branches): `weight_decay`, full rate.
 
-    What a parameter is follows from the type of the module that holds it, not from its shape. Frozen parameters
-    (`requires_grad` is False) are left out, and one that several modules share appears once, in the group of the first.
+    What a parameter is follows from the type of the module that holds it, not from its shape. What a γ, a bias or a
+    weight is computed from (in a parametrization, by pruning, by weight norm) goes where it would go itself. Frozen
+    parameters (`requires_grad` is False) are left out, and one that several modules share appears once, in the group of
+    the first.
+
+    A schedule that multiplies the rate of each group keeps the ratio c, as `LinearLR` and `CosineAnnealingLR` do. One
+    that sets the rates needs those of the groups: `OneCycleLR(optimizer, max_lr=[g["lr"] for g in groups], ...)`.
 
     Args:
         network: any module. It is left as it is.
         weight_decay: coefficient for the third group.
         learning_rate: rate of the first and third group, before any schedule.
-        c: the γ's learn at 1/c of the rate; 0 or 1 for no reduction.
+        c: γ learns at 1/c of the rate; 0 or 1 for no reduction.
         skip_list: names, as in `network.named_parameters()`, of parameters of the third group that get no decay.
 
     Returns:
-        Dictionaries with 'params' (a list), 'weight_decay' and 'lr'.
+        Dictionaries with 'params' (a list), 'weight_decay', 'lr' and 'name': "biases", "batch norm scales", "weights".
 
     Raises:
         TypeError: `weight_decay`, `learning_rate` or `c` is no number, or `skip_list` is a text.
@@ -62,25 +71,34 @@ def adjust_weight_decay_and_learning_rate(
     skipped = {by_name[name] for name in skip_list}
 
     no_decay, batch_norm_scales, decay = [], [], []
-    seen = set()
-    for module in network.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or parameter in seen:
-                continue
-            seen.add(parameter)
-            if isinstance(module, _BatchNorm) and name == "weight":
-                batch_norm_scales.append(parameter)
-            elif is_bias(name) or isinstance(module, NORMALIZATIONS) or parameter in skipped:
-                no_decay.append(parameter)
-            else:
-                decay.append(parameter)
+    modules = dict(network.named_modules())
+    for path, parameter in network.named_parameters():
+        module, name = owner(modules, path)
+        if not parameter.requires_grad:
+            continue
+        if isinstance(module, _BatchNorm) and re.fullmatch("weight(_orig|_g|_v)?", name):  # pruned, weight-normed
+            batch_norm_scales.append(parameter)
+        elif is_bias(name) or isinstance(module, NORMALIZATIONS) or parameter in skipped:
+            no_decay.append(parameter)
+        else:
+            decay.append(parameter)
 
+    reduced = learning_rate / max(c, 1)
     groups = [
-        {"params": no_decay, "weight_decay": 0.0, "lr": learning_rate},
-        {"params": batch_norm_scales, "weight_decay": 0.0, "lr": learning_rate / max(c, 1)},
-        {"params": decay, "weight_decay": weight_decay, "lr": learning_rate},
+        {"name": "biases", "params": no_decay, "weight_decay": 0.0, "lr": learning_rate},
+        {"name": "batch norm scales", "params": batch_norm_scales, "weight_decay": 0.0, "lr": reduced},
+        {"name": "weights", "params": decay, "weight_decay": weight_decay, "lr": learning_rate},
     ]
     return [group for group in groups if group["params"]]
+
+
+def owner(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
+    """The module that computes with a parameter, and what this is called there: that of which it is a part, if any."""
+    within = re.fullmatch(r"(?:(.*?)\.)?parametrizations\.(\w+)\..*", path)
+    if within and is_parametrized(modules.get(within[1] or ""), within[2]):
+        return modules[within[1] or ""], within[2]
+    module, _, name = path.rpartition(".")
+    return modules[module], name
 
 
 def is_bias(name: str) -> bool:

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 SECONDS = 80  # in which a run ends when a process was killed; USAGE.md says so
 
 NETWORKS = """
+import timm
 from torch import nn
 
 def plain(num_classes, dropout=0):
@@ -32,6 +33,19 @@ def plain(num_classes, dropout=0):
 
 def forgetful(num_classes):
     return plain(num_classes, 0.5)
+
+def with_activations(num_classes):
+    return timm.create_model("mobilenetv3_small_050", num_classes=num_classes, drop_rate=0)
+
+class Own(nn.SyncBatchNorm):
+    def forward(self, images):
+        return super().forward(images.abs()).relu()
+
+def own(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), Own(8), nn.Flatten(), nn.Linear(200, num_classes))
+
+def without_statistics(num_classes):
+    return nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), plain(num_classes))
 """
 # 144 digits in batches of 50, the last one 44; 54 images of a folder in batches of 8, the last one 6, 6 for validation
 # and 9 for the test, whose last batch is of one image
@@ -52,6 +66,14 @@ ENDING = {  # what ends a run of several processes
     "other flags": {"flags": DIGITS, "1": ["--momenta", "0.5"], "small": True},
     "other torch": {"flags": DIGITS, "torch 1": "2.0.0", "small": True},
     "compiled": {"flags": [*DIGITS, "--compile"], "small": True},
+    "no statistics": {"flags": [*FOLDER, "--dataset", "small", "--network", "shared_out_networks:without_statistics"]},
+}
+OTHER_LAYERS = {  # that are batch norms and more
+    "timm": {
+        "flags": [*FOLDER, "--dataset", "small", "--network", "shared_out_networks:with_activations"],
+        "double": True,
+    },
+    "own": {"flags": [*FOLDER, "--dataset", "small", "--network", "shared_out_networks:own"], "double": True},
 }
 CONTINUED = {"flags": [*DIGITS, "--scheduler", "none", "--tensorboard", "--name", "continued"], "small": True}
 Seen = dict[int, dict[str, list[dict[str, Any]]]]  # by number of processes and job, what each process saw
@@ -71,7 +93,7 @@ def seen(folder) -> Seen:
     make_folder(folder / "images" / "large", size=(70, 80))
     outcomes: Seen = {}
     for epochs, number in enumerate((2, 3, 1), start=1):
-        jobs = {**JOBS, **(ENDING if number == 2 else {})}
+        jobs = {**JOBS, **(ENDING if number == 2 else {}), **(OTHER_LAYERS if number < 3 else {})}
         jobs = {
             name: {**job, "flags": [*job["flags"], "--name", f"{name.replace(' ', '-')}-{number}"]}
             for name, job in jobs.items()
@@ -128,6 +150,12 @@ def test_same_losses_and_accuracies(seen, number, job, rounding):
     assert len(set(alone["columns"]["val_loss"])) > 1
 
 
+@pytest.mark.parametrize("job", OTHER_LAYERS)
+def test_batch_norms_that_do_more(seen, job):
+    """Activations among them; and `nn.SyncBatchNorm`, which torch refuses on a CPU."""
+    test_same_losses_and_accuracies(seen, 2, job, 1e-9)
+
+
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("job", ["digits", "kept"])
 def test_parameter_groups_and_scales(seen, number, job):
@@ -166,6 +194,7 @@ def test_run_goes_on_with_another_number_of_processes(seen, folder):
         ("other flags", 2, "unrecognized arguments: --momenta 0.5"),
         ("other torch", 2, r"the processes differ: torch is .* in the first one, 2\.0\.0 in process 1; start them .*"),
         ("compiled", 2, "argument --compile: it is for one process, without torchrun"),
+        ("no statistics", 2, "argument --network: batch norm '1.0' has no running statistics, so that it can be .*"),
     ],
 )
 def test_ends_all_processes_with_one_line(seen, job, code, line):

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn, optim
+from torch.nn.utils import prune
 
 import train
 from command_line.flag_types import FlagError
@@ -109,11 +111,19 @@ def test_rates_of_the_equivalent():
         ([nn.BatchNorm2d(3), nn.Hardswish(), nn.Flatten(), nn.Linear(3, 2)], "not homogeneous: Hardswish"),
         ([nn.BatchNorm2d(3, affine=False), nn.Flatten(), nn.Linear(3, 2)], "a batch norm lacks γ or β"),
         ([nn.BatchNorm2d(3), nn.Flatten()], "no linear layer"),
+        ([BatchNormAct2d(3), nn.Flatten(), nn.Linear(3, 2)], "not homogeneous: BatchNormAct2d"),
+        (
+            [nn.BatchNorm2d(3), nn.Flatten(), torch.no_grad()(prune.identity)(nn.Linear(3, 2), "weight")],
+            "computes its weights from other",
+        ),
     ],
 )
 def test_what_has_no_equivalent(layers, message):
     with pytest.raises(ValueError, match=message):
         equivalent(nn.Sequential(*layers), 0.1)
+    if "weights" in message:
+        with pytest.raises(ValueError, match=message):
+            logits_alone(nn.Sequential(*layers), 0.1)
 
 
 def test_logits_alone():

@@ -250,7 +250,9 @@ def test_batch_norms_without_scales_or_statistics():
     [(_, scales, shifts)] = batch_norms(network.state_dict())
     assert scales.tolist() == [0.25] * 3 and shifts.tolist() == [0] * 3
     images = torch.rand(4, 3, 5, 5)
+    network[3].eval()
     second = measure_normalized_values(network, images)[1]
+    assert [module.training for module in network.modules()] == [True, True, True, True, False]
     centred = images - images.mean((0, 2, 3), keepdim=True)
     expected = centred / centred.square().mean((0, 2, 3), keepdim=True).add(1e-5).sqrt()
     assert second.name == "1" and second.maximum == pytest.approx(expected.abs().max().item(), rel=1e-3)
@@ -270,13 +272,66 @@ def test_trained_networks_of_torchvision(tmp_path, name):
     """A last layer with a bias and without, of 7 classes; the other weights are not those of a new network."""
     from test_trained_networks import write_run
 
-    trained = construct_network(name, 7, "digits", 0.1)
+    trained = construct_network(name, 7, "flowers", 0.1)
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.add_(0.01)
-    file = write_run(tmp_path, trained.state_dict(), network=name, bn_weight=0.1)
+    file = write_run(tmp_path, trained.state_dict(), dataset="flowers", network=name, bn_weight=0.1)
     loaded = load_network(file).state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in trained.state_dict().items())
+
+
+TRAINED = """
+import torch
+from torch import nn
+
+def small(num_classes):
+    with torch.random.fork_rng():
+        network = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, num_classes))
+    network(torch.rand(8, 3, 8, 8))
+    return network
+"""
+
+
+def test_trained_weights_are_said_to_be_lost(write_module, few_digits, tmp_path):
+    """In the first line of a run."""
+    name = write_module(TRAINED)
+    lines: list[str] = []
+    flags = [*QUICK, "--network", f"{name}:small", "--path", str(tmp_path)]
+    train.train(preparation.parse(flags), lines.append)
+    assert lines[0].startswith(f"{name}:small: the network seems to have been trained, and loses with its γ and β what")
+    with pytest.warns(UserWarning, match="seems to have been trained"):
+        construct_network(f"{name}:small", dataset="digits")
+
+
+FROZEN = """
+from torch import nn
+
+class Frozen(nn.Sequential):
+    def train(self, mode=True):
+        super().train(mode)
+        self[4].eval()
+        return self
+
+def layers(num_classes):
+    convolutions = [nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)]
+    return [*convolutions, nn.Flatten(), nn.Linear(36, num_classes)]
+
+def by_itself(num_classes):
+    return Frozen(*layers(num_classes))
+
+def by_mode(num_classes):
+    network = nn.Sequential(*layers(num_classes))
+    network[4].eval()
+    return network
+"""
+
+
+@pytest.mark.parametrize(("function", "frozen"), [("by_itself", True), ("by_mode", False)])
+def test_layer_stays_frozen_where_the_network_sees_to_it(write_module, few_digits, tmp_path, function, frozen):
+    _, weights = run_and_weights([*QUICK, "--network", f"{write_module(FROZEN)}:{function}"], tmp_path)
+    assert weights["1.1.num_batches_tracked"] > 0
+    assert (weights["1.4.num_batches_tracked"] == 0) == frozen == (weights["1.4.running_mean"] == 0).all()
 
 
 def test_function_that_has_changed(write_module, few_digits, tmp_path, capsys):

@@ -49,7 +49,7 @@ def test_predictions_give_the_test_accuracy(input_norm, small_network, tmp_path)
     ("input_norm", "network", "stem"), [("bn", "resnet18", "own"), ("dataset", "resnet18", "auto")]
 )
 def test_networks_of_the_paper(input_norm, network, stem, tmp_path):
-    trained = construct_network(network, 7, "digits", 0.1, input_norm, stem)
+    trained = construct_network(network, 10, "digits", 0.1, input_norm, stem)
     trained(torch.rand(4, 3, 8, 8))  # running statistics of its own
     file = write_run(tmp_path, trained.state_dict(), network=network, input_norm=input_norm, stem=stem, bn_weight=0.1)
     before = random_states()
@@ -61,13 +61,46 @@ def test_networks_of_the_paper(input_norm, network, stem, tmp_path):
     with torch.no_grad():
         expected = trained.eval()((images - mean) / std if input_norm == "dataset" else images)
         given = images.clone()
-        assert torch.equal(loaded(images), expected) and expected.shape == (5, 7)
+        assert torch.equal(loaded(images), expected) and expected.shape == (5, 10)
     assert torch.equal(images, given)
     write_run(tmp_path, input_norm="dataset" if input_norm == "bn" else "bn")
     with pytest.raises(
         ValueError, match=r"a run-best\.pt does not hold the weights of a resnet18 for digits with input"
     ):
         load_network(file)
+
+
+class Bottleneck(nn.Sequential):
+    """The number of classes stands in more than one layer, and is the first dimension of neither."""
+
+    def __init__(self, num_classes: int) -> None:
+        narrow, wide = nn.Linear(3, 2 * num_classes), nn.Linear(2 * num_classes, num_classes)
+        super().__init__(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), narrow, wide)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_classes"),
+    [
+        ({"dataset": "flowers", "images": "9 training, 3 validation and 3 test images of 3 classes"}, 3),
+        (
+            {"dataset": "flowers", "images": "9,000 training, 3,000 validation and 99 test images of 1,002 classes"},
+            1002,
+        ),
+        ({"dataset": "cifar100"}, 100),
+    ],
+)
+def test_number_of_classes_is_that_of_the_images(settings, num_classes, tmp_path):
+    network = "test_trained_networks:Bottleneck"
+    trained = construct_network(network, num_classes)
+    loaded = load_network(write_run(tmp_path, trained.state_dict(), network=network, **settings))
+    assert loaded(torch.rand(2, 3, 8, 8)).shape == (2, num_classes)
+
+
+def test_number_of_classes_in_older_files(tmp_path):
+    """They do not say it; the last layer's shape does."""
+    trained = construct_network("resnet18", 7, image_size=(70, 70))
+    loaded = load_network(write_run(tmp_path, trained.state_dict(), dataset="flowers"))
+    assert torch.equal(loaded[1].fc.weight, trained[1].fc.weight) and len(loaded[1].fc.weight) == 7
 
 
 def test_built_in_images_made_large(tmp_path):
@@ -113,8 +146,7 @@ def test_damaged_weights(small_network, tmp_path):
     for content, message in [
         ({"format": 1}, "does not hold the weights of a network$"),
         ([1], "does not hold the weights of a network$"),
-        ({"x": torch.tensor(torch.nan)}, "is damaged: it holds a value that is not a finite number$"),
-        ({}, "does not hold the weights of a resnet18 for digits with input_norm bn$"),
+        ({}, "does not hold the weights of a network$"),
         (nn.Linear(3, 4).state_dict(), "does not hold the weights of a resnet18 for digits with input_norm bn$"),
     ]:
         torch.save(content, weights)

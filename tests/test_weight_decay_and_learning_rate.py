@@ -1,3 +1,4 @@
+import copy
 from functools import partial
 
 import numpy as np
@@ -8,6 +9,8 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn, optim
+from torch.nn.utils import parametrize, prune
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR
 
 from batch_norm import initialize_scales, prepend_input_norm
 from networks import construct_network
@@ -38,9 +41,9 @@ def test_groups_of_the_paper_network():
     assert names(network, scales) == expected_scales and len(expected_scales) == 21
     assert names(network, weights) == expected_weights and len(expected_weights) == 21
 
-    assert (biases["weight_decay"], biases["lr"]) == (0, 0.1)
-    assert (scales["weight_decay"], scales["lr"]) == (0, 0.1 / 100)
-    assert (weights["weight_decay"], weights["lr"]) == (1e-4, 0.1)
+    assert {**biases, "params": []} == {"name": "biases", "params": [], "weight_decay": 0, "lr": 0.1}
+    assert {**scales, "params": []} == {"name": "batch norm scales", "params": [], "weight_decay": 0, "lr": 0.1 / 100}
+    assert {**weights, "params": []} == {"name": "weights", "params": [], "weight_decay": 1e-4, "lr": 0.1}
 
 
 LAYERS = (
@@ -92,9 +95,13 @@ def test_one_step_of_sgd():
         torch.testing.assert_close(parameter, before[name] - rate * (parameter.grad + decay * before[name]))
 
 
+def small_network() -> nn.Module:
+    return prepend_input_norm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)), 0.1)
+
+
 @pytest.mark.parametrize("c", [0, 1, 1.0])
 def test_no_reduction(c):
-    for group in adjust_weight_decay_and_learning_rate(construct_network(), learning_rate=0.2, c=c):
+    for group in adjust_weight_decay_and_learning_rate(small_network(), learning_rate=0.2, c=c):
         assert group["lr"] == 0.2
 
 
@@ -160,18 +167,99 @@ def test_type_decides_not_shape():
     assert total == len(list(network.parameters()))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_what_parameters_are_computed_from():
+    """It goes where the parameter itself would go: under whatever names, and whatever holds it."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(1))
+
+        def forward(self, original):
+            return original * self.factor
+
+    network = nn.ModuleDict({name: nn.BatchNorm1d(3) for name in ("parametrized", "pruned", "new", "old")})
+    network["linear"], network["layer_norm"] = nn.Linear(3, 3), nn.LayerNorm(3)
+    for name in ("parametrized", "linear", "layer_norm"):
+        for kind in ("weight", "bias"):
+            parametrize.register_parametrization(network[name], kind, Scaled())
+    prune.identity(network["pruned"], "weight")
+    prune.identity(network["pruned"], "bias")
+    nn.utils.parametrizations.weight_norm(network["new"])
+    nn.utils.weight_norm(network["old"])
+    no_decay, scales, decay = adjust_weight_decay_and_learning_rate(network)
+    assert set(names(network, scales)) == {
+        *("parametrized.parametrizations.weight.original", "parametrized.parametrizations.weight.0.factor"),
+        *("new.parametrizations.weight.original0", "new.parametrizations.weight.original1"),
+        *("pruned.weight_orig", "old.weight_g", "old.weight_v"),
+    }
+    of_weight = ["linear.parametrizations.weight.original", "linear.parametrizations.weight.0.factor"]
+    assert names(network, decay) == of_weight
+    assert len(names(network, no_decay)) == len(list(network.parameters())) - 7 - 2
+    alone = parametrize.register_parametrization(nn.BatchNorm1d(3), "weight", Scaled())
+    assert [len(group["params"]) for group in adjust_weight_decay_and_learning_rate(alone)] == [1, 2]
+
+
+SCHEDULES = {
+    "OneCycleLR": lambda optimizer, groups: OneCycleLR(optimizer, max_lr=[g["lr"] for g in groups], total_steps=8),
+    "LinearLR": lambda optimizer, groups: LinearLR(optimizer, total_iters=4),
+    "CosineAnnealingLR": lambda optimizer, groups: CosineAnnealingLR(optimizer, T_max=8),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_keep_the_ratio(name):
+    """With the lines of the docstring; the rates that they set are those with which γ learns."""
+    network = small_network()[1][1]
+    groups = adjust_weight_decay_and_learning_rate(network, c=50)
+    optimizer = optim.SGD(groups)
+    schedule, rates = SCHEDULES[name](optimizer, groups), []
+    for _ in range(8):
+        network.weight.grad = network.bias.grad = torch.ones(4)
+        before = network.weight.detach() - network.bias.detach() / 50
+        optimizer.step()
+        torch.testing.assert_close(network.weight.detach() - network.bias.detach() / 50, before)
+        biases, scales = optimizer.param_groups
+        assert (biases["name"], scales["name"]) == ("biases", "batch norm scales")
+        assert scales["lr"] * 50 == pytest.approx(biases["lr"])
+        rates.append(biases["lr"])
+        schedule.step()
+    assert len(set(rates)) > 3 and max(rates) <= 0.1 + 1e-12
+
+
+def test_checkpoint_from_before_groups_had_names():
+    """It is loaded, and goes on to the same weights."""
+
+    def train(steps: int, state: dict | None = None) -> tuple[nn.Module, dict]:
+        torch.manual_seed(0)
+        network = small_network()[1][:2]
+        optimizer = optim.SGD(adjust_weight_decay_and_learning_rate(network, c=10), momentum=0.9)
+        if state:
+            network.load_state_dict(state["network"])
+            optimizer.load_state_dict(state["optimizer"])
+        for step in range(4 - steps, 4) if state else range(steps):
+            optimizer.zero_grad()
+            network(torch.full((2, 3, 4, 4), 1.0 + step) * torch.arange(4)).square().sum().backward()
+            optimizer.step()
+        return network, copy.deepcopy({"network": network.state_dict(), "optimizer": optimizer.state_dict()})
+
+    expected, _ = train(4)
+    _, state = train(2)
+    for group in state["optimizer"]["param_groups"]:
+        del group["name"]
+    network, _ = train(2, state)
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in network.state_dict().items())
+
+
 def test_skip_list():
-    network = construct_network()
-    biases, scales, weights = adjust_weight_decay_and_learning_rate(network, c=100, skip_list=["1.fc.weight"])
-    assert "1.fc.weight" in names(network, biases)
-    assert "1.fc.weight" not in names(network, weights)
-    assert len(scales["params"]) == 21
-
-
-def test_skip_list_never_raises_the_rate_of_a_scale():
-    network = construct_network()
-    _, scales, _ = adjust_weight_decay_and_learning_rate(network, c=100, skip_list=["1.bn1.weight"])
-    assert "1.bn1.weight" in names(network, scales)
+    """A scale in it keeps its rate."""
+    network = small_network()
+    biases, scales, weights = adjust_weight_decay_and_learning_rate(
+        network, c=100, skip_list=["1.2.weight", "1.1.weight"]
+    )
+    assert names(network, biases) == ["1.0.bias", "1.1.bias", "1.2.weight", "1.2.bias"]
+    assert names(network, scales) == ["0.weight", "1.1.weight"] and names(network, weights) == ["1.0.weight"]
 
 
 def test_skip_list_with_a_name_that_is_not_there():
@@ -191,12 +279,11 @@ def test_skip_list_that_can_be_read_only_once():
 
 
 def test_frozen_parameters_are_left_out():
-    network = construct_network()
-    for parameter in network[1].layer1.parameters():
+    network = small_network()
+    for parameter in network[1][:2].parameters():
         parameter.requires_grad = False
-    for group in adjust_weight_decay_and_learning_rate(network):
-        assert all(parameter.requires_grad for parameter in group["params"])
-        assert not any("layer1" in name for name in names(network, group))
+    groups = adjust_weight_decay_and_learning_rate(network)
+    assert [names(network, group) for group in groups] == [["1.2.bias"], ["0.weight"], ["1.2.weight"]]
 
 
 def test_shared_parameter_appears_once():

@@ -83,6 +83,7 @@ def construct(
         arguments["bn_weight"] = 1.0
     try:
         with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
             network = construct_network(settings.network, num_classes, **arguments, image_size=size)
     except ValueError as error:
         raise FlagError(f"argument --network: {error}") from error

@@ -35,7 +35,7 @@ from saved_runs.run import Run
 from training.devices import find_device
 from training.pulse import FAILING, LEAVING, Pulse
 from training.shared_run import SharedRun
-from training.synchronized_batch_norm import synchronize
+from training.synchronized_batch_norm import sync_batch_norms_as_others, synchronize
 from training.world import World
 
 FOR_EVER = timedelta(days=365)
@@ -146,11 +146,8 @@ class Processes(World):
 
     def replicate(self, network: nn.Module, settings: argparse.Namespace) -> nn.Module:
         super().replicate(network, settings)
-        if next(network.parameters()).is_cuda:
-            nn.SyncBatchNorm.convert_sync_batchnorm(network, self.group)
-        else:
-            synchronize(network, self.group)
-        return DistributedDataParallel(network, process_group=self.group)
+        synchronize(network, self.group)
+        return Replica(network, process_group=self.group)
 
     def mean(self, loss: Tensor, num_images: int) -> Tensor:
         here = loss.detach()
@@ -219,6 +216,13 @@ class Processes(World):
         return False
 
 
+class Replica(DistributedDataParallel):
+    """`DistributedDataParallel` for networks with `nn.SyncBatchNorm` too, which it refuses on a CPU."""
+
+    def _passing_sync_batchnorm_handle(self, module: nn.Module) -> None:
+        """It only refuses."""
+
+
 def share(part: Tensor, rank: int, size: int) -> Tensor:
     """What process `rank` of `size` takes of a batch: the shares follow each other, and differ by one at the most."""
     return part[len(part) * rank // size : len(part) * (rank + 1) // size]
@@ -237,7 +241,7 @@ def join() -> Iterator[Processes]:
         world = Processes()
     except RuntimeError as error:
         raise ConnectionError(f"the processes cannot reach each other: {error}") from error
-    with redirect_stdout(sys.stdout if world.first else open(os.devnull, "w")):
+    with sync_batch_norms_as_others(), redirect_stdout(sys.stdout if world.first else open(os.devnull, "w")):
         try:
             yield world
         except BaseException as error:

@@ -1,80 +1,141 @@
-"""Batch norm with the statistics of a whole batch, of which every process has a share, where torch has none.
+"""Batch norm with the statistics of a whole batch, of which every process has a share.
 
-`nn.SyncBatchNorm` computes on GPUs only. `SynchronizedBatchNorm` takes its place on the CPU.
+Each layer stays what it is, with all that it does besides: `synchronize` changes no more than what its own `forward`
+gets from `F.batch_norm` in training. On GPUs that is what `nn.SyncBatchNorm` computes, elsewhere what this module does.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase, sync_batch_norm
+from torch.overrides import TorchFunctionMode
+
+from command_line.flag_types import FlagError
+
+ALONE = "so that it can be trained in one process only: start train.py without torchrun"
 
 
-class SynchronizedBatchNorm(_BatchNorm):
-    """Batch norm over (N, C, ...) that is trained with mean and variance of the shares of all processes together.
+def synchronize(network: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Let every batch norm of a network train with mean and variance of the shares of all processes. In place.
 
-    The mean comes first, then the mean of the squared deviations from it: a variance as a difference of two large
-    numbers would lose its digits. Sums are of float32, as is all else, whatever autocast says. Shares may be of
-    different sizes, a single image included. The running variance is the unbiased one of the whole batch, as in torch's
-    batch norm. What one process computes on the whole batch differs by rounding: sums are added up in another order.
-    In evaluation it computes what torch's batch norm does, to the last bit.
+    What it changes is `forward` of these layers, as an attribute: classes, parameters, buffers and hooks stay. Shares
+    may be of different sizes, a single image included. In evaluation a layer computes what it did, to the last bit.
 
     Args:
-        layer: the batch norm whose place it takes. Parameters and buffers are the same objects, under the same names.
+        network: any module. Other layers that compute with statistics of a batch do so with those of a share.
         group: the processes; all of those that torch.distributed knows, by default.
 
     Raises:
-        ValueError: the whole batch has a single value for a channel (in `forward`).
+        FlagError: a layer cannot share its statistics, or (in its `forward`) does not get them from `F.batch_norm`.
+        ValueError: the whole batch has a single value for a channel (in its `forward`).
     """
+    for name, layer in network.named_modules():
+        if isinstance(layer, _BatchNorm):
+            if layer.running_mean is None:
+                raise FlagError(f"argument --network: batch norm {name!r} has no running statistics, {ALONE}")
+            layer.forward = partial(forward, layer, layer.forward, name, group)
+        elif isinstance(layer, _NormBase) and layer.running_mean is not None:
+            raise FlagError(f"argument --network: instance norm {name!r} has running statistics, {ALONE}")
 
-    def __init__(self, layer: _BatchNorm, group: dist.ProcessGroup | None = None) -> None:
-        super().__init__(layer.num_features, layer.eps, layer.momentum, affine=False, track_running_stats=False)
-        self.affine, self.track_running_stats = layer.affine, layer.track_running_stats
-        self._parameters, self._buffers = layer._parameters, layer._buffers
-        self.training = layer.training
-        self.group = group
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+def forward(
+    layer: _BatchNorm, own_forward: Callable, name: str, group: dist.ProcessGroup | None, *inputs: Any, **named: Any
+) -> Any:
+    """What a layer computes, with the statistics of the whole batch in training."""
+    if not layer.training:
+        return own_forward(*inputs, **named)
+    with WholeBatch(group) as whole_batch:
+        outputs = own_forward(*inputs, **named)
+    if not whole_batch.used:
+        raise FlagError(f"argument --network: batch norm {name!r} does not call torch's F.batch_norm, {ALONE}")
+    return outputs
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        self._check_input_dim(input)
-        values = input.to(torch.promote_types(input.dtype, torch.float32))
-        others = [0, *range(2, input.dim())]  # all dimensions but that of the channels
-        shape = [1, -1] + [1] * (input.dim() - 2)
-        number = values.new_tensor([input.numel() // input.shape[1]])
-        sums, count = add_up(torch.cat([values.sum(others), number]), self.group).split([self.num_features, 1])
-        if count <= 1:
-            raise ValueError("batch norm cannot train on a batch with one value for a channel")
-        mean = sums / count
-        deviations = values - mean.view(shape)
-        variance = add_up(deviations.square().sum(others), self.group) / count
-        if self.track_running_stats:
-            self.update(mean.detach(), variance.detach() * (count / (count - 1)))
-        normalized = deviations * (variance + self.eps).rsqrt().view(shape)
-        if self.affine:
-            normalized = normalized * self.weight.view(shape) + self.bias.view(shape)
-        return normalized.to(input.dtype)
 
-    @torch.no_grad()
-    def update(self, mean: Tensor, variance: Tensor) -> None:
-        """Bring the running statistics closer to those of a batch; the variance is the unbiased one."""
-        self.num_batches_tracked.add_(1)
-        weight = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        for running, of_batch in ((self.running_mean, mean), (self.running_var, variance)):
-            running.mul_(1 - weight).add_(of_batch, alpha=weight)
+class WholeBatch(TorchFunctionMode):
+    """Within it, `F.batch_norm` takes the statistics of all processes; `used` is whether it was called."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self.group, self.used = group, False
+
+    def __torch_function__(
+        self, function: Callable, types: Sequence[type], args: Sequence = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function is F.batch_norm:
+            self.used, function = True, self.batch_norm
+        return function(*args, **(kwargs or {}))
+
+    def batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if not training:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        compute = sync_batch_norm.apply if input.is_cuda else batch_norm
+        group = self.group or dist.group.WORLD
+        return compute(input, weight, bias, running_mean, running_var, eps, momentum, group, dist.get_world_size(group))
+
+
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    momentum: float,
+    process_group: dist.ProcessGroup,
+    world_size: int,
+) -> Tensor:
+    """Batch norm of a share (N, C, ...) with the statistics of the whole batch, which become part of the running ones.
+
+    It has the arguments of torch's own for GPUs. The mean comes first, then the mean of the squared deviations from it:
+    a variance as a difference of two large numbers would lose its digits. Sums are of float32, as is all else, whatever
+    autocast says. The running variance is the unbiased one of the whole batch. What one process computes on the whole
+    batch differs by rounding: sums are added up in another order.
+    """
+    values = input.to(torch.promote_types(input.dtype, torch.float32))
+    others = [0, *range(2, input.dim())]  # all dimensions but that of the channels
+    shape = [1, -1] + [1] * (input.dim() - 2)
+    channels = input.shape[1]
+    number = values.new_tensor([input.numel() // channels])
+    sums, count = add_up(torch.cat([values.sum(others), number]), process_group).split([channels, 1])
+    if count <= 1:
+        raise ValueError("batch norm cannot train on a batch with one value for a channel")
+    mean = sums / count
+    deviations = values - mean.view(shape)
+    variance = add_up(deviations.square().sum(others), process_group) / count
+    if running_mean is not None:
+        with torch.no_grad():
+            for running, of_batch in ((running_mean, mean), (running_var, variance * (count / (count - 1)))):
+                running.mul_(1 - momentum).add_(of_batch, alpha=momentum)
+    normalized = deviations * (variance + eps).rsqrt().view(shape)
+    if weight is not None:
+        normalized = normalized * weight.view(shape)
+    if bias is not None:
+        normalized = normalized + bias.view(shape)
+    return normalized.to(input.dtype)
 
 
 class AddUp(torch.autograd.Function):
     """The sum of a tensor over the processes, with its gradient: what each contributes goes into the losses of all."""
 
     @staticmethod
-    def forward(context: Any, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(context: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         context.group = group
         return total(tensor, group)
 
@@ -84,7 +145,7 @@ class AddUp(torch.autograd.Function):
         return total(gradient, context.group), None
 
 
-def total(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def total(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of a tensor over the processes."""
     tensor = tensor.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(tensor, group=group)
@@ -94,10 +155,12 @@ def total(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 add_up = AddUp.apply
 
 
-def synchronize(network: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Put a `SynchronizedBatchNorm` in the place of every batch norm within a network. In place."""
-    for name, layer in network.named_children():
-        if isinstance(layer, _BatchNorm):
-            setattr(network, name, SynchronizedBatchNorm(layer, group))
-        else:
-            synchronize(layer, group)
+@contextmanager
+def sync_batch_norms_as_others() -> Iterator[None]:
+    """Let `nn.SyncBatchNorm` compute as `nn.BatchNorm2d` does where it is not synchronized: torch's refuses a CPU."""
+    own_forward = nn.SyncBatchNorm.forward
+    nn.SyncBatchNorm.forward = _BatchNorm.forward
+    try:
+        yield
+    finally:
+        nn.SyncBatchNorm.forward = own_forward
