@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from command_line import settings as flags
-from command_line.endings import answer_at_once, end, how_to_resume, one_line_endings, say, warn
+from command_line.endings import answer_at_once, end, how_to_resume, in_one_line, one_line_endings, say, warn
 from command_line.signals import on_signals
 from experiment.plan import PlannedRun, parse, plan_runs
 
@@ -24,7 +24,8 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from experiment.making import ClusterError, make_runs
+from experiment.cluster import ClusterError
+from experiment.making import make_runs
 from experiment.outcomes import Outcomes, explain_failures, read_runs, runs_by_setting, tuning_so_far
 from experiment.tuning import (
     choose_learning_rates,
@@ -88,6 +89,13 @@ def check_here(args: argparse.Namespace) -> None:
         find_images(args.path / "images" / args.first.dataset)
 
 
+def train_here(settings: argparse.Namespace, stops: list[int]) -> Results:
+    """Make a run in this process."""
+    import train  # torch's networks are not needed where others make the runs
+
+    return train.train(settings, stops=stops)
+
+
 def compare_runs(args: argparse.Namespace, outcomes: Outcomes) -> list[Comparison]:
     """Compare the finished runs, with the baseline and as `--contrast` asks for."""
     return compare_all(runs_by_setting(args, outcomes), len(args.seeds), args.contrast)
@@ -108,7 +116,8 @@ def make_what_is_left(args: argparse.Namespace, planned: Sequence[PlannedRun], o
         comparisons = [] if tuning else [c for c in compare_runs(args, outcomes) if not is_contrast(c)]
         return table(comparisons, NARROW_TABLE_COLUMNS).splitlines() if comparisons else []
 
-    made = make_runs([run.settings for run in left.values()], outcomes.stops, args.jobs, args.scheduler, args.device)
+    runs = [run.settings for run in left.values()]
+    made = make_runs(runs, outcomes.stops, args.jobs, args.scheduler, args.device, train_here)
     display = Display(len(planned), len(planned) - len(left), rows())
     with on_signals(outcomes.stops.append), closing(display), closing(made):
         try:
@@ -121,15 +130,13 @@ def make_what_is_left(args: argparse.Namespace, planned: Sequence[PlannedRun], o
                     results = outcomes.finished[name] = replace(outcome, select=args.select)
                     accuracy = f"val accuracy {results.val_accuracy:.3f} %"
                     text = f"{name} {accuracy if tuning else f'test accuracy {results.test_accuracy:.3f} %'}"
-                elif tuning and outcome.startswith(FloatingPointError.__name__):
-                    outcomes.diverged[name] = outcome
-                    note_divergence(args.path / "results", settings, outcome)
-                    text = f"{name} counts as 0 %: {outcome}"
-                elif outcome.startswith(wrong_flag := f"{flags.FlagError.__name__}: "):  # for all runs
-                    raise flags.FlagError(outcome.removeprefix(wrong_flag))
+                elif tuning and isinstance(outcome, FloatingPointError):
+                    outcomes.diverged[name] = reason = in_one_line(outcome)
+                    note_divergence(args.path / "results", settings, reason)
+                    text = f"{name} counts as 0 %: {reason}"
                 else:
-                    outcomes.failed[name] = outcome
-                    text = f"{name} failed: {outcome}"
+                    outcomes.failed[name] = reason = in_one_line(outcome)
+                    text = f"{name} failed: {reason}"
                 display.show(text, rows(), failed=not isinstance(outcome, Results))
         except ClusterError as error:
             outcomes.failed["the experiment"] = str(error)

@@ -18,6 +18,7 @@ from operator import add
 
 from command_line import settings as flags
 from command_line.endings import answer_at_once, how_to_resume, one_line_endings, say
+from command_line.signals import stop_at_end_of_input
 
 if __name__ == "__main__":
     answer_at_once("train.py", flags.parse)  # before torch is imported, which takes seconds
@@ -179,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
         return how_to_resume("without --restart" if replaced else "again")
 
     with one_line_endings("train.py", stopped), join() as world:
+        stop_at_end_of_input()
         settings = world.together(lambda: parse(argv, world))
         files = run_files(settings.path, settings.name)
         results = train(settings, say, show_bar=world.first and sys.stderr.isatty(), world=world)

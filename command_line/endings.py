@@ -15,7 +15,9 @@ from typing import NoReturn
 from command_line.flag_types import FlagError
 from command_line.signals import LAUNCHED, interrupt, on_signals
 
+AT_WORK, DIVERGED = 3, 4  # exit codes of what an experiment must tell from other errors
 LONGEST_LINE = 1000  # letters of an error that are shown
+
 BEGUN: list[str] = []  # the commands that handle signals, or have
 
 
@@ -101,8 +103,9 @@ def end(code: int, message: str, program: str) -> NoReturn:
 def one_line_endings(program: str, stopped: Callable[[], str] = lambda: "stopped") -> Iterator[None]:
     """Let errors and signals end a command with one line on standard error.
 
-    The exit code is 2 for a wrong flag, 1 for any other error that the user can do something about, 130 for Ctrl-C, 143
-    for SIGTERM and 129 for a closed terminal. An error that only a programmer can mend keeps its traceback.
+    The exit code is 2 for a wrong flag, 3 where another process is at work on the run, 4 where the training has
+    diverged, 1 for any other error that the user can do something about, 130 for Ctrl-C, 143 for SIGTERM and 129 for a
+    closed terminal. An error that only a programmer can mend keeps its traceback.
 
     Args:
         program: the command's name.
@@ -116,7 +119,8 @@ def one_line_endings(program: str, stopped: Callable[[], str] = lambda: "stopped
     except KeyboardInterrupt as stop:
         end(128 + (stop.args[0] if stop.args else signal.SIGINT), stopped(), program)
     except (FloatingPointError, ValueError, OSError) as error:
-        end(2 if isinstance(error, FlagError) else 1, f"error: {error}", program)
+        codes = {FlagError: 2, BlockingIOError: AT_WORK, FloatingPointError: DIVERGED}
+        end(next((codes[kind] for kind in codes if isinstance(error, kind)), 1), f"error: {error}", program)
     except (RuntimeError, MemoryError) as error:
         words = r"out of memory|allocate memory|alloc_failed|memory object"  # torch has several ways to say it
         if not isinstance(error, MemoryError) and not re.search(words, str(error), re.IGNORECASE):

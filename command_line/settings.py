@@ -128,6 +128,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return settings
 
 
+def as_arguments(settings: argparse.Namespace) -> list[str]:
+    """The arguments of train.py of which `parse` makes these settings."""
+    values = {name: value for name, value in vars(settings).items() if value != DEFAULTS[name]}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()]
+
+
 def check_batch_size(settings: argparse.Namespace, num_train: int) -> None:
     """FlagError where there are fewer training images than a batch has."""
     if settings.batch_size > num_train:

@@ -16,6 +16,7 @@ Item = TypeVar("Item")
 
 
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun, as one of several processes
+STOP_AT_END_OF_INPUT = "STOP_AT_END_OF_INPUT"  # in the environment of a run whose standard input another process holds
 
 
 def until_stopped(items: Iterable[Item], stops: Sequence[int]) -> Iterator[Item]:
@@ -56,3 +57,18 @@ def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
 def interrupt(number: int) -> NoReturn:
     """Raise KeyboardInterrupt with the number of a signal."""
     raise KeyboardInterrupt(number)
+
+
+def stop_at_end_of_input() -> None:
+    """Stop this process, as SIGTERM does, when its standard input ends, if its environment asks for that.
+
+    Whoever has started it holds the other end, and stops it by closing that: also where it is killed itself.
+    """
+
+    def wait() -> None:
+        while os.read(0, 1):  # not by sys.stdin, which has a lock that forked processes would find taken
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if os.environ.pop(STOP_AT_END_OF_INPUT, None):
+        threading.Thread(target=wait, daemon=True).start()

@@ -1,78 +1,95 @@
-"""Stand-ins for runs, in a module that other processes import at once; as a program, an experiment of them."""
+"""Stand-ins for runs, without torch: as a program, one of them in place of train.py."""
 
-import multiprocessing
+import argparse
 import os
 import signal
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from command_line.signals import on_signals
-from experiment import making
+from command_line import settings
+from command_line.endings import AT_WORK, DIVERGED
+from command_line.signals import interrupt, on_signals, stop_at_end_of_input
+
+COMMAND = [sys.executable, __file__]
 
 
-def light_run(name: str, path: Path = Path()) -> Namespace:
-    """What the engine needs of a run."""
-    return Namespace(name=name, path=path)
+def light_run(name: str, path: Path) -> argparse.Namespace:
+    """The settings of a stand-in."""
+    return settings.parse(["--name", name, "--path", str(path)])
 
 
-def make_run(run: Namespace, device: str | None, stops: list[int]) -> str | int:
-    """In place of `making.make_run`: what happens depends on the first word of the run's name.
-
-    'deadly' kills its process, 'unlucky' only the first time; 'slow' is never done, 'patient' when 'unlucky' is;
-    'parent' starts a process of its own. Where a run has begun there is a file of its name, in which is the process.
-    """
-    kind, files = run.name.split()[0], run.path / "begun"
-    files.mkdir(exist_ok=True)
-    first_time = not (files / run.name).exists()
-    (files / f"{run.name}.tmp").write_text(str(os.getpid()))
-    (files / f"{run.name}.tmp").rename(files / run.name)
-    if kind == "deadly" or (kind == "unlucky" and first_time):
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "parent":
-        child = multiprocessing.Process(target=(files / f"{run.name}'s child").touch)
-        child.start()
-        child.join()
-    if kind == "unlucky":
-        (files / "done").touch()
-    while kind == "slow" or (kind == "patient" and not (files / "done").exists()):
-        if stops:
-            time.sleep(0.5)  # saves what it has
-            (files / f"{run.name} saved").touch()
-            return stops[0]
-        time.sleep(0.01)
-    return f"done on {device}"
+def begun(run: argparse.Namespace) -> Path:
+    """A file that is there once a run has begun; in it is the process."""
+    return run.path / "begun" / run.name
 
 
-def make_run_in_worker(*arguments: Any) -> str | int:
-    """`making.make_run_in_worker` on two GPUs, and without torch, whose import takes seconds."""
-    cuda = SimpleNamespace(device_count=lambda: 2)
-    sys.modules["torch"] = SimpleNamespace(cuda=cuda, set_num_threads=lambda number: None)
-    return making.make_run_in_worker(*arguments)
-
-
-def process_of(run: Namespace) -> int:
+def process_of(run: argparse.Namespace) -> int:
     """The process that has begun a run, once it has."""
     deadline = time.monotonic() + 60
-    while not (file := run.path / "begun" / run.name).exists():
+    while not begun(run).exists():
         assert time.monotonic() < deadline, f"{run.name} has not begun"
         time.sleep(0.01)
-    return int(file.read_text())
+    return int(begun(run).read_text())
 
 
-def main(path: str, *names: str) -> None:
-    """Make stand-ins in two processes, stopped by signals; prints what comes of each."""
-    making.make_run, making.make_run_in_worker = make_run, make_run_in_worker
-    stops: list[int] = []
-    with on_signals(stops.append):
-        for run, outcome in making.make_runs([light_run(name, Path(path)) for name in names], stops, jobs=2):
-            print(run.name, outcome, flush=True)
+def make_run(run: argparse.Namespace) -> None:
+    """What happens depends on the first part of the run's name.
+
+    'deadly' kills its process, 'unlucky' only the first time; 'slow' is never done, 'interrupted' only the first time,
+    'patient' when 'unlucky' is; 'busy' is at work in another process the first time; the others end as they are called.
+    The result file of one that is done has its device and its number of threads.
+    """
+    kind, first_time = run.name.split("-")[0], not begun(run).exists()
+    begun(run).parent.mkdir(exist_ok=True)
+    unfinished = begun(run).with_suffix(".tmp")
+    unfinished.write_text(str(os.getpid()))
+    unfinished.rename(begun(run))
+    if kind == "deadly" or (kind == "unlucky" and first_time):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "broken":
+        raise KeyError("x")
+    codes = {"wrong": 2, "full": 1, "diverged": DIVERGED, "busy": AT_WORK}
+    if kind in codes and (kind != "busy" or first_time):
+        print("a warning\ntrain.py: error: it is", kind, file=sys.stderr)
+        sys.exit(codes[kind])
+    if kind == "unlucky":
+        (run.path / "done").touch()
+    waiting = {"slow": True, "interrupted": first_time}
+    while waiting.get(kind) or (kind == "patient" and not (run.path / "done").exists()):
+        time.sleep(0.01)
+    (run.path / "results").mkdir(exist_ok=True)
+    header = f"# device: {run.device}\n# threads: {os.environ.get('OMP_NUM_THREADS')}\n"
+    columns = "epoch,train_loss,val_loss,val_accuracy,test_accuracy\n1,1.0,1.0,50.0,50.0\n"
+    (run.path / "results" / f"{run.name}.csv").write_text(header + columns)
+
+
+def make_run_in_worker(*arguments: Any) -> Any:
+    """`cluster.make_run_in_worker`, which makes a stand-in."""
+    from experiment import cluster, run_process
+
+    run_process.COMMAND = COMMAND
+    return cluster.make_run_in_worker(*arguments)
+
+
+def die(*_: Any) -> None:
+    """In place of `cluster.make_run_in_worker`: the worker is lost."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    """The command line: the flags of train.py."""
+    stop_at_end_of_input()
+    run = settings.parse()
+    try:
+        with on_signals(interrupt):
+            make_run(run)
+    except KeyboardInterrupt as stop:
+        time.sleep(0.5)  # saves what it has
+        begun(run).with_suffix(".saved").touch()
+        sys.exit(128 + stop.args[0])
 
 
 if __name__ == "__main__":
-    import light  # so that other processes find everything of this file by its import
-
-    light.main(*sys.argv[1:])
+    main()

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import numpy as np
 import torchvision.datasets
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
-from torch import nn
+from torch import Tensor, nn
 
 import train
 from batch_norm import ScaleBatchNorm2d
@@ -32,6 +33,24 @@ def construct_small_network(
     """One layer of each kind that matters, for digits, in place of `networks.construct_network`."""
     layers = [nn.Conv2d(3, 8, 3), ScaleBatchNorm2d(8, bn_weight=bn_weight), nn.ReLU(), nn.Flatten()]
     return nn.Sequential(ScaleBatchNorm2d(3, bn_weight=bn_weight), *layers, nn.Linear(8 * 6 * 6, num_classes))
+
+
+class StochasticDepth(nn.Module):
+    """A layer that training skips at random, by a draw from Python's own generator."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images if self.training and random.random() < 0.5 else images + self.layer(images)
+
+
+def stochastic_depth(num_classes: int) -> nn.Module:
+    """A network of one's own for digits: `--network small:stochastic_depth`."""
+    layers = [StochasticDepth(nn.Conv2d(8, 8, 3, padding=1)) for _ in range(2)]
+    first, last = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()], nn.Linear(8 * 6 * 6, num_classes)
+    return nn.Sequential(*first, *layers, nn.Flatten(), last)
 
 
 def train_small() -> None:

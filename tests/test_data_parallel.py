@@ -183,7 +183,7 @@ def test_run_goes_on_with_another_number_of_processes(seen, folder):
 @pytest.mark.parametrize(
     ("job", "code", "line"),
     [
-        ("diverged", 1, r"the loss at epoch \d, step \d is (nan|inf): the training has diverged; .*"),
+        ("diverged", 4, r"the loss at epoch \d, step \d is (nan|inf): the training has diverged; .*"),
         ("small batch", 2, "argument --batch_size: a batch of 1 leaves no image for some of the 2 processes"),
         ("small last batch", 2, "argument --batch_size: a last batch of 1 leaves no image for some of the 2 .*"),
         (

@@ -638,7 +638,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (FOLDER.pare
 @contextmanager
 def start(path: Path, *flags: str, **options: Any) -> Iterator[subprocess.Popen]:
     """An experiment in other processes, which does not outlive a failing test."""
-    command = [sys.executable, FOLDER / "small_experiment.py", *FLAGS, "--path", path, *flags]
+    own = ["--network", "small:stochastic_depth", "--learning_rate", "0.01"]
+    command = [sys.executable, FOLDER.parent / "reproduce.py", *FLAGS, *own, "--path", path, *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT}
     with subprocess.Popen(command, text=True, **(pipes | options)) as experiment:
         try:
