@@ -27,7 +27,7 @@ def begun(run: argparse.Namespace) -> Path:
 
 def process_of(run: argparse.Namespace) -> int:
     """The process that has begun a run, once it has."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not begun(run).exists():
         assert time.monotonic() < deadline, f"{run.name} has not begun"
         time.sleep(0.01)
