@@ -327,9 +327,11 @@ def test_killed_experiment_loses_no_epoch(tmp_path):
     command += ["--dataset", "digits", "--batch_size", "48", *flags]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, env=ENVIRONMENT, **quiet) as experiment:
-        for run in runs:
-            wait_until(lambda run=run: epochs_of(run) > 5)
-        experiment.kill()
+        try:
+            for run in runs:
+                wait_until(lambda run=run: epochs_of(run) > 5)
+        finally:
+            experiment.kill()
     for run in runs:
         wait_until(lambda run=run: is_free(run_files(tmp_path, run.name)))
         assert len(checkpoint(run)["columns"]["epoch"]) == epochs_of(run) > 5
