@@ -291,50 +291,34 @@ def one_of_two() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_killed_run_and_stopped_experiment(one_of_two, tmp_path):
-    """What comes of them in the end is, bit for bit, what comes of undisturbed runs in this process."""
-    flags = [*RANDOM, "--num_epochs", "30", "--checkpoint_seconds", "0.1"]
-    alone, runs = (
-        [small_run(tmp_path / folder, *flags, "--seed", seed) for seed in "12"] for folder in ("alone", "disturbed")
-    )
-    assert all(outcome.num_epochs == 30 for _, outcome in make_runs(alone, [], device="cpu", train=train.train))
-    stops = []
+def test_killed_run_and_killed_experiment(one_of_two, tmp_path):
+    """Of both comes in the end, bit for bit, what comes of undisturbed runs in this process.
 
-    def disturb() -> None:
-        run = runs[0]
-        wait_until(lambda: epochs_of(run) > 5)
-        [process] = [child for child in psutil.Process().children() if f"--name={run.name}" in child.cmdline()]
-        process.kill()
-        seen = epochs_of(run)
-        wait_until(lambda: epochs_of(run) > seen + 5)
-        stops.append(signal.SIGTERM)
-
-    with ThreadPoolExecutor() as pool:
-        disturbing = pool.submit(disturb)
-        made = {run.seed: outcome for run, outcome in make_runs(runs, stops, jobs=2, device="cpu")}
-        disturbing.result()
-    assert made[1] == signal.SIGTERM and checkpoint(runs[0])["columns"]["epoch"][-1] == epochs_of(runs[0]) < 30
-    assert all(outcome.num_epochs == 30 for _, outcome in make_runs(runs, [], jobs=2, device="cpu"))
-    assert all(equal(checkpoint(ours), checkpoint(theirs)) for ours, theirs in zip(runs, alone, strict=True))
-
-
-def test_killed_experiment_loses_no_epoch(tmp_path):
-    """Its processes save all that they have done since the last checkpoint, which was after the first epoch."""
-    flags = [*RANDOM, "--num_epochs", "1000000", "--checkpoint_seconds", "1e9", "--device", "cpu"]
-    baseline = small_run(tmp_path, *flags, "--bn_weight", "1", "--c", "1", "--input_norm", "dataset")
-    runs = [baseline, small_run(tmp_path, *flags)]
-    command = [sys.executable, TESTS.parent / "reproduce.py", "--jobs", "2", "--seeds", "1", "--path", tmp_path]
-    command += ["--dataset", "digits", "--batch_size", "48", *flags]
+    The runs of the killed experiment save all that they have done since the last checkpoint, that of the first epoch.
+    """
+    flags = [*RANDOM, "--num_epochs", "40", "--checkpoint_seconds", "1e9"]
+    baseline = [*flags, "--bn_weight", "1", "--c", "1", "--input_norm", "dataset"]
+    alone, runs = ([small_run(tmp_path / path, *of) for of in (baseline, flags)] for path in ("alone", "disturbed"))
+    list(make_runs(alone, [], device="cpu", train=train.train))
+    command = [sys.executable, TESTS.parent / "reproduce.py", "--jobs", "2", "--seeds", "1", "--device", "cpu", *flags]
+    command += ["--dataset", "digits", "--batch_size", "48", "--path", tmp_path / "disturbed"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, env=ENVIRONMENT, **quiet) as experiment:
         try:
             for run in runs:
                 wait_until(lambda run=run: epochs_of(run) > 5)
+            children = psutil.Process(experiment.pid).children()
+            [process] = [child for child in children if f"--name={runs[0].name}" in child.cmdline()]
+            process.kill()
+            killed_at = epochs_of(runs[0])
+            wait_until(lambda: epochs_of(runs[0]) > killed_at)
         finally:
             experiment.kill()
     for run in runs:
-        wait_until(lambda run=run: is_free(run_files(tmp_path, run.name)))
+        wait_until(lambda run=run: is_free(run_files(run.path, run.name)))
         assert len(checkpoint(run)["columns"]["epoch"]) == epochs_of(run) > 5
+    assert all(outcome.num_epochs == 40 for _, outcome in make_runs(runs, [], jobs=2, device="cpu"))
+    assert all(equal(checkpoint(ours), checkpoint(theirs)) for ours, theirs in zip(runs, alone, strict=True))
 
 
 def is_free(files: RunFiles) -> bool:
