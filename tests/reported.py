@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ SWEEP = {
 DIGITS = "digits-resnet18-batch_size=64-num_epochs=5"
 
 
+@cache
 def read_runs(folder: str, experiment: str, setting: str) -> dict[int, pandas.DataFrame]:
     """The tables of a setting's result files, by seed."""
     files = (RESULTS / folder).glob(f"{experiment}-{(SETTINGS | SWEEP)[setting]}-seed*.csv")
