@@ -309,8 +309,18 @@ def test_mechanism():
     angles = [by_step[f"{name} {step}"][2] for step in (10, 352) for name in ("baseline", "proposed")]
     anew = [by_step[f"{name} 352"][1] for name in ("baseline", "proposed")]
     turned = "by {:.1f} degrees (median), the method by {:.1f}; in the first epoch, by {:.1f} and {:.1f}."
+    of_digits, digits_by_step = read_mechanism("digits")
+    [[_, *rows]] = tables_of(lines_of("What a small γ does"))
+    assert {row[0]: [float(cell) for cell in row[1:]] for row in rows} == of_digits
+    of = [digits_by_step[f"{name} {step}"] for step in (20, 100) for name in ("proposed", "baseline")]
+    on_digits = (
+        "at step 20, `proposed` has a test accuracy of {:.1f} %, and of {:.1f} % with statistics that are estimated"
+        " anew (the baseline: {:.1f} and {:.1f} %); at step 100, {:.1f} and {:.1f} % ({:.1f} and {:.1f} %)."
+    )
     check_sentences(
         lines_of("What a small γ does"),
+        on_digits.format(*(number for numbers in of for number in numbers[:2])),
+        f"turned by {of[2][2]:.1f} degrees in `proposed` and by {of[3][2]:.1f} in the baseline.",
         f"deviation of {logits:g} with γ = 1 and of {small_logits:g} with γ = 0.1",
         f"has a norm of {gradient:g} and of {small_gradient:g}.",
         turned.format(*angles),
