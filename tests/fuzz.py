@@ -9,6 +9,7 @@ The same --draws makes the same damage again, and another one makes other damage
 import argparse
 import contextlib
 import copy
+import faulthandler
 import io
 import itertools
 import os
@@ -37,10 +38,9 @@ import small
 import t_test
 import train
 import trained_networks
-from command_line.files import DamagedFileError
+from command_line.files import DamagedFileError, add_digest
 from experiment import plan
 from image_sets import cifar
-from reporting import drawing
 from saved_runs.results import read_results
 from training import preparation
 
@@ -142,8 +142,8 @@ def all_numbers(file: Path) -> list:
 # --- damage ---------------------------------------------------------------------------------------------------------
 
 
-def damage(content: bytes, others: list[bytes], draw: random.Random) -> tuple[str, bytes | None]:
-    """What is done to the content of a file, and what comes of it; None for a folder in its place."""
+def damage(content: bytes, others: list[bytes], draw: random.Random) -> tuple[str, bytes | Callable[[Path], None]]:
+    """What is done to the content of a file, and what comes of it: other content, or what makes something else."""
     size, lines = max(1, len(content)), content.splitlines(keepends=True)
     place, line, length = draw.randrange(size), draw.randrange(max(1, len(lines))), draw.randrange(1, 600)
     digits = [n for n, byte in enumerate(content) if chr(byte).isdigit()] or [0]
@@ -172,10 +172,27 @@ def damage(content: bytes, others: list[bytes], draw: random.Random) -> tuple[st
         "empty": lambda: b"",
         "only noise": lambda: draw.randbytes(length),
         "another file": lambda: draw.choice(others),
-        "a folder": lambda: None,
+        "a folder": lambda: os.mkdir,
+        "a pipe": lambda: os.mkfifo,
     }
-    kind = draw.choice([*kinds, *["a digit"] * 6])  # which is the hardest to notice
+    often = ["a digit"] * 6  # which is the hardest to notice
+    if b"data.pkl" in content[:100]:
+        kinds["other content"] = lambda: replace_part(content, draw)
+        often += ["other content"] * 6
+    kind = draw.choice([*kinds, *often])
     return kind, kinds[kind]()
+
+
+def replace_part(content: bytes, draw: random.Random) -> bytes:
+    """What `torch.save` has written, with one of its parts left out or of another type, and a digest that fits."""
+    saved, state = io.BytesIO(), torch.load(io.BytesIO(content), weights_only=True)
+    name = draw.choice(list(state))
+    state[name] = draw.choice([None, [], {}, "a", -1, 1.5, [1, 2], {"a": 1}, torch.zeros(2)])
+    if draw.random() < 0.4:
+        del state[name]
+    torch.save(state, saved)
+    add_digest(saved)
+    return saved.getvalue()
 
 
 class Folder:
@@ -190,9 +207,10 @@ class Folder:
     def put_back(self) -> None:
         """Let the folder hold its files, and no others."""
         for file in sorted(self.path.rglob("*"), reverse=True):
-            if file.is_dir() and file in self.files:
-                file.rmdir()
-            elif file.is_file() and file not in self.files:
+            if file.is_dir():
+                if file in self.files:
+                    file.rmdir()
+            elif file not in self.files or not file.is_file():
                 file.unlink()
         for file, content in self.files.items():
             if not file.exists() or file.read_bytes() != content:
@@ -209,10 +227,11 @@ class Folder:
         others = [content for other, content in self.files.items() if other.suffix != ".pt"]  # weights bear no name
         kind, content = damage(self.files[file], others, draw)
         file.unlink()
-        if content is None:
-            file.mkdir()
-        else:
+        if isinstance(content, bytes):
             file.write_bytes(content)
+        else:
+            content(file)
+        faulthandler.dump_traceback_later(600, exit=True)  # where a command hangs
         try:
             found = use(self.path)
             if found is not None:
@@ -226,6 +245,8 @@ class Folder:
         except FindingError as finding:
             counts["FOUND"] += 1
             print(f"{use.__name__}, {file.name}, {kind}: {finding}", flush=True)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def make_folders(path: Path) -> Iterator[tuple[str, Folder, str, list[Callable], int]]:
@@ -292,7 +313,7 @@ def try_flags(path: Path, draw: random.Random, number: int, counts: Counter) -> 
 
 
 def note_figure(figure: Figure, stem: Path) -> list[Path]:
-    """In place of `drawing.save`: what a figure shows."""
+    """In place of `save`: what a figure shows."""
     shown: list[Any] = []
     for panel in figure.axes:
         shown += [line.get_xydata().tolist() for line in panel.lines] + [panel.get_title()]
@@ -327,7 +348,7 @@ def main() -> None:
     small.train_small()
     preparation.construct_network = trained_networks.construct_network = construct_network
     cifar.download_and_extract_archive = refuse_to_download
-    drawing.save = note_figure
+    figures.save = note_figure
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for name, damaged, pattern, uses, share in make_folders(Path(folder)):
