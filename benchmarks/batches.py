@@ -31,7 +31,7 @@ def main() -> None:
 
     images = SyntheticCIFAR10(args.num_images, pixels=32)
     ways = {
-        "data.Batches": our_batches(images, args.batch_size, args.device),
+        "Batches": our_batches(images, args.batch_size, args.device),
         "PIL and DataLoader": plain_batches(images, args.batch_size),
     }
     times = {name: [] for name in ways}

@@ -93,10 +93,10 @@ def main() -> None:
         make_photographs(folder, args.num_images)
         image_set = load_image_set("photographs", name, workers=args.workers, statistics=False)
         ways = {
-            "data.Batches": Batches(image_set, "train", args.batch_size, normalize=False),
+            "Batches": Batches(image_set, "train", args.batch_size, normalize=False),
             "torchvision's reference": reference_loader(folder, args.batch_size, args.workers),
         }
-        numbers = {"data.Batches": len(image_set.splits["train"]), "torchvision's reference": args.num_images}
+        numbers = {"Batches": len(image_set.splits["train"]), "torchvision's reference": args.num_images}
         speeds = {way: [] for way in ways}
         for _ in range(args.rounds + 1):  # the first round warms up
             for way, batches in ways.items():

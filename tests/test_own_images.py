@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import figures
 import reproduce
 import train
 from folders import make_folder
@@ -22,6 +23,10 @@ from torch import nn
 def small(num_classes):
     layers = [nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(8, num_classes))
+
+
+def large(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 24), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, num_classes))
 """
 
 
@@ -78,7 +83,8 @@ def test_statistics_of_the_images_are_those_of_the_run(beetles, capsys):
     assert capsys.readouterr().err.startswith(changed + run.settings["mean"] + ", now 0.")
 
 
-def test_experiment_says_that_its_images_have_changed(beetles, capsys):
+def test_experiment_says_that_its_images_have_changed(beetles, capsys, monkeypatch):
+    monkeypatch.setattr(figures, "save_figures", lambda *_: ([], []))  # which takes seconds
     experiment = flags("--num_epochs", "1", "--seeds")
     reproduce.main([*experiment, "1"])
     assert "not all runs have the same images" not in capsys.readouterr().out
@@ -93,7 +99,12 @@ def test_experiment_says_that_its_images_have_changed(beetles, capsys):
     [
         (True, [], 1, "has no folder test (or val)"),
         (False, ["--batch_size", "55"], 2, "argument --batch_size: beetles has 54 training images, fewer than"),
-        (False, ["--network", "vgg11_bn"], 2, "--network: vgg11_bn cannot train on two images of 16×16 pixels"),
+        (
+            False,
+            ["--network", "network_for_images:large"],
+            2,
+            "network_for_images:large cannot train on two images of 16×16 pixels",
+        ),
     ],
 )
 def test_what_is_wrong_for_all_runs_is_said_once(beetles, capsys, change, others, code, message):

@@ -1,7 +1,9 @@
 import hashlib
 import math
 import os
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas
@@ -247,3 +249,9 @@ def test_columns_that_cannot_be_written(tmp_path):
     results.columns["val_loss"] = results.columns["val_loss"][:2]
     with pytest.raises(ValueError, match="shorter"):
         write_results(tmp_path / "results.csv", results)
+
+
+def test_every_committed_file_fits_its_checksum():
+    folder = Path(__file__).parent.parent / "results"
+    files = [file for file in folder.glob("*/*.csv") if re.search(r"-seed\d+$", file.stem)]
+    assert len(files) >= 500 and all(read_results(file).checked for file in files)

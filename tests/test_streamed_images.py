@@ -4,6 +4,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import train
-from folders import make_folder, smooth_image
+from folders import make_folder
 from image_sets.batches import Batches
 from image_sets.folders import find_images, read_image
 from image_sets.loading import load_image_set
@@ -57,8 +59,7 @@ def test_evaluation_is_a_plain_loop_of_torchvision(images, workers):
         assert torch.cat([of for _, of in batches]).tolist() == [labels[index] for index in indices]
 
 
-@pytest.mark.parametrize("flip", [True, False])
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize(("workers", "flip"), [(0, True), (0, False), (1, True), (3, True)])
 def test_training_is_a_plain_loop_with_a_seed_for_each_image(images, workers, flip):
     """Two epochs: the order is that of a DataLoader, the augmentation torchvision's."""
     image_set = load(images, workers, flip=flip)
@@ -129,88 +130,87 @@ def test_processes_live_from_epoch_to_epoch_and_no_longer_than_the_images(images
 
 
 SCRIPT = """
-import sys, time
+import sys
 from image_sets.batches import Batches
 from image_sets.loading import load_image_set
 image_set = load_image_set("beetles", sys.argv[1], image_size=66, workers=2, statistics=False)
-batches = iter(Batches(image_set, "train", 4, normalize=False))
-next(batches)
-print("ready", flush=True)
-if sys.argv[2] == "wait":
-    time.sleep(600)
+next(iter(Batches(image_set, "train", 4, normalize=False)))
 """
 
 
-@pytest.mark.parametrize("ending", ["exit", "wait"])
-def test_processes_end_with_their_parent(images, ending):
-    """Whether it ends by itself in the middle of an epoch, or is killed."""
-    command = [sys.executable, "-c", SCRIPT, str(images), ending]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        watchdog = threading.Timer(60, process.kill)
+def test_program_that_ends_in_the_middle_of_an_epoch(images):
+    """Its processes do not keep it from ending."""
+    subprocess.run([sys.executable, "-c", SCRIPT, str(images)], cwd=ROOT, check=True, timeout=100)
+
+
+NETWORK = """
+from torch import nn
+
+
+def small(num_classes):
+    layers = [nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(8, num_classes))
+"""
+
+
+def flags_of(path: Path, name: str, num_epochs: int) -> list[str]:
+    flags = f"--path {path} --name {name} --dataset beetles --network network_for_streamed:small --image_size {SIZE}"
+    flags += f" --num_epochs {num_epochs} --scheduler none --batch_size 16 --workers 2 --checkpoint_seconds 0"
+    return [*flags.split(), "--device", "cpu"]
+
+
+@contextmanager
+def begun_run(path: Path, name: str, num_epochs: int) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]:
+    """A run in a process and session of its own, which has made an epoch, and its processes that decode; none stays."""
+    (path / "network_for_streamed.py").write_text(NETWORK)
+    command = [sys.executable, ROOT / "train.py", *flags_of(path, name, num_epochs)]
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=path, **options) as process:
+        watchdog = threading.Timer(200, process.kill)
         watchdog.start()
-        children = []
-        if ending == "wait":
-            assert process.stdout.readline() == "ready\n"
-            children = psutil.Process(process.pid).children()
-            assert len(children) == 2
-            for child in children:  # signals are left to the parent
-                child.send_signal(signal.SIGTERM)
-                child.send_signal(signal.SIGINT)
-            time.sleep(0.5)
-            assert all(child.is_running() for child in children)
-            process.kill()
-        assert process.wait() == (0 if ending == "exit" else -signal.SIGKILL)
-        assert watchdog.is_alive()
+        while not (path / "results" / f"{name}.csv").exists():
+            time.sleep(0.01)
+            assert process.poll() is None
+        children = psutil.Process(process.pid).children()
+        assert len(children) == 2
+        yield process, children
         watchdog.cancel()
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
 
 
-def flags_of(path: Path, name: str, *others: str) -> list[str]:
-    flags = f"--path {path} --name {name} --stem own --num_epochs 3 --batch_size 16 --device cpu"
-    return [*flags.split(), "--dataset", "beetles", "--workers", "2", "--checkpoint_seconds", "0", *others]
-
-
-@pytest.mark.parametrize("image_size", [32, SIZE], ids=["kept", "streamed"])
-def test_killed_run_on_a_folder_goes_on_to_the_same_numbers(images, image_size):
-    path, size = images.parent, ["--image_size", str(image_size)]
-    undisturbed = train.main(flags_of(path, f"undisturbed{image_size}", *size))
-    name = f"killed{image_size}"
-    file = path / "results" / f"{name}.csv"
-    with subprocess.Popen([sys.executable, "train.py", *flags_of(path, name, *size)], cwd=ROOT) as process:
-        while not file.exists():
+def test_killed_run_goes_on_to_the_same_numbers(images, monkeypatch):
+    """Its processes leave signals to it, and end with it."""
+    path = images.parent
+    with begun_run(path, "killed", 3000) as (process, children):
+        for child in children:
+            child.send_signal(signal.SIGTERM)
+            child.send_signal(signal.SIGINT)
+        file = path / "results" / "killed.csv"
+        earlier = read_results(file).num_epochs
+        while read_results(file).num_epochs < earlier + 2:  # it goes on
             time.sleep(0.01)
-            assert process.poll() is None
+        assert all(child.is_running() for child in children)
         process.kill()
-    assert read_results(file).num_epochs < 3
-    resumed = train.main([*flags_of(path, name, *size), "--workers", "1"])
+    num_epochs = read_results(file).num_epochs + 1
+    monkeypatch.chdir(path)
+    undisturbed = train.main(flags_of(path, "undisturbed", num_epochs))
+    resumed = train.main([*flags_of(path, "killed", num_epochs), "--workers", "1"])
     for column, values in undisturbed.columns.items():
         assert np.array_equal(resumed.columns[column], values), column
     ours, theirs = (
-        torch.load(path / "networks" / f"{of}-best.pt", weights_only=True) for of in (name, f"undisturbed{image_size}")
+        torch.load(path / "networks" / f"{name}-best.pt", weights_only=True) for name in ("killed", "undisturbed")
     )
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_to_all_processes_stops_a_run_in_one_line(images, number):
-    """As Ctrl-C in a terminal, or a cluster that takes its machine back."""
-    path, name = images.parent, f"stopped{int(number)}"
-    flags = flags_of(path, name, "--image_size", str(SIZE), "--num_epochs", "300")
-    command = [sys.executable, "train.py", *flags]
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen(command, cwd=ROOT, **options) as process:
-        threading.Timer(100, process.kill).start()
-        while not (path / "results" / f"{name}.csv").exists():
-            time.sleep(0.01)
-            assert process.poll() is None
-        children = psutil.Process(process.pid).children()
-        os.killpg(process.pid, number)
+def test_signal_to_all_processes_stops_a_run_in_one_line(images):
+    """As from a cluster that takes its machine back."""
+    with begun_run(images.parent, "stopped", 3000) as (process, _):
+        os.killpg(process.pid, signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert errors == ("train.py: stopped; the epochs that are done are saved: run the same command again to resume\n")
-    _, alive = psutil.wait_procs(children, timeout=30)
-    assert not alive
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors == "train.py: stopped; the epochs that are done are saved: run the same command again to resume\n"
 
 
 def test_statistics_do_not_depend_on_who_computes_them(tmp_path):
@@ -230,8 +230,3 @@ def test_a_process_that_may_have_none_of_its_own(images, monkeypatch):
     before = set(psutil.Process().children())
     assert len(list(Batches(load(images, workers=2), "test", 2, normalize=False))) == 5
     assert set(psutil.Process().children()) == before
-
-
-def test_smooth_images_of_tests_are_not_all_alike():
-    generator = np.random.default_rng(0)
-    assert np.asarray(smooth_image(generator, 40, 40)).std() > 20
