@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import pytest
 import torch
 from matplotlib.figure import Figure
 from torch import nn
@@ -264,14 +265,9 @@ def make_folders(path: Path) -> Iterator[tuple[str, Folder, str, list[Callable],
     assert use_train(finished)
     yield "a finished run", Folder(finished), r"\.(csv|pt)$", [use_train], 12
 
-    def stop(*arguments: Any, whole: Callable = train.train_one_epoch) -> float:
-        if arguments[4] == 3:
-            raise KeyboardInterrupt
-        return whole(*arguments)
-
-    train.train_one_epoch, whole_epoch = stop, train.train_one_epoch
-    assert end_of(train.main, *SMALL, "--num_epochs", 4, "--name", "alone", "--path", stopped)[0] == 130
-    train.train_one_epoch = whole_epoch
+    with pytest.MonkeyPatch.context() as patch:
+        small.stop_in_epoch(3, patch)
+        assert end_of(train.main, *SMALL, "--num_epochs", 4, "--name", "alone", "--path", stopped)[0] == 130
     yield "a stopped run", Folder(stopped), r"\.(csv|pt)$", [use_train], 13
 
     images = path / "cifar10"
