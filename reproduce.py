@@ -11,13 +11,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
-from pathlib import Path
 
 from command_line import settings as flags
-from command_line.endings import answer_at_once, end, how_to_resume, in_one_line, one_line_endings, say, warn
+from command_line.endings import answer_at_once, end, how_to_resume, one_line_endings, say, warn
 from command_line.signals import on_signals
-from experiment.plan import PlannedRun, parse, plan_runs
+from experiment.plan import PlannedRun, parse
 
 if __name__ == "__main__":
     answer_at_once("reproduce.py", parse)  # before torch and scipy are imported, which takes seconds
@@ -26,15 +24,7 @@ from tqdm import tqdm
 
 from experiment.cluster import ClusterError
 from experiment.making import make_runs
-from experiment.outcomes import Outcomes, explain_failures, read_runs, runs_by_setting, tuning_so_far
-from experiment.tuning import (
-    choose_learning_rates,
-    divergence_file,
-    explain_choice,
-    note_divergence,
-    tuning_columns,
-    tuning_table,
-)
+from experiment.outcomes import Experiment, remove
 from reporting.comparison import Comparison, is_contrast
 from reporting.tables import (
     NARROW_TABLE_COLUMNS,
@@ -46,8 +36,6 @@ from reporting.tables import (
     write_table,
 )
 from saved_runs.by_seed import mixed_circumstances, note_missing_checksums
-from saved_runs.lock import lock_run
-from saved_runs.paths import RunFiles, run_files
 from saved_runs.results import Results
 from t_test import compare_all
 
@@ -78,160 +66,123 @@ class Display:
             line.close()
 
 
-def check_here(args: argparse.Namespace) -> None:
+def check_here(plan: argparse.Namespace) -> None:
     """FlagError where this machine cannot make the runs of one of the settings; see `find_images` for the others."""
     from image_sets.folders import find_images
     from training.preparation import prepare  # networks are not needed where another machine makes the runs
 
-    for run in {run.setting: run for run in args.tuning_runs or args.runs}.values():
-        prepare(argparse.Namespace(**{**vars(run.settings), "device": args.device}))
-    if args.first.dataset not in flags.DATASETS:
-        find_images(args.path / "images" / args.first.dataset)
+    for run in {run.setting: run for run in plan.tuning_runs or plan.runs}.values():
+        prepare(argparse.Namespace(**{**vars(run.settings), "device": plan.device}))
+    if plan.first.dataset not in flags.DATASETS:
+        find_images(plan.path / "images" / plan.first.dataset)
 
 
 def train_here(settings: argparse.Namespace, stops: list[int]) -> Results:
     """Make a run in this process."""
-    import train  # torch's networks are not needed where others make the runs
+    import train  # networks are not needed where others make the runs
 
     return train.train(settings, stops=stops)
 
 
-def compare_runs(args: argparse.Namespace, outcomes: Outcomes) -> list[Comparison]:
+def compare(experiment: Experiment) -> list[Comparison]:
     """Compare the finished runs, with the baseline and as `--contrast` asks for."""
-    return compare_all(runs_by_setting(args, outcomes), len(args.seeds), args.contrast)
+    return compare_all(experiment.runs_by_setting, len(experiment.plan.seeds), experiment.plan.contrast)
 
 
-def make_what_is_left(args: argparse.Namespace, planned: Sequence[PlannedRun], outcomes: Outcomes) -> None:
-    """Make all runs of which nothing has come yet."""
-    left = {run.settings.name: run for run in outcomes.left(planned)}
-    if not left:
+def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
+    """Find what has come of runs, and make the others unless only a report is asked for or a signal has arrived."""
+    plan, stops = experiment.plan, experiment.stops
+    restart = plan.report is None and plan.first.restart
+    if not restart:
+        experiment.read(planned)
+    left = experiment.left(planned)
+    if plan.report is not None or stops or not left:
         return
-    tuning = planned[0].for_tuning
-    if args.first.restart:
-        remove([run_files(run.settings.path, name) for name, run in left.items()])
-        for run in left.values():
-            divergence_file(args.path / "results", run.settings).unlink(missing_ok=True)
+    if restart:
+        remove(list(left.values()))
 
     def rows() -> list[str]:
-        comparisons = [] if tuning else [c for c in compare_runs(args, outcomes) if not is_contrast(c)]
+        comparisons = [] if planned[0].for_tuning else [c for c in compare(experiment) if not is_contrast(c)]
         return table(comparisons, NARROW_TABLE_COLUMNS).splitlines() if comparisons else []
 
     runs = [run.settings for run in left.values()]
-    made = make_runs(runs, outcomes.stops, args.jobs, args.scheduler, args.device, train_here)
+    made = make_runs(runs, stops, plan.jobs, plan.scheduler, plan.device, train_here)
     display = Display(len(planned), len(planned) - len(left), rows())
-    with on_signals(outcomes.stops.append), closing(display), closing(made):
+    with on_signals(stops.append), closing(display), closing(made):
         try:
             for settings, outcome in made:
-                name = settings.name
                 if isinstance(outcome, int):
-                    outcomes.stops.append(outcome)
+                    stops.append(outcome)
                     continue
-                if isinstance(outcome, Results):
-                    results = outcomes.finished[name] = replace(outcome, select=args.select)
-                    accuracy = f"val accuracy {results.val_accuracy:.3f} %"
-                    text = f"{name} {accuracy if tuning else f'test accuracy {results.test_accuracy:.3f} %'}"
-                elif tuning and isinstance(outcome, FloatingPointError):
-                    outcomes.diverged[name] = reason = in_one_line(outcome)
-                    note_divergence(args.path / "results", settings, reason)
-                    text = f"{name} counts as 0 %: {reason}"
-                else:
-                    outcomes.failed[name] = reason = in_one_line(outcome)
-                    text = f"{name} failed: {reason}"
+                text = experiment.note(left[settings.name], outcome)
                 display.show(text, rows(), failed=not isinstance(outcome, Results))
         except ClusterError as error:
-            outcomes.failed["the experiment"] = str(error)
+            experiment.failed["the experiment"] = str(error)
 
 
-def remove(all_files: Sequence[RunFiles]) -> None:
-    """Remove the files of runs, of all of them or, where another process is at work on one, of none."""
-    for files in all_files:  # one after the other, as a process may not have so many files open at a time
-        with lock_run(files):
-            pass
-    for files in all_files:
-        with lock_run(files):
-            for file in (files.results, files.best_weights, files.checkpoint):
-                file.unlink(missing_ok=True)
-
-
-def read_and_make(args: argparse.Namespace, planned: Sequence[PlannedRun], folder: Path, outcomes: Outcomes) -> None:
-    """Find what has come of runs, and make the others unless only a report is asked for or a signal has arrived."""
-    if args.report is not None or not args.first.restart:
-        read_runs(args, planned, folder, outcomes)
-    if planned and args.report is None and not outcomes.stops:
-        make_what_is_left(args, planned, outcomes)
-
-
-def list_runs(args: argparse.Namespace, folder: Path) -> None:
+def list_runs(experiment: Experiment) -> None:
     """Print the commands of all runs that are known: of those to compare, once their learning rates are."""
-    outcomes = Outcomes()
-    read_runs(args, args.tuning_runs, folder, outcomes)
-    lines = choose(args, outcomes)
-    device = ["--device", args.device] if args.device else []
-    say(*(shlex.join(["python", "train.py", *run.flags, *device]) for run in (*args.tuning_runs, *args.runs)))
-    if not args.runs:
+    plan = experiment.plan
+    experiment.read(plan.tuning_runs)
+    lines = experiment.choose_learning_rates()
+    device = ["--device", plan.device] if plan.device else []
+    say(*(shlex.join(["python", "train.py", *run.flags, *device]) for run in (*plan.tuning_runs, *experiment.runs)))
+    if not experiment.runs:
         warn(lines[-1], "reproduce.py")
 
 
-def choose(args: argparse.Namespace, outcomes: Outcomes) -> list[str]:
-    """Choose the learning rates where they are tuned, once all tuning runs are there; returns the report of it.
+def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Sequence[str], in_table: int) -> None:
+    """Print what has come of an experiment, and write its table and figures.
 
-    This plans `args.runs`, and `args.tuned` is what the row of each setting in the table has of it.
+    Args:
+        experiment: of which there is something to report.
+        comparisons: of its runs.
+        tuning: the report of the choice of the learning rates.
+        in_table: how many runs there are in an earlier table; it is not replaced by one of fewer.
     """
-    args.tuned = {}
-    if not args.tuning_runs:
-        return []
-    tuning = tuning_so_far(args, outcomes)
-    left = sum(run.settings.name not in outcomes.finished | outcomes.diverged for run in args.tuning_runs)
-    chosen = {} if left else choose_learning_rates(tuning)
-    args.runs = plan_runs(args, chosen) if chosen else []
-    args.tuned = {name: tuning_columns(tuning[name], rate) for name, rate in chosen.items()}
-    return [tuning_table(tuning, chosen), *explain_choice(tuning, args.tuning_seeds, left)]
+    plan, runs = experiment.plan, experiment.runs_by_setting
+    stem, compared = experiment.folder / plan.table_name, [run for of in runs.values() for run in of.values()]
+    texts = tables(comparisons) if experiment.runs else []
+    notes = (*tuning, *selection_note(plan.select), *note_missing_checksums(compared))
+    text = "\n\n".join((*texts, *notes, *experiment.explain_failures()))
+    say(text, *mixed_circumstances(compared))
+    if 0 < len(compared) < in_table and not plan.first.restart:
+        say(f"{stem}.csv keeps its table of {in_table} finished runs: remove it to have this one written")
+    elif compared:
+        rows = [row | experiment.tuning_of(row["setting"]) for row in table_rows(comparisons, plan.settings)]
+        write_table(stem, plan.shared, rows, text)
+        if not experiment.stops:
+            from figures import save_figures  # matplotlib is not needed where runs are made
+
+            _, missing = save_figures(stem, runs, experiment.folder.parent / "networks", comparisons)
+            say(*missing)
+    for name, reason in experiment.failed.items():
+        warn(f"{name} failed: {reason}", "reproduce.py")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `one_line_endings` for its exit codes, of which 1 also means that a run failed."""
     with one_line_endings("reproduce.py"), ExitStack() as handlers:
-        args = parse(argv)
-        folder = Path(args.report or args.path / "results")
-        if args.list:
-            list_runs(args, folder)
+        plan = parse(argv)
+        experiment = Experiment(plan)
+        if plan.list:
+            list_runs(experiment)
             return
-        stem, restart, outcomes = folder / args.table_name, args.first.restart, Outcomes()
-        in_table = read_table_size(stem, args.shared)
-        if args.report is None and not args.scheduler:
-            check_here(args)
-        read_and_make(args, args.tuning_runs, folder, outcomes)
-        explained = choose(args, outcomes)
-        read_and_make(args, args.runs, folder, outcomes)
-        if outcomes.stops:
-            handlers.enter_context(on_signals(outcomes.stops.append))  # another one is no reason to lose the table
-        runs = runs_by_setting(args, outcomes)
-        finished = sum(map(len, runs.values()))
-        if outcomes == Outcomes():
-            raise ValueError(f"{folder} has no finished {'tuning ' * bool(explained)}run of this experiment")
-        comparisons = compare_runs(args, outcomes)
-        texts = tables(comparisons) if args.runs else []
-        compared = [run for seeds in runs.values() for run in seeds.values()]
-        notes = (*explained, *selection_note(args.select), *note_missing_checksums(compared))
-        text = "\n\n".join((*texts, *notes, *explain_failures(args, outcomes)))
-        say(text, *mixed_circumstances(compared))
-        if 0 < finished < in_table and not restart:
-            say(f"{stem}.csv keeps its table of {in_table} finished runs: remove it to have this one written")
-        elif finished:
-            rows = table_rows(comparisons, args.settings)
-            rows = [row | args.tuned.get(row["setting"], {}) for row in rows]
-            write_table(stem, args.shared, rows, text)
-            if not outcomes.stops:
-                from figures import save_figures  # matplotlib is not needed where runs are made
-
-                _, missing = save_figures(stem, runs, folder.parent / "networks", comparisons)
-                say(*missing)
-        for name, reason in outcomes.failed.items():
-            warn(f"{name} failed: {reason}", "reproduce.py")
-    if outcomes.stops:
-        again = "without --restart" if restart else "again"
-        end(128 + outcomes.stops[0], how_to_resume(again), "reproduce.py")
-    if outcomes.failed:
+        in_table = read_table_size(experiment.folder / plan.table_name, plan.shared)
+        if plan.report is None and not plan.scheduler:
+            check_here(plan)
+        make(experiment, plan.tuning_runs)
+        tuning = experiment.choose_learning_rates()
+        make(experiment, experiment.runs)
+        if experiment.stops:
+            handlers.enter_context(on_signals(experiment.stops.append))  # another one is no reason to lose the table
+        if not (experiment.finished or experiment.diverged or experiment.failed or experiment.stops):
+            raise ValueError(f"{experiment.folder} has no finished {'tuning ' * bool(tuning)}run of this experiment")
+        report(experiment, compare(experiment), tuning, in_table)
+    if experiment.stops:
+        again = "without --restart" if plan.first.restart else "again"
+        end(128 + experiment.stops[0], how_to_resume(again), "reproduce.py")
+    if experiment.failed:
         sys.exit(1)
 
 

@@ -1,97 +1,161 @@
-"""What has come of an experiment so far."""
+"""An experiment: its plan, and what has come of it so far."""
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from command_line.endings import in_one_line
 from command_line.files import DamagedFileError
 from command_line.flag_types import as_typed
-from experiment.plan import PlannedRun
+from command_line.settings import Value
+from experiment.plan import PlannedRun, plan_runs
 from experiment.tuning import (
     Tuning,
+    choose_learning_rates,
+    divergence_file,
+    explain_choice,
+    note_divergence,
     read_divergence,
+    tuning_columns,
+    tuning_table,
 )
 from saved_runs.checkpoint import read_finished
+from saved_runs.lock import lock_run
 from saved_runs.paths import run_files
 from saved_runs.results import Results
 
 
-@dataclass
-class Outcomes:
-    """What has come of an experiment so far.
+class Experiment:
+    """A plan, and what has come of it so far.
+
+    Args:
+        plan: what `plan.parse` returns.
 
     Attributes:
+        folder: of the result files.
+        runs: those to compare; none as long as their learning rates are not chosen.
+        learning_rates: those that are chosen, by setting.
         finished: the results of runs, by name.
         failed: why runs have failed, by name.
         diverged: why runs of the tuning have diverged, by name; these have not failed.
         stops: numbers of the signals that have arrived.
     """
 
-    finished: dict[str, Results] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    diverged: dict[str, str] = field(default_factory=dict)
-    stops: list[int] = field(default_factory=list)
+    def __init__(self, plan: argparse.Namespace) -> None:
+        self.plan = plan
+        self.folder = Path(plan.report or plan.path / "results")
+        self.runs: list[PlannedRun] = plan.runs
+        self.learning_rates: dict[str, float] = {}
+        self.finished: dict[str, Results] = {}
+        self.failed: dict[str, str] = {}
+        self.diverged: dict[str, str] = {}
+        self.stops: list[int] = []
 
-    def left(self, planned: Sequence[PlannedRun]) -> list[PlannedRun]:
-        """Those of which nothing has come yet."""
-        known = (self.finished, self.failed, self.diverged)
-        return [run for run in planned if not any(run.settings.name in of for of in known)]
+    def read(self, planned: Sequence[PlannedRun]) -> None:
+        """Find which runs are finished, and which files are damaged or of another experiment.
 
-
-def read_runs(args: argparse.Namespace, planned: Sequence[PlannedRun], folder: Path, outcomes: Outcomes) -> None:
-    """Find what is finished in a folder, and what is damaged or of another experiment.
-
-    A damaged file beside a checkpoint is left to the run itself, which mends it.
-    """
-    for run in planned:
-        name = run.settings.name
-        checkpoint = run_files(run.settings.path, name).checkpoint
-        try:
-            results = read_finished(folder / f"{name}.csv", run.settings)
-            diverged = read_divergence(folder, run.settings) if run.for_tuning else None
-        except (ValueError, OSError) as error:
-            if isinstance(error, DamagedFileError) and args.report is None and checkpoint.exists():
+        A damaged file beside a checkpoint is left to the run itself, which mends it.
+        """
+        for run in planned:
+            name = run.settings.name
+            checkpoint = run_files(run.settings.path, name).checkpoint
+            try:
+                results = read_finished(self.folder / f"{name}.csv", run.settings)
+                diverged = read_divergence(self.folder, run.settings) if run.for_tuning else None
+            except (ValueError, OSError) as error:
+                if isinstance(error, DamagedFileError) and self.plan.report is None and checkpoint.exists():
+                    continue
+                self.failed[name] = in_one_line(error)
                 continue
-            outcomes.failed[name] = in_one_line(error)
-            continue
-        if results is not None:
-            outcomes.finished[name] = replace(results, select=args.select)
-        elif diverged is not None:
-            outcomes.diverged[name] = diverged
+            if results is not None:
+                self.finished[name] = replace(results, select=self.plan.select)
+            elif diverged is not None:
+                self.diverged[name] = diverged
+
+    def left(self, planned: Sequence[PlannedRun]) -> dict[str, PlannedRun]:
+        """The runs of which nothing has come yet, by name."""
+        known = self.finished | self.failed | self.diverged
+        return {run.settings.name: run for run in planned if run.settings.name not in known}
+
+    def note(self, run: PlannedRun, outcome: Results | Exception) -> str:
+        """Note what has come of a run that was made; returns a line on it."""
+        name = run.settings.name
+        if isinstance(outcome, Results):
+            results = self.finished[name] = replace(outcome, select=self.plan.select)
+            if run.for_tuning:
+                return f"{name} val accuracy {results.val_accuracy:.3f} %"
+            return f"{name} test accuracy {results.test_accuracy:.3f} %"
+        # what another process has said names the kind of its error where that says more
+        reason = str(outcome) if isinstance(outcome, ChildProcessError) else in_one_line(outcome)
+        if run.for_tuning and isinstance(outcome, FloatingPointError):
+            self.diverged[name] = reason
+            note_divergence(self.folder, run.settings, reason)
+            return f"{name} counts as 0 %: {reason}"
+        self.failed[name] = reason
+        return f"{name} failed: {reason}"
+
+    @property
+    def tuning(self) -> Tuning:
+        """The validation accuracies of the runs of the tuning that are there."""
+        tuning = {name: {rate: {} for rate in self.plan.learning_rates} for name in self.plan.settings}
+        for run in self.plan.tuning_runs:
+            name, accuracies = run.settings.name, tuning[run.setting][run.settings.learning_rate]
+            if name in self.finished:
+                accuracies[run.settings.seed] = self.finished[name].val_accuracy
+            elif name in self.diverged:
+                accuracies[run.settings.seed] = None
+        return tuning
+
+    def choose_learning_rates(self) -> list[str]:
+        """Choose them where they are tuned, once all tuning runs are there, and plan `runs`. Returns lines on it."""
+        if not self.plan.tuning_runs:
+            return []
+        known = self.finished | self.diverged
+        left = sum(run.settings.name not in known for run in self.plan.tuning_runs)
+        if not left:
+            self.learning_rates = choose_learning_rates(self.tuning)
+            self.runs = plan_runs(self.plan, self.learning_rates)
+        table = tuning_table(self.tuning, self.learning_rates)
+        return [table, *explain_choice(self.tuning, self.plan.tuning_seeds, left)]
+
+    def tuning_of(self, setting: str) -> dict[str, Value]:
+        """What the row of a setting in the table has of its tuning."""
+        rate = self.learning_rates.get(setting)
+        return {} if rate is None else tuning_columns(self.tuning[setting], rate)
+
+    @property
+    def runs_by_setting(self) -> dict[str, dict[int, Results]]:
+        """The finished runs to compare, by setting and seed."""
+        runs: dict[str, dict[int, Results]] = {name: {} for name in self.plan.settings}
+        for run in self.runs:
+            if run.settings.name in self.finished:
+                runs[run.setting][run.settings.seed] = self.finished[run.settings.name]
+        return runs
+
+    def explain_failures(self) -> list[str]:
+        """A line for each run that has failed, with how many runs of its kind are finished."""
+        lines = []
+        for run in (*self.plan.tuning_runs, *self.runs):
+            if reason := self.failed.get(run.settings.name):
+                rate = run.settings.learning_rate
+                planned = self.plan.tuning_runs if run.for_tuning else self.runs
+                alike = [one.settings for one in planned if one.setting == run.setting]
+                alike = [settings.name for settings in alike if settings.learning_rate == rate]
+                kind = f"{run.setting} at learning rate {as_typed(rate)}" if run.for_tuning else run.setting
+                seeds = f"{len(self.finished.keys() & alike)} of {len(alike)} seeds"
+                lines.append(f"{kind}: {seeds}; seed {run.settings.seed} failed: {reason}")
+        return lines
 
 
-def runs_by_setting(args: argparse.Namespace, outcomes: Outcomes) -> dict[str, dict[int, Results]]:
-    """The finished runs to compare, by setting and seed."""
-    runs: dict[str, dict[int, Results]] = {name: {} for name in args.settings}
-    for run in args.runs:
-        if run.settings.name in outcomes.finished:
-            runs[run.setting][run.settings.seed] = outcomes.finished[run.settings.name]
-    return runs
-
-
-def tuning_so_far(args: argparse.Namespace, outcomes: Outcomes) -> Tuning:
-    """The validation accuracies of the runs of the tuning that are there."""
-    tuning = {name: {rate: {} for rate in args.learning_rates} for name in args.settings}
-    for run in args.tuning_runs:
-        name, accuracies = run.settings.name, tuning[run.setting][run.settings.learning_rate]
-        if name in outcomes.finished:
-            accuracies[run.settings.seed] = outcomes.finished[name].val_accuracy
-        elif name in outcomes.diverged:
-            accuracies[run.settings.seed] = None
-    return tuning
-
-
-def explain_failures(args: argparse.Namespace, outcomes: Outcomes) -> list[str]:
-    """A line for each run that has failed, with how many runs of its kind are finished."""
-    lines = []
-    for run in (*args.tuning_runs, *args.runs):
-        if reason := outcomes.failed.get(run.settings.name):
-            rate = run.settings.learning_rate
-            alike = [one for one in (args.tuning_runs if run.for_tuning else args.runs) if one.setting == run.setting]
-            alike = [one.settings.name for one in alike if one.settings.learning_rate == rate]
-            kind = f"{run.setting} at learning rate {as_typed(rate)}" if run.for_tuning else run.setting
-            seeds = f"{len(outcomes.finished.keys() & alike)} of {len(alike)} seeds"
-            lines.append(f"{kind}: {seeds}; seed {run.settings.seed} failed: {reason}")
-    return lines
+def remove(runs: Sequence[PlannedRun]) -> None:
+    """Remove the files of runs, of all of them or, where another process is at work on one, of none."""
+    all_files = [run_files(run.settings.path, run.settings.name) for run in runs]
+    for files in all_files:  # one after the other, as a process may not have so many files open at a time
+        with lock_run(files):
+            pass
+    for run, files in zip(runs, all_files, strict=True):
+        with lock_run(files):
+            for file in (files.results, files.best_weights, files.checkpoint):
+                file.unlink(missing_ok=True)
+        divergence_file(files.results.parent, run.settings).unlink(missing_ok=True)

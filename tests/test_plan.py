@@ -1,8 +1,8 @@
 import pytest
 
+from command_line import settings
 from command_line.flag_types import FlagError
 from experiment.plan import PlannedRun, parse, plan_runs
-from training import preparation
 
 FLAGS = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "2"]
 EXPERIMENT = "digits-resnet18-batch_size=48-num_epochs=2"
@@ -44,7 +44,7 @@ def test_own_settings_and_sweep():
 
 def test_names_of_runs_are_those_of_train():
     for run in planned("--precision", "bfloat16", "--seeds", "1"):
-        assert run.settings.name == preparation.parse(["--device", "cpu", *run.flags]).name
+        assert run.settings.name == settings.parse(run.flags).name
     assert (
         parse([*FLAGS, "--precision", "bfloat16"]).table_name
         == "digits-resnet18-batch_size=48-num_epochs=2-precision=bfloat16"
@@ -76,7 +76,7 @@ def test_runs_at_chosen_rates_come_in_pairs():
     assert runs[0].settings.name == planned("--seeds", "1")[0].settings.name == f"{EXPERIMENT}-weight1-c1-dataset-seed1"
     assert runs[1].settings.name == f"{EXPERIMENT}-learning_rate=0.02-weight0.1-c100-bn-seed1"
     for run in (*args.tuning_runs, *runs):
-        assert run.settings.name == preparation.parse(["--device", "cpu", *run.flags]).name
+        assert run.settings.name == settings.parse(run.flags).name
 
 
 def test_names_of_runs_at_rates_with_a_name():

@@ -7,8 +7,8 @@ import shlex
 import shutil
 import signal
 import struct
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -23,8 +23,8 @@ from scipy import stats
 import figures
 import reproduce
 import train
-from command_line.settings import determining
-from experiment import making
+from command_line import settings as run_flags
+from experiment import making, outcomes
 from saved_runs.lock import lock_run
 from saved_runs.paths import run_files
 from saved_runs.results import Results, read_results, write_results
@@ -57,9 +57,9 @@ def test_flags_of_train_pass_through(capsys):
     for line, bn_weight in zip(lines, (1, 0.1), strict=True):
         program, script, *arguments = shlex.split(line)
         assert (program, script) == ("python", "train.py")
-        settings = preparation.parse(arguments)
-        assert (settings.momentum, settings.scheduler, settings.seed) == (0.8, "none", 5)
-        assert (settings.bn_weight, settings.path, settings.num_epochs) == (bn_weight, Path("some where"), 2)
+        of_run = run_flags.parse(arguments)
+        assert (of_run.momentum, of_run.scheduler, of_run.seed) == (0.8, "none", 5)
+        assert (of_run.bn_weight, of_run.path, of_run.num_epochs) == (bn_weight, Path("some where"), 2)
 
 
 def test_commands_for_another_machine(tmp_path, monkeypatch, capsys):
@@ -229,7 +229,7 @@ def test_restart_opens_one_lock_at_a_time(small_network, no_figures, tmp_path, m
             locked.remove(files)
 
     assert run(tmp_path, "--seeds", "1") == 0
-    monkeypatch.setattr(reproduce, "lock_run", counted_lock)
+    monkeypatch.setattr(outcomes, "lock_run", counted_lock)
     assert run(tmp_path, "--seeds", "1", "--restart") == 0
     assert max(most) == 1
 
@@ -256,7 +256,7 @@ def test_changed_result_file(small_network, no_figures, tmp_path, monkeypatch, c
     assert file.read_text() == changed
 
 
-def test_folder_that_can_only_be_read(small_network, tmp_path, monkeypatch, capsys):
+def test_folder_that_can_only_be_read(small_network, no_figures, tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.EROFS, "Read-only file system")
 
@@ -276,7 +276,9 @@ def test_folder_that_can_only_be_read(small_network, tmp_path, monkeypatch, caps
 
 
 def test_report(small_network, tmp_path, monkeypatch, capsys):
-    assert run(tmp_path, "--seeds", "1-2") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "save_figures", lambda *arguments: ([], []))
+        assert run(tmp_path, "--seeds", "1-2") == 0
     committed = tmp_path / "elsewhere"
     (tmp_path / "results").rename(committed)
     capsys.readouterr()
@@ -335,13 +337,13 @@ def fake_train(settings: argparse.Namespace, **_: Any) -> Results:
     columns = {"train_loss": [1.0, 0.5], "val_loss": [1.0, 1.0], "val_accuracy": [val_accuracy, 10.0]}
     columns |= {"epoch": [1, 2], "test_accuracy": [test_accuracy, 90 - test_accuracy / 2]}
     columns = {name: np.array(values) for name, values in columns.items()}
-    results = Results({**determining(settings), "name": settings.name}, columns)
+    results = Results({**run_flags.determining(settings), "name": settings.name}, columns)
     write_results(run_files(settings.path, settings.name).results, results)
     return results
 
 
 @pytest.fixture
-def no_training(monkeypatch, no_figures):
+def no_training(monkeypatch, small_network, no_figures):
     """Runs and figures take seconds."""
     monkeypatch.setattr(train, "train", fake_train)
 
@@ -410,8 +412,8 @@ def test_committed_table_is_what_its_command_reports(no_figures, tmp_path):
     for kind in ("csv", "md"):
         (copy / f"{name}.{kind}").unlink()
     flags = "--dataset digits --num_epochs 5 --batch_size 64 --learning_rate 0.05"  # as in the README
-    settings = "--settings baseline proposed init rate input --seeds 1-15"
-    reproduce.main([*flags.split(), *settings.split(), "--report", str(copy)])
+    compared = "--settings baseline proposed init rate input --seeds 1-15"
+    reproduce.main([*flags.split(), *compared.split(), "--report", str(copy)])
     assert (copy / f"{name}.md").read_text() == (committed / f"{name}.md").read_text()
     ours, theirs = (read_summary(folder / f"{name}.csv") for folder in (copy, committed))
     pandas.testing.assert_frame_equal(ours, theirs)
@@ -535,11 +537,11 @@ def test_commands_of_a_tuned_experiment(no_training, tmp_path, monkeypatch, caps
     assert captured.out.count("\n") == captured.out.count("python train.py") == 12
     assert captured.err == "reproduce.py: The learning rates are not chosen yet: 12 of 12 tuning runs are left.\n"
     for line in captured.out.splitlines():
-        fake_train(preparation.parse(shlex.split(line)[2:]))
+        fake_train(run_flags.parse(shlex.split(line)[2:]))
     assert run(tmp_path, *flags, "--list") == 0
     captured = capsys.readouterr()
     assert (captured.out.count("\n"), captured.err) == (16, "")
-    names = [preparation.parse(shlex.split(line)[2:]).name for line in captured.out.splitlines()[12:]]
+    names = [run_flags.parse(shlex.split(line)[2:]).name for line in captured.out.splitlines()[12:]]
     assert names == [f"{name}-seed{n}" for n in (1, 2) for name in (CHOSEN_BASELINE, CHOSEN_PROPOSED)]
 
 
@@ -615,7 +617,9 @@ def test_figures_of_settings_at_different_rates(small_network, tmp_path, monkeyp
     assert rates == {0.1, 0.4}
 
 
-# --- in other processes ---------------------------------------------------------------------------------------------
+# --- signals and terminals -------------------------------------------------------------------------------------------
+
+
 def test_another_sigterm_does_not_cost_the_table(small_network, no_figures, tmp_path, monkeypatch, capsys):
     """Clusters repeat it."""
 
@@ -630,22 +634,6 @@ def test_another_sigterm_does_not_cost_the_table(small_network, no_figures, tmp_
     captured = capsys.readouterr()
     assert "| interim: 1 of 3 |" in captured.out and captured.err.startswith("reproduce.py: stopped; the epochs")
     assert (tmp_path / "results" / f"{EXPERIMENT}.md").exists()
-
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (FOLDER.parent, FOLDER)))}
-
-
-@contextmanager
-def start(path: Path, *flags: str, **options: Any) -> Iterator[subprocess.Popen]:
-    """An experiment in other processes, which does not outlive a failing test."""
-    own = ["--network", "small:stochastic_depth", "--learning_rate", "0.01"]
-    command = [sys.executable, FOLDER.parent / "reproduce.py", *FLAGS, *own, "--path", path, *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT}
-    with subprocess.Popen(command, text=True, **(pipes | options)) as experiment:
-        try:
-            yield experiment
-        finally:
-            experiment.kill()
 
 
 def test_signal_before_a_training_begins(small_network, tmp_path, monkeypatch):
@@ -668,23 +656,27 @@ def test_restarted_experiment_goes_on_without_the_flag(small_network, no_figures
     assert capsys.readouterr().out.startswith("3/6 ")
 
 
-def test_terminal_shows_bar_and_table(tmp_path):
+def test_terminal_shows_bar_and_table(no_training, tmp_path, monkeypatch, capsys):
     fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
     main, child = pty.openpty()
-    os.set_blocking(main, False)
     fcntl.ioctl(main, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    with start(tmp_path, "--seeds", "1-2", "--device", "cpu", stderr=child) as experiment:
-        shown = b""
-        while experiment.poll() is None:
-            time.sleep(0.05)
-            with suppress(BlockingIOError):
-                shown += os.read(main, 100_000)
-        os.close(main)
-        os.close(child)
-        table = experiment.stdout.read()
-    assert experiment.returncode == 0
+    shown = b""
+
+    def read() -> None:  # as long as something is shown: a terminal holds little that is not read
+        nonlocal shown
+        with suppress(OSError):  # the other end is closed
+            while piece := os.read(main, 10_000):
+                shown += piece
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with monkeypatch.context() as patch, open(child, "w") as terminal:
+        patch.setattr(sys, "stderr", terminal)
+        assert run(tmp_path, "--seeds", "1-2") == 0
+    reader.join()
+    os.close(main)
     text = shown.decode()
     assert re.search(r"50%.*2/4 \[\d\d:\d\d<\d\d:\d\d", text)  # the time left
     header = r"\| setting  \| seeds \| accuracy \(%\) \| difference \| p +\| p \(Holm\) \|"
     assert re.search(header, text) and "| proposed | 1 " in text
-    assert table.startswith("| setting ")  # nothing but the table at the end
+    assert capsys.readouterr().out.startswith("| setting ")  # nothing but the table at the end
