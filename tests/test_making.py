@@ -18,7 +18,7 @@ import torch
 
 import light
 import train
-from cluster import ENVIRONMENT, TESTS
+from cluster import ENVIRONMENT
 from command_line import settings
 from command_line.flag_types import FlagError
 from experiment import making, run_process
@@ -291,19 +291,27 @@ def one_of_two() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+TRAININGS = """
+import sys
+
+from command_line import settings
+from experiment.making import make_runs
+
+runs = [settings.parse([*sys.argv[1:], "--seed", seed]) for seed in "12"]
+list(make_runs(runs, [], jobs=2, device="cpu"))
+"""
+
+
 def test_killed_run_and_killed_experiment(one_of_two, tmp_path):
     """Of both comes in the end, bit for bit, what comes of undisturbed runs in this process.
 
     The runs of the killed experiment save all that they have done since the last checkpoint, that of the first epoch.
     """
     flags = [*RANDOM, "--num_epochs", "40", "--checkpoint_seconds", "1e9"]
-    baseline = [*flags, "--bn_weight", "1", "--c", "1", "--input_norm", "dataset"]
-    alone, runs = ([small_run(tmp_path / path, *of) for of in (baseline, flags)] for path in ("alone", "disturbed"))
+    alone, runs = ([small_run(tmp_path / path, *flags, "--seed", n) for n in "12"] for path in ("alone", "disturbed"))
     list(make_runs(alone, [], device="cpu", train=train.train))
-    command = [sys.executable, TESTS.parent / "reproduce.py", "--jobs", "2", "--seeds", "1", "--device", "cpu", *flags]
-    command += ["--dataset", "digits", "--batch_size", "48", "--path", tmp_path / "disturbed"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, env=ENVIRONMENT, **quiet) as experiment:
+    command = [sys.executable, "-c", TRAININGS, "--dataset", "digits", "--batch_size", "48", *flags]
+    with subprocess.Popen([*command, "--path", tmp_path / "disturbed"], env=ENVIRONMENT) as experiment:
         try:
             for run in runs:
                 wait_until(lambda run=run: epochs_of(run) > 5)
