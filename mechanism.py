@@ -1,6 +1,6 @@
 """Why a small initial γ helps: what it changes before the first step of a training, and in the first steps.
 
-    python mechanism.py --output mechanism --dataset digits --seed 1
+    python mechanism.py --output mechanism --dataset digits --seeds 1-5
 
 `equivalence.py` has the algebra: the logits start γ0 times as large, and so do all gradients of convolutions. Here, the
 same is measured.
@@ -12,11 +12,13 @@ import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice, repeat
+from itertools import chain, islice, product, repeat
+from typing import Any, TypeVar
 
 from command_line import settings as flags
 from command_line.endings import answer_at_once, one_line_endings, say
 from command_line.flag_types import FlagError, Parser, as_typed, folder, is_flag, whole
+from experiment.plan import seed_range
 
 DIGITS = ["--batch_size", "64", "--learning_rate", "0.05"]  # what the README trains digits with
 TRAINED = ("baseline", "proposed")  # the settings whose first steps are looked at
@@ -31,6 +33,8 @@ def make_parser() -> Parser:
     flag = parser.add_argument
     flag("--output", type=folder, required=True, help="folder for the numbers and figures")
     flag("--dataset", default="digits", type=flags.dataset_name, help="as of train.py (default: %(default)s)")
+    seeds_help = "whose mean is taken, such as 1-5 (default: 1)"
+    flag("--seeds", default=[1], type=seed_range, help=seeds_help)
     flag("--steps", default=100, type=whole(1), help="training steps to look at (default: %(default)s)")
     return parser
 
@@ -41,6 +45,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in flags.COMPARED:
         if any(is_flag(other, name) for other in others):
             raise FlagError(f"argument --{name}: leave it out: {' and '.join(TRAINED)} have their own")
+    if any(is_flag(other, "seed") for other in others):
+        raise FlagError("argument --seed: give --seeds")
     shared = ["--dataset", args.dataset, *(DIGITS if args.dataset == "digits" else []), *others]
     args.runs = {}
     for name in TRAINED:
@@ -167,6 +173,25 @@ def measure_first_steps(
     return FirstSteps(np.array(list(found)), running, estimated_anew, dict(zip(initial, angles.T, strict=True)))
 
 
+Measured = TypeVar("Measured", AtInitialization, FirstSteps)
+
+
+def mean_over_seeds(measured: Sequence[Measured]) -> Measured:
+    """The mean of measurements that differ in their seed alone, number by number."""
+
+    def mean(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {name: mean([of[name] for of in values]) for name in values[0]}
+        return np.mean(values, axis=0).astype(np.asarray(values[0]).dtype)  # steps stay whole numbers
+
+    return type(measured[0])(*(mean(values) for values in zip(*(vars(one).values() for one in measured), strict=True)))
+
+
+def changed(settings: argparse.Namespace, **values: Any) -> argparse.Namespace:
+    """The same settings, but for these."""
+    return argparse.Namespace(**{**vars(settings), **values})
+
+
 def estimate_statistics(network: nn.Module, batches: Iterable[Batch]) -> nn.Module:
     """A copy of a network whose batch norms have mean and variance of these batches instead of running statistics."""
     anew = copy.deepcopy(network)
@@ -263,20 +288,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = {name: preparation.prepare(settings) for name, settings in args.runs.items()}
         first = runs["proposed"]
         image_set = preparation.load_images(runs["baseline"], report=say)  # with the statistics, which it needs
-        measured = {}
-        for bn_weight in BN_WEIGHTS:
-            network = construct(argparse.Namespace(**{**vars(first), "bn_weight": bn_weight}), image_set)
+        measured = {bn_weight: [] for bn_weight in BN_WEIGHTS}
+        for bn_weight, seed in product(BN_WEIGHTS, args.seeds):
+            network = construct(changed(first, bn_weight=bn_weight, seed=seed), image_set)
             batch = next(iter(Batches(image_set, "train", first.batch_size, normalize=False)))
-            measured[bn_weight] = measure_initialization(network, *batch)
+            measured[bn_weight].append(measure_initialization(network, *batch))
+        measured = {bn_weight: mean_over_seeds(of_seeds) for bn_weight, of_seeds in measured.items()}
         steps = [*(step for step in MEASURED if step < args.steps), args.steps]
-        of_runs = {name: measure_first_steps(settings, image_set, steps) for name, settings in runs.items()}
+        of_runs = {
+            name: mean_over_seeds(
+                [measure_first_steps(changed(settings, seed=seed), image_set, steps) for seed in args.seeds]
+            )
+            for name, settings in runs.items()
+        }
         text = tabulate(measured, of_runs)
         write_atomically(args.output / "mechanism.md", f"{text}\n".encode())
         say(text, "")
         figures = {"initialization": draw_initialization(measured), "running-statistics": draw_statistics(of_runs)}
         figures["rotation"] = draw_rotation(of_runs)
+        seeds = f"mean of {len(args.seeds)} seeds" if args.seeds[1:] else f"seed {args.seeds[0]}"
         for name, figure in figures.items():
-            figure.suptitle(f"{first.network} on {first.dataset}, one seed: {first.seed}", fontsize=10)
+            figure.suptitle(f"{first.network} on {first.dataset}, {seeds}", fontsize=10)
             say(*save(figure, args.output / f"mechanism-{name}"))
 
 

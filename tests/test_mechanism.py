@@ -157,6 +157,17 @@ def test_angle(degrees):
     assert mechanism.angle(one, other) == pytest.approx(degrees, rel=1e-6)
 
 
+def test_mean_over_seeds():
+    runs = [
+        FirstSteps(np.array([0, 5]), np.array([10.0, a]), np.array([20.0, 2 * a]), {"x": np.array([0, a])})
+        for a in (30.0, 40.0)
+    ]
+    mean = mechanism.mean_over_seeds(runs)
+    assert mean.steps.tolist() == [0, 5] and f"{mean.steps[1]}" == "5"
+    assert (mean.running.tolist(), mean.estimated_anew.tolist()) == ([10, 35], [20, 70])
+    assert mean.angles["x"].tolist() == [0, 35]
+
+
 # --- figures and the command ----------------------------------------------------------------------------------------
 
 
@@ -182,19 +193,21 @@ def test_figures():
 
 
 def test_command(few_digits, tmp_path, capsys):
-    mechanism.main([*FLAGS, "--steps", "4", "--output", str(tmp_path), "--seed", "1"])
+    mechanism.main([*FLAGS, "--steps", "4", "--output", str(tmp_path), "--seeds", "1-2"])
     at_first, by_step, files = capsys.readouterr().out.split("\n\n")
     assert (tmp_path / "mechanism.md").read_text() == f"{at_first}\n\n{by_step}\n"
     assert [line.split()[1] for line in at_first.splitlines()[2:]] == ["0.01", "0.03", "0.1", "0.3", "1"]
     image_set = load_image_set("digits")
     for line in at_first.splitlines()[2:]:
         _, bn_weight, _, deviation, _, loss, *_ = line.split()
-        make_deterministic(1)
-        network = construct_network("test_mechanism:small_network", 10, "digits", float(bn_weight))
-        images, labels = next(iter(Batches(image_set, "train", 64, False)))
-        logits = network(images).detach()
-        assert deviation == f"{np.std(logits.numpy()):.3g}"
-        assert loss == f"{F.cross_entropy(logits, labels):.3f}"
+        found = []
+        for seed in (1, 2):
+            make_deterministic(seed)
+            network = construct_network("test_mechanism:small_network", 10, "digits", float(bn_weight))
+            images, labels = next(iter(Batches(image_set, "train", 64, False)))
+            logits = network(images).detach()
+            found.append((np.std(logits.numpy()), F.cross_entropy(logits, labels)))
+        assert (deviation, loss) == (f"{np.mean(found, axis=0)[0]:.3g}", f"{np.mean(found, axis=0)[1]:.3f}")
     rows = [line.split() for line in by_step.splitlines()[2:]]
     assert [row[1] for row in rows] == ["baseline"] * 4 + ["proposed"] * 4
     assert [row[3] for row in rows] == ["0", "1", "2", "4"] * 2
@@ -221,6 +234,7 @@ def test_an_impossible_output_is_noticed_before_the_training(few_digits, tmp_pat
     [
         ([], "--output"),
         (["--output", "x", "--c=10"], "argument --c: leave it out: baseline and proposed have their own"),
+        (["--output", "x", "--seed=2"], "argument --seed: give --seeds"),
         (["--output", "x", "--steps", "0"], "argument --steps: must be a whole number of at least 1"),
         (["--output", "x", "--dataset", "nothing"], "argument --dataset: nothing is none of"),
     ],
