@@ -116,45 +116,6 @@ def forest_plot(comparisons: Sequence[Comparison]) -> Figure:
     return panel.figure
 
 
-def paired_differences(runs: Runs) -> Figure:
-    """How far each seed's test accuracy exceeds the baseline's, with the mean and its 95 % confidence interval.
-
-    A circle marks a difference of 0. ValueError where no seed has a run of the baseline and of another setting.
-    """
-    theirs = accuracy_by_seed(runs.get("baseline", {}))
-    comparisons = [compare(name, accuracy_by_seed(of), theirs) for name, of in runs.items() if name != "baseline"]
-    comparisons = [c for c in comparisons if c.differences]
-    if not comparisons:
-        raise ValueError("there is no seed with a run of baseline and of another setting")
-    columns = min(4, len(comparisons))
-    rows = math.ceil(len(comparisons) / columns)
-    size = {"width": max(3.0, 5.5 / columns), "height": 4.0 if rows == 1 else 3.0}
-    axes = make_axes(rows, columns, **size, sharey=True, squeeze=False)
-    handles: dict[str, Artist] = {}
-    for panel, c in zip(axes.flat, comparisons, strict=False):
-        names, values = list(map(str, c.differences)), list(c.differences.values())
-        colors = ["0.4" if value > 0 else "0.85" for value in values]
-        panel.bar(names, values, color=colors, edgecolor="black", linewidth=0.8, zorder=2)
-        panel.axhline(0, color="black", linewidth=0.8, zorder=3)
-        same = [name for name, value in zip(names, values, strict=True) if value == 0]
-        if same:
-            style = {"color": "white", "markeredgecolor": "black", "marker": "o", "linestyle": "none", "zorder": 4}
-            [handles["no difference"]] = panel.plot(same, [0] * len(same), **style)
-        handles["mean"] = panel.axhline(c.difference, color="C3", linestyle="--", linewidth=2, zorder=3)
-        title = f"{c.setting}: {c.difference:+.2f}"
-        if np.isfinite(c.interval).all():
-            handles["95 % interval of the mean"] = panel.axhspan(*c.interval, color="C3", alpha=0.2, zorder=0)
-            title += "\n({:+.2f} to {:+.2f})".format(*c.interval)
-        panel.set_title(title, fontsize=10)
-        panel.set_xlabel("seed")
-        panel.tick_params(axis="x", labelsize=7)
-    for panel in axes.flat[len(comparisons) :]:
-        panel.remove()
-    add_legend(axes[0, 0].figure, handles)
-    axes[0, 0].figure.supylabel("test accuracy − baseline's (percentage points)", fontsize=10)
-    return axes[0, 0].figure
-
-
 def accuracy_by_bn_weight(runs: Runs, comparisons: Sequence[Comparison] | None = None) -> Figure:
     """Test accuracy by the initial γ, for all settings that have the c and input_norm of 'proposed'.
 
@@ -228,7 +189,6 @@ def save_figures(
     bn_weights = {setting: PAPER[setting]["bn_weight"] for setting in weights}
     figures: dict[str, tuple[Callable[[], Figure], str]] = {
         "learning-curves": (lambda: learning_curves(runs), title),
-        "paired-differences": (lambda: paired_differences(runs), title),
         "accuracy-by-bn-weight": (lambda: accuracy_by_bn_weight(runs, comparisons), title),
         "forest": (lambda: forest_plot(comparisons), title),
     }

@@ -1,5 +1,4 @@
 import errno
-import signal
 import sys
 
 import matplotlib
@@ -102,22 +101,6 @@ def test_ticks_of_logarithmic_axes(values, ticks):
     assert not panel.yaxis.get_minor_ticks()
 
 
-def test_paired_differences():
-    proposed, half = figures.paired_differences(RUNS).axes
-    assert [bar.get_height() for bar in proposed.patches[:3]] == [3, -1, 3]
-    assert [label.get_text() for label in proposed.get_xticklabels()] == ["1", "2", "3"]
-    assert [bar.get_height() for bar in half.patches[:3]] == [5, 5, 5.5]
-    assert proposed.lines[1].get_ydata()[0] == pytest.approx(5 / 3)
-    assert proposed.get_title().startswith("proposed: +1.67\n")
-    assert not [line for line in proposed.lines if line.get_marker() == "o"]
-    equal = {1: RUNS["proposed"][1], 2: RUNS["baseline"][2], 3: RUNS["proposed"][3]}
-    [panel] = figures.paired_differences({"baseline": RUNS["baseline"], "other": equal}).axes
-    [zero] = [line for line in panel.lines if line.get_marker() == "o"]  # a bar of no height cannot be seen
-    assert (list(zero.get_xdata()), list(zero.get_ydata())) == (["2"], [0])
-    with pytest.raises(ValueError, match="no seed with a run of baseline and of another setting"):
-        figures.paired_differences({"baseline": RUNS["baseline"], "proposed": {}})
-
-
 def test_forest_plot():
     comparisons = compare_all(RUNS, contrasts=[("proposed", "bn_weight 0.5")])
     panel = figures.forest_plot(comparisons).axes[0]
@@ -179,28 +162,24 @@ def test_files(small_network, tmp_path):
     files = list(map(str, (tmp_path / "results").glob("*.csv")))
     figures.main([*files, "--output", str(tmp_path / "figures")])
     made = {file.stem for file in (tmp_path / "figures").glob("*.png")}
-    names = {"learning-curves", "paired-differences", "forest", "scales-and-shifts", "normalized-values"}
+    names = {"learning-curves", "forest", "scales-and-shifts", "normalized-values"}
     assert made == {f"figure-{name}" for name in names}
     for name in made:
         assert (tmp_path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
         with Image.open(tmp_path / "figures" / f"{name}.png") as image:
             assert image.convert("L").getextrema() == (0, 255)
 
-    # without the weights, from the small file that was made of them
+    # without the weights, from the small file that was made of them; it has nothing of `init`
     of_networks = [tmp_path / "figures" / f"figure-{name}.png" for name in ("scales-and-shifts", "normalized-values")]
     before = [file.read_bytes() for file in of_networks]
     for file in (tmp_path / "figures").glob("*.p*"):
         file.unlink()
-    figures.main([*files, "--output", str(tmp_path / "figures"), "--networks", str(tmp_path / "none")])
-    assert {file.stem for file in (tmp_path / "figures").glob("*.png")} == made
-    assert [file.read_bytes() for file in of_networks] == before
-
-    # and where there are runs of `init`, of which the small file has nothing
     run = make_run("proposed", 1)
     run.settings |= {"dataset": "digits", "c": 1.0, "name": "init 1"}
     write_results(tmp_path / "results" / "init 1.csv", run)
     files = list(map(str, (tmp_path / "results").glob("*.csv")))
     figures.main([*files, "--output", str(tmp_path / "figures"), "--networks", str(tmp_path / "none")])
+    assert {file.stem for file in (tmp_path / "figures").glob("*.png")} == made
     assert [file.read_bytes() for file in of_networks] == before
 
 
@@ -295,14 +274,6 @@ def test_wrong_flags(flags, capsys):
     captured = capsys.readouterr()
     assert (stop.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
     assert captured.err.startswith("figures.py: error: ") and "--output" in captured.err
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_it_in_one_line(number, monkeypatch, capsys):
-    monkeypatch.setattr(figures, "read_runs", lambda _: signal.raise_signal(number))
-    with pytest.raises(SystemExit) as stop:
-        figures.main(["a.csv", "--output", "x"])
-    assert (stop.value.code, capsys.readouterr().err) == (128 + number, "figures.py: stopped\n")
 
 
 def test_needs_no_display(tmp_path, monkeypatch, capsys):

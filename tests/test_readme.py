@@ -138,6 +138,6 @@ def test_commands_for_a_network_and_images_of_ones_own(tmp_path):
     results = {file.name for file in (tmp_path / "results").iterdir()}
     own = "flowers-my_networks.small-batch_size=16-num_epochs=1-image_size=32-weight0.1-c100-bn-seed1.csv"
     experiment = "flowers-mobilenet_v3_small-batch_size=16-num_epochs=1-image_size=64"
-    assert {own, f"{experiment}.md", f"{experiment}-paired-differences.png"} <= results
+    assert {own, f"{experiment}.md", f"{experiment}-forest.png"} <= results
     assert f"{experiment}-normalized-values.png" in results  # which needs networks and images
     assert len(results) > 9
