@@ -164,19 +164,19 @@ def load_observations(
         with np.load(io.BytesIO(content)) as archive:
             arrays = {name: archive[name] for name in archive.files}
         found = str(arrays.pop("title"))
+        weights: dict[str, dict[str, np.ndarray]] = {}
+        measured: dict[str, list[NormalizedValues]] = {}
+        for key, values in arrays.items():
+            setting, _, name = key.partition("/")
+            if name.endswith(NORMALIZED):
+                share, maximum = values.tolist()
+                measured.setdefault(setting, []).append(NormalizedValues(name.removesuffix(NORMALIZED), share, maximum))
+            else:
+                weights.setdefault(setting, {})[name] = values
     except Exception as error:  # which one depends on where the damage is
         raise ValueError(f"{file} is damaged, or does not hold the γ and β of trained networks") from error
     if not set(found.splitlines()) <= set(title.splitlines()):
         raise ValueError(f"{file} is of other runs: {', '.join(found.splitlines())}")
-    weights: dict[str, dict[str, np.ndarray]] = {}
-    measured: dict[str, list[NormalizedValues]] = {}
-    for key, values in arrays.items():
-        setting, _, name = key.partition("/")
-        if name.endswith(NORMALIZED):
-            layer = NormalizedValues(name.removesuffix(NORMALIZED), *values.tolist())
-            measured.setdefault(setting, []).append(layer)
-        else:
-            weights.setdefault(setting, {})[name] = values
     return weights, measured
 
 
