@@ -128,7 +128,7 @@ def use_train(path: Path, *flags: object) -> Numbers | None:
 
 def use_cifar10(path: Path) -> Numbers | None:
     """The same for images in the files of CIFAR-10, trained on anew."""
-    return use_train(path, "--dataset", "cifar10", "--num_epochs", 1, "--restart")
+    return use_train(path, "--dataset", "cifar10", "--batch_size", 16, "--num_epochs", 1, "--restart")
 
 
 def all_numbers(file: Path) -> list:
