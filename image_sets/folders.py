@@ -1,11 +1,9 @@
 """Folders of images: found, read, brought to one size."""
 
 import io
-import json
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from command_line.files import check_plain, read_file, write_atomically
+from command_line.files import check_plain, read_file
 from command_line.settings import SMALL_IMAGE
 from command_line.signals import until_stopped
 
@@ -217,31 +215,3 @@ def decode_all(images: Images, size: Size, workers: int, show_bar: bool = False,
         for _ in until_stopped(bar, stops):
             pass
     return decoded
-
-
-def keep_statistics(
-    found: FoundImages, size: Size, compute: Callable[[], Statistics], report: Callable[[str], None]
-) -> Statistics:
-    """What `compute` returns, computed anew only where the files are others than those it was computed from last.
-
-    It is kept in the folder of the data set, as JSON, with the number of the files of its training images, their size
-    together and their newest change. Where nothing can be written there, `report` is given a line that says so.
-    OSError where there is a pipe, a socket or a device in its place.
-    """
-    stats = [file.stat() for file in found.files]
-    made_from = {"files": len(stats), "bytes": sum(s.st_size for s in stats), "newest": max(s.st_mtime for s in stats)}
-    file = found.folder / f"statistics-{size[0]}x{size[1]}.json"
-    check_plain(file)
-    with suppress(Exception):  # there may be anything in it, or nothing
-        kept = json.loads(file.read_text())
-        mean, std = (tuple(map(float, kept[name])) for name in ("mean", "std"))
-        sound = len(mean) == len(std) == 3 and min(std) > 0 and math.isfinite(sum(mean + std))
-        if sound and kept["made_from"] == made_from:
-            return mean, std
-    mean, std = compute()
-    content = {"mean": mean, "std": std, "made_from": made_from}
-    try:
-        write_atomically(file, f"{json.dumps(content, indent=1)}\n".encode())
-    except OSError as error:
-        report(f"mean and standard deviation of the images are computed each time, as {error}")
-    return mean, std

@@ -15,12 +15,11 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
-from tqdm import tqdm
 
 from command_line.settings import DATASETS, LARGE_IMAGE, SMALL_IMAGE
-from command_line.signals import until_stopped
 from image_sets.cifar import find_cifar
-from image_sets.folders import FoundImages, Size, Statistics, decode_all, find_images, keep_statistics, own_size
+from image_sets.folders import FoundImages, Size, decode_all, find_images, own_size
+from image_sets.statistics import compute_statistics, keep_statistics
 from image_sets.streaming import StreamedImages
 from seeds import make_complex
 
@@ -134,7 +133,8 @@ def load_image_set(
     splits = split_indices(labels, found.num_train, device)
     image_set = ImageSet(images, labels.to(device), splits, found.classes, flip)
     if statistics:
-        compute = partial(compute_statistics, image_set, found.num_train, show_bar, stops)
+        parts = torch.arange(found.num_train, device=device).split(100)
+        compute = partial(compute_statistics, image_set.take(parts), found.num_train, show_bar, stops)
         image_set.mean, image_set.std = found.statistics or keep_statistics(found, image_set.size, compute, report)
     return image_set
 
@@ -189,27 +189,3 @@ def split_indices(labels: Tensor, num_complete_train: int, device: torch.device 
 def stratified_split(labels: np.ndarray, test_size: float) -> list[np.ndarray]:
     """Indices of two parts, the same whatever the seed of the run: drawn with seed 0, from a generator of its own."""
     return train_test_split(np.arange(len(labels)), test_size=test_size, stratify=labels, random_state=make_complex(0))
-
-
-def compute_statistics(
-    image_set: ImageSet, num_images: int, show_bar: bool = False, stops: Sequence[int] = ()
-) -> Statistics:
-    """Mean and standard deviation of the channels of the first images of a set, as they are for evaluation.
-
-    ValueError where a channel has one value only; KeyboardInterrupt with the first of `stops`.
-    """
-    sums, squares, count = np.zeros(3, np.int64), np.zeros(3, np.int64), 0  # whole numbers add up in any order
-    parts = torch.arange(num_images, device=image_set.labels.device).split(100)
-    with tqdm(total=num_images, desc="statistics", unit="image", disable=not show_bar, leave=False) as bar:
-        for batch in until_stopped(image_set.take(parts), stops):
-            channels = batch.transpose(0, 1).flatten(1)
-            counts = torch.stack([torch.bincount(channel, minlength=256) for channel in channels]).cpu().numpy()
-            sums += counts @ np.arange(256)
-            squares += counts @ np.arange(256) ** 2
-            count += channels.shape[1]
-            bar.update(len(batch))
-    mean = sums / count
-    deviation = np.sqrt([(q * count - s**2) / count**2 for s, q in zip(sums.tolist(), squares.tolist(), strict=True)])
-    if not deviation.all():
-        raise ValueError("the images all have the same value in a channel: use --input_norm bn")
-    return tuple((mean / 255).tolist()), tuple((deviation / 255).tolist())

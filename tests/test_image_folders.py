@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from folders import CLASSES, make_folder, smooth_image
-from image_sets import folders
+from image_sets import folders, statistics
 from image_sets.folders import find_images, own_size, read_image, resize
 from image_sets.loading import load_image_set
 
@@ -325,7 +325,7 @@ def test_statistics_that_cannot_be_kept(tmp_path, monkeypatch):
     def refuse(file: Path, content: bytes) -> None:
         raise PermissionError(13, "cannot write it: Permission denied", str(file))
 
-    monkeypatch.setattr(folders, "write_atomically", refuse)
+    monkeypatch.setattr(statistics, "write_atomically", refuse)
     reports = Reports()
     image_set = load_image_set("small", tmp_path, report=reports)
     assert len(image_set.mean) == 3 and not list(folder.glob("*.json"))

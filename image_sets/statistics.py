@@ -1,0 +1,66 @@
+"""Mean and standard deviation of an image set, computed and kept."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from command_line.files import check_plain, write_atomically
+from command_line.signals import until_stopped
+from image_sets.folders import FoundImages, Size, Statistics
+
+
+def compute_statistics(
+    batches: Iterable[Tensor], num_images: int, show_bar: bool = False, stops: Sequence[int] = ()
+) -> Statistics:
+    """Mean and standard deviation of the channels of `num_images` images in batches, uint8 (n, 3, H, W).
+
+    ValueError where a channel has one value only; KeyboardInterrupt with the first of `stops`.
+    """
+    sums, squares, count = np.zeros(3, np.int64), np.zeros(3, np.int64), 0  # whole numbers add up in any order
+    with tqdm(total=num_images, desc="statistics", unit="image", disable=not show_bar, leave=False) as bar:
+        for batch in until_stopped(batches, stops):
+            channels = batch.transpose(0, 1).flatten(1)
+            counts = torch.stack([torch.bincount(channel, minlength=256) for channel in channels]).cpu().numpy()
+            sums += counts @ np.arange(256)
+            squares += counts @ np.arange(256) ** 2
+            count += channels.shape[1]
+            bar.update(len(batch))
+    mean = sums / count
+    deviation = np.sqrt([(q * count - s**2) / count**2 for s, q in zip(sums.tolist(), squares.tolist(), strict=True)])
+    if not deviation.all():
+        raise ValueError("the images all have the same value in a channel: use --input_norm bn")
+    return tuple((mean / 255).tolist()), tuple((deviation / 255).tolist())
+
+
+def keep_statistics(
+    found: FoundImages, size: Size, compute: Callable[[], Statistics], report: Callable[[str], None]
+) -> Statistics:
+    """What `compute` returns, computed anew only where the files are others than those it was computed from last.
+
+    It is kept in the folder of the data set, as JSON, with the number of the files of its training images, their size
+    together and their newest change. Where nothing can be written there, `report` is given a line that says so.
+    OSError where there is a pipe, a socket or a device in its place.
+    """
+    stats = [file.stat() for file in found.files]
+    made_from = {"files": len(stats), "bytes": sum(s.st_size for s in stats), "newest": max(s.st_mtime for s in stats)}
+    file = found.folder / f"statistics-{size[0]}x{size[1]}.json"
+    check_plain(file)
+    with suppress(Exception):  # there may be anything in it, or nothing
+        kept = json.loads(file.read_text())
+        mean, std = (tuple(map(float, kept[name])) for name in ("mean", "std"))
+        sound = len(mean) == len(std) == 3 and min(std) > 0 and math.isfinite(sum(mean + std))
+        if sound and kept["made_from"] == made_from:
+            return mean, std
+    mean, std = compute()
+    content = {"mean": mean, "std": std, "made_from": made_from}
+    try:
+        write_atomically(file, f"{json.dumps(content, indent=1)}\n".encode())
+    except OSError as error:
+        report(f"mean and standard deviation of the images are computed each time, as {error}")
+    return mean, std
