@@ -62,8 +62,10 @@ def train_six_steps(network: nn.Module, groups: list[dict]) -> tuple[list[float]
     return losses, network.eval()(batches[6][0]).detach()
 
 
-@pytest.mark.parametrize("input_norm", ["bn", "dataset"])
-@pytest.mark.parametrize(("bn_weight", "c", "name"), [(0.1, 100, "resnet"), (0.02, 7, "small"), (3, 1, "small")])
+@pytest.mark.parametrize(
+    ("bn_weight", "c", "name", "input_norm"),
+    [(0.1, 100, "resnet", "bn"), (0.02, 7, "small", "bn"), (0.02, 7, "small", "dataset"), (3, 1, "small", "bn")],
+)
 def test_equivalent_trains_alike(bn_weight, c, name, input_norm, few_digits):
     name = {"resnet": "torchvision.models:resnet18", "small": "test_equivalence:Residual"}[name]
     network = construct(name, bn_weight, input_norm)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from command_line.flag_types import FlagError
+from command_line.settings import PRECISIONS
 
 
 def find_device(name: str | None) -> torch.device:
@@ -39,7 +40,6 @@ def speed_up(network: nn.Module, precision: str = "float32", compiled: bool = Fa
             with. `network.forward` stays as it is: for a short last batch, compiling would take longer than it saves.
 
     Raises:
-        ValueError: `precision` is not one of `PRECISIONS`.
         FileNotFoundError: there is no compiler to compile with.
     """
     if precision == "bfloat16":
@@ -64,6 +64,8 @@ def use_precision(precision: str) -> Iterator[None]:
     Raises:
         ValueError: `precision` is not one of `PRECISIONS`.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     convolutions = "ieee" if precision == "strict" else "tf32"
     products = "tf32" if precision == "tf32" else "ieee"
     backends = torch.backends
