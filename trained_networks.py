@@ -1,6 +1,5 @@
 """Trained networks: their weights, and the networks themselves, ready to predict."""
 
-import io
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from equivalence import equivalent
 from image_sets.cifar import CIFAR10_STATISTICS
 from image_sets.loading import load_image_set
 from networks import construct_network
+from saved_runs.checkpoint import load_saved
 from saved_runs.paths import run_files
 from saved_runs.results import Results, read_results
 from seeds import keep_random_states
@@ -119,7 +119,7 @@ def load_weights(file: str | os.PathLike) -> dict[str, Tensor]:
     content = read_file(file)
     try:
         check_digest(content)
-        weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        weights = load_saved(content)
     except Exception as error:  # which one depends on where the damage is
         raise ValueError(f"{file} is damaged, or does not hold the weights of a network") from error
     if not isinstance(weights, dict) or not any(isinstance(value, Tensor) for value in weights.values()):

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from command_line.flag_types import FlagError
-from command_line.signals import LAUNCHED, interrupt, on_signals
+from command_line.signals import LAUNCHED, STOP_SIGNALS, interrupt, on_signals
 
 AT_WORK, DIVERGED = 3, 4  # exit codes of what an experiment must tell from other errors
 LONGEST_LINE = 1000  # letters of an error that are shown
@@ -117,12 +117,16 @@ def one_line_endings(program: str, stopped: Callable[[], str] = lambda: "stopped
             BEGUN.append(program)
             yield
     except KeyboardInterrupt as stop:
-        end(128 + (stop.args[0] if stop.args else signal.SIGINT), stopped(), program)
+        if not stop.args or stop.args[0] not in STOP_SIGNALS:  # a module of the user's may raise it
+            raise RuntimeError("KeyboardInterrupt was raised, but no signal has arrived") from stop
+        end(128 + stop.args[0], stopped(), program)
     except (FloatingPointError, ValueError, OSError) as error:
         codes = {FlagError: 2, BlockingIOError: AT_WORK, FloatingPointError: DIVERGED}
         end(next((codes[kind] for kind in codes if isinstance(error, kind)), 1), f"error: {error}", program)
     except (RuntimeError, MemoryError) as error:
-        words = r"out of memory|allocate memory|alloc_failed|memory object"  # torch has several ways to say it
+        words = r"out of memory|allocate memory|alloc_failed|create a memory object"  # torch has several ways to say it
         if not isinstance(error, MemoryError) and not re.search(words, str(error), re.IGNORECASE):
             raise
-        end(1, "error: there is too little memory: give a smaller --batch_size or another --device", program)
+        trains = program in ("train.py", "reproduce.py", "mechanism.py")
+        remedy = ": give a smaller --batch_size or another --device" if trains else ""
+        end(1, f"error: there is too little memory{remedy}", program)

@@ -29,7 +29,7 @@ def folder(text: str) -> Path:
     except (OSError, RuntimeError) as error:  # a name that is too long; a home that nobody has
         raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {error}") from None
     if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {there} is a file")
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {there} is none")
     return path
 
 

@@ -7,9 +7,9 @@ short, but not a changed byte in a weight. `torch.load` reads them as they are.
 import argparse
 import io
 import os
+import warnings
 from contextlib import suppress
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -67,16 +67,21 @@ def load_checkpoint(file: str | os.PathLike) -> dict[str, Any]:
     if not has_digest(content):
         raise ValueError(f"the checkpoint {file} is cut short, damaged or none of this program's: {REMEDY}")
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError):
-        state = None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"the checkpoint {file} was written by another version of this program: {REMEDY}")
-    try:
-        check_state(state)
+        state = load_saved(content)
+        other_format = state["format"] != FORMAT
+        if not other_format:
+            check_state(state)
     except Exception as error:  # which one depends on what is missing, or of another type
         raise ValueError(f"the checkpoint {file} does not hold the state of a run: {REMEDY}") from error
+    if other_format:
+        raise ValueError(f"the checkpoint {file} was written by another version of this program: {REMEDY}")
     return state
+
+
+def load_saved(content: bytes) -> Any:
+    """What `torch.save` has made these bytes of, with tensors on the CPU. Raises whatever torch does."""
+    with warnings.catch_warnings(action="ignore"):  # of what other programs have saved: the error says enough
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def check_state(state: dict[str, Any]) -> None:

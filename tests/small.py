@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ import train
 from batch_norm import ScaleBatchNorm2d
 from image_sets import loading
 from training import preparation
+
+STOP = KeyboardInterrupt(signal.SIGINT)  # as Ctrl-C raises it
 
 
 def load_few_digits() -> Bunch:
@@ -59,7 +62,7 @@ def train_small() -> None:
     preparation.construct_network = construct_small_network
 
 
-def stop_in_epoch(epoch_to_stop: int, monkeypatch, error: BaseException = KeyboardInterrupt) -> None:
+def stop_in_epoch(epoch_to_stop: int, monkeypatch, error: BaseException = STOP) -> None:
     """Let the run stop within an epoch, when its weights have moved on already."""
     whole_epoch = train.train_one_epoch
 

@@ -1,8 +1,10 @@
 import errno
 import fcntl
 import hashlib
+import io
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
@@ -13,8 +15,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import train
 from cluster import ENVIRONMENT
@@ -29,6 +33,7 @@ from saved_runs.results import COLUMNS, read_results, write_results
 from saved_runs.run import Run
 from seeds import make_deterministic, random_states
 from small import stop_in_epoch
+from trained_networks import load_weights
 from training import preparation
 
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]  # a shell with mounts of its own
@@ -367,7 +372,7 @@ def test_restart_that_dies_while_its_first_epoch_is_saved(tmp_path, monkeypatch,
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_results", die)
-        with pytest.raises(SystemExit):
+        with pytest.raises(RuntimeError, match="no signal has arrived"):
             run(tmp_path, "--num_epochs", "2", *other, "--restart")
     made = []
     whole = train.train_one_epoch
@@ -723,6 +728,22 @@ def test_checkpoint_with_a_wrong_part(tmp_path, monkeypatch, fails):
             assert [file.read_bytes() for file in files] == before, (name, value)
     checkpoint.save_with_digest(state, files.checkpoint)
     run(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_checkpoint_of_another_program(tmp_path, recwarn):
+    """torch warns of some of them, before it says what is wrong."""
+    saved = io.BytesIO()
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), saved)
+    for content in (saved.getvalue(), pickle.dumps(np.ones(3), protocol=4), b"text"):
+        file = tmp_path / "x-last.pt"
+        file.write_bytes(content + hashlib.sha256(content).digest())
+        recwarn.clear()
+        with pytest.raises(ValueError, match=r"x-last\.pt does not hold the state of a run: give --restart"):
+            load_checkpoint(file)
+        with pytest.raises(ValueError, match=r"x-last\.pt is damaged, or does not hold the weights of a network"):
+            load_weights(file)
+        assert not recwarn.list
 
 
 def test_checkpoint_of_another_version(small_checkpoint, monkeypatch):

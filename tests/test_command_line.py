@@ -180,7 +180,7 @@ def test_signal_that_is_ignored_stays_so():
     [
         (ValueError("two\n lines"), "error: two lines"),
         (FileNotFoundError(2, "No such file", "a.csv"), "error: [Errno 2] No such file: 'a.csv'"),
-        (RuntimeError("CUDA out of memory"), "error: there is too little memory: give a smaller --batch_size or"),
+        (RuntimeError("CUDA out of memory"), "error: there is too little memory\n"),
         (ValueError("\x1b[31m a\b.csv \udcff γ"), "error: \\x1b[31m a\\x08.csv \\udcff γ\n"),
     ],
 )
@@ -203,6 +203,12 @@ def test_long_value_is_cut(capsys):
 def test_mistake_of_the_program_keeps_its_traceback():
     with pytest.raises(KeyError), one_line_endings("x.py"):
         raise KeyError("a mistake")
+    for error in (KeyboardInterrupt(), KeyboardInterrupt("a mistake")):  # to which no signal has led
+        with pytest.raises(RuntimeError, match="no signal has arrived"), one_line_endings("x.py"):
+            raise error
+    too_many_files = RuntimeError("unable to open shared memory object </torch_1>: Too many open files (24)")
+    with pytest.raises(RuntimeError, match="Too many open files"), one_line_endings("train.py"):
+        raise too_many_files
 
 
 def test_letters_that_a_stream_does_not_know():
