@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import settings
-from command_line.endings import answer_at_once, one_line_endings, say
+from command_line.endings import answer_at_once, one_line, one_line_endings, say
 from command_line.flag_types import Parser
 
 
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_endings("t_test.py"):
         args = make_parser().parse_args(argv)
         (proposed, notes), (baseline, more) = without_tables(args.proposed), without_tables(args.baseline)
-        say(report(proposed, baseline, args.select), *notes, *more)
+        say(report(proposed, baseline, args.select), *map(one_line, (*notes, *more)))
 
 
 if __name__ == "__main__":

@@ -123,6 +123,13 @@ def forbid_reading(forbidden: Path, monkeypatch) -> None:
     monkeypatch.setattr(Path, "read_bytes", read)
 
 
+def test_name_with_control_characters_is_escaped(capsys):
+    ours, theirs = map(str, experiment())
+    Path("\x1b[31m.csv").write_text("setting,bn_weight,c\n")
+    t_test.main(["--proposed", ours, "\x1b[31m.csv", "--baseline", theirs])
+    assert capsys.readouterr().out.endswith("\n\\x1b[31m.csv is the table of an experiment, and left out\n")
+
+
 @pytest.mark.parametrize("image_size", [16, 66], ids=["kept", "streamed"])
 def test_pipe_among_images(image_size):
     folder = make_folder(Path("small"), num_train=30, num_test=6, size=(16, 16))
