@@ -76,9 +76,16 @@ def test_what_is_no_logits(logits, what):
         check(Picky(logits), 7, 7)
 
 
+def test_network_that_starts_with_nan():
+    with pytest.raises(FlagError, match="own:picky computes values that are not finite before its first step"):
+        check(Picky(lambda logits: logits * torch.nan), 7, 7)
+
+
 def test_last_batch_of_one():
     check(Picky(), 7, 7, batch_size=3, num_train=8)
-    with pytest.raises(FlagError, match="--batch_size: 3 leaves a last batch of one of the 7 training images"):
+    with pytest.raises(
+        FlagError, match="--batch_size: 3 leaves a last batch of one .* cannot train on one: ValueError: one image"
+    ):
         check(Picky(), 7, 7, batch_size=3, num_train=7)
 
 

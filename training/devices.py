@@ -22,8 +22,9 @@ def find_device(name: str | None) -> torch.device:
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises differs by device
         found = ["cpu", *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()) if accelerator)]
+        problem = "cannot be used" if name in found else f"is not one of {', '.join(found)}"
         reason = str(error).partition("\n")[0]
-        raise FlagError(f"argument --device: {name!r} is not one of {', '.join(found)} ({reason})") from error
+        raise FlagError(f"argument --device: {name!r} {problem} ({reason})") from error
     return device
 
 

@@ -111,13 +111,16 @@ def check_network(settings: argparse.Namespace, network: nn.Module, image_set: I
     if shape != (2, num_classes):
         wanted = f"logits {(2, num_classes)}"
         raise FlagError(f"argument --network: {settings.network} computes {shape} for 2 images, not {wanted}")
+    if not logits.isfinite().all():
+        problem = "computes values that are not finite before its first step"
+        raise FlagError(f"argument --network: {settings.network} {problem}")
     if (num_train - 1) % settings.batch_size == 0:
         try:
             try_images(trial, 1, image_set.size)
         except Exception as error:
             raise FlagError(
                 f"argument --batch_size: {settings.batch_size} leaves a last batch of one of the {num_train} training"
-                f" images of {settings.dataset}, where {settings.network} cannot train on one; take another size"
+                f" images of {settings.dataset}, and {settings.network} cannot train on one: {in_one_line(error)}"
             ) from error
 
 
