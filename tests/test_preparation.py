@@ -84,7 +84,7 @@ def test_network_that_starts_with_nan():
 def test_last_batch_of_one():
     check(Picky(), 7, 7, batch_size=3, num_train=8)
     with pytest.raises(
-        FlagError, match="--batch_size: 3 leaves a last batch of one .* cannot train on one: ValueError: one image"
+        FlagError, match=r"--batch_size: 3 leaves a last batch of one .* cannot train on one: ValueError: one image"
     ):
         check(Picky(), 7, 7, batch_size=3, num_train=7)
 

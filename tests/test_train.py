@@ -219,7 +219,7 @@ def test_loss_that_is_not_finite(few_digits, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "train_one_epoch", diverge_in_epoch_2)
     with pytest.raises(SystemExit) as stop:
         train.main(flags)
-    assert stop.value.code == 1
+    assert stop.value.code == 4
     err = capsys.readouterr().err
     assert err.startswith("train.py: error: the loss at epoch 2, step 1 is nan") and err.count("\n") == 1
     assert read_results(tmp_path / "results" / "x.csv").columns["epoch"].tolist() == [1]
@@ -229,7 +229,7 @@ def test_validation_loss_that_is_not_finite(small_network, tmp_path, monkeypatch
     monkeypatch.setattr(train, "measure", lambda *arguments: (float("inf"), 50.0))
     with pytest.raises(SystemExit) as stop:
         train.main([*QUICK, "--path", str(tmp_path), "--name", "x"])
-    assert stop.value.code == 1
+    assert stop.value.code == 4
     assert "the validation loss after epoch 1 is inf" in capsys.readouterr().err
 
 
@@ -278,7 +278,6 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
         ("--batch_size", "1e3", WHOLE),
         ("--batch_size", "many", WHOLE),
         ("--batch_size", "nan", WHOLE),
-        ("--batch_size", "9" * 5000, WHOLE),
         ("--batch_size", "1294", "digits has 1293 training images, fewer than a batch of 1294"),
         ("--batch_size", "999999999999", "digits has 1293 training images, fewer"),
         ("--num_epochs", "", WHOLE),
