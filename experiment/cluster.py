@@ -83,7 +83,7 @@ def make_runs_on_cluster(
                 outcome = outcome_of(future) if future.done() else None
                 losses[run.name] += outcome is None
                 if losses[run.name] == ATTEMPTS:
-                    outcome = ChildProcessError(f"its worker was lost {ATTEMPTS} times, perhaps for lack of memory")
+                    outcome = ChildProcessError(f"its worker was lost {ATTEMPTS} times")
                 if outcome is None:
                     waiting.appendleft(run)
                 else:

@@ -64,9 +64,7 @@ def make_run_in_process(
         elif code > 0:
             return ChildProcessError(line)
         elif (killed := killed + 1) == ATTEMPTS:
-            name = signal.Signals(number).name
-            why = ", perhaps for lack of memory" if name == "SIGKILL" else ""
-            return ChildProcessError(f"its process was killed {ATTEMPTS} times by {name}{why}")
+            return ChildProcessError(f"its process was killed {ATTEMPTS} times by {signal.Signals(number).name}")
     return stopped()
 
 
