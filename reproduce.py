@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
-from command_line import settings as flags
 from command_line.endings import answer_at_once, end, how_to_resume, one_line_endings, say, warn
 from command_line.signals import on_signals
 from experiment.plan import PlannedRun, parse
@@ -67,14 +66,11 @@ class Display:
 
 
 def check_here(plan: argparse.Namespace) -> None:
-    """FlagError where this machine cannot make the runs of one of the settings; see `find_images` for the others."""
-    from image_sets.folders import find_images
+    """Raises as `prepare` does where this machine cannot make the runs of one of the settings."""
     from training.preparation import prepare  # networks are not needed where another machine makes the runs
 
     for run in {run.setting: run for run in plan.tuning_runs or plan.runs}.values():
         prepare(argparse.Namespace(**{**vars(run.settings), "device": plan.device}))
-    if plan.first.dataset not in flags.DATASETS:
-        find_images(plan.path / "images" / plan.first.dataset)
 
 
 def train_here(settings: argparse.Namespace, stops: list[int]) -> Results:
