@@ -412,5 +412,7 @@ def test_first_screen():
 
     text = " ".join(FIRST_SCREEN.split())
     assert f"the gain is {gain(why).mean():.2f} with 5 epochs and {gain(long).mean():.2f} with 20." in text
+    at_the_end = (gain(of, last).mean() for of in (why, long))
+    assert "in place of the best validation epoch, it is {:.2f} and {:.2f}.".format(*at_the_end) in text
     assert f"has a gain of {gain(first).mean():.2f} where this one has {gain(why).mean():.2f}." in text
     assert f"gains {between(gain(fair, setting='logits'))}, each with" in text
