@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader, Subset
 
 import train
+from command_line import settings as flags_of_a_run
 from command_line.flag_types import FlagError
 from command_line.settings import determining
 from image_sets import loading
@@ -177,7 +178,7 @@ def test_best_weights_give_the_headline_number(few_digits, tmp_path):
         assert (predicted == image_set.labels[indices]).double().mean().item() * 100 == pytest.approx(expected)
 
 
-def test_best_weights_are_those_of_the_first_epoch_on_a_tie(few_digits, tmp_path, monkeypatch):
+def test_best_weights_are_those_of_the_first_epoch_on_a_tie(small_network, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "measure", lambda *arguments: (1.0, 50.0))
     results = train.main([*QUICK, "--path", str(tmp_path), "--name", "x", "--num_epochs", "3"])
     assert results.best_epoch == 1
@@ -185,7 +186,7 @@ def test_best_weights_are_those_of_the_first_epoch_on_a_tie(few_digits, tmp_path
     assert steps == 144 / 48
 
 
-def test_constant_learning_rate_and_schedule(few_digits, tmp_path, monkeypatch):
+def test_constant_learning_rate_and_schedule(small_network, tmp_path, monkeypatch):
     rates = []
 
     def record(network, batches, optimizer, *arguments):
@@ -513,11 +514,13 @@ def test_default_names_differ_where_the_method_differs():
     flags += ["--scheduler none", "--momentum 0.5", "--weight_decay 0", "--stem own", "--compile"]
     flags += ["--image_size 48", "--no_flip", "--equivalent logits"]
     flags += ["--precision bfloat16", "--precision strict", "--precision tf32"]
-    names = {preparation.parse(flag.split()).name for flag in flags}
+    names = {flags_of_a_run.parse(flag.split()).name for flag in flags}
     assert len(names) == len(flags)
     assert "cifar10-resnet18-weight0.1-c100-bn-seed1" in names
     assert "cifar10-resnet18-learning_rate=0.05-weight0.1-c100-bn-seed1" in names
-    assert {flag.split()[0] for flag in flags if flag} == {f"--{name}" for name in determining(preparation.parse([]))}
+    assert {flag.split()[0] for flag in flags if flag} == {
+        f"--{name}" for name in determining(flags_of_a_run.parse([]))
+    }
 
 
 def test_default_name_that_no_file_could_have():
