@@ -1,7 +1,6 @@
 """Images that are too large to be kept decoded: streamed by several processes, ahead of time."""
 
 import atexit
-import multiprocessing
 import os
 import signal
 import threading
@@ -44,8 +43,6 @@ class StreamedImages:
     def __init__(self, images: Images, size: Size, flip: bool, workers: int, pin_memory: bool = False) -> None:
         self.size = size
         self.plan = Plan()
-        if multiprocessing.current_process().daemon:  # such as one of a cluster may not have processes of its own
-            workers = 0
         options = {"batch_sampler": self.plan, "collate_fn": stack, "pin_memory": pin_memory}
         options |= {"num_workers": workers, "persistent_workers": workers > 0}
         options |= {"worker_init_fn": Follower(os.getpid())}

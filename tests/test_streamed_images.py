@@ -222,11 +222,3 @@ def test_statistics_do_not_depend_on_who_computes_them(tmp_path):
         image_set = load_image_set("beetles", tmp_path, image_size=SIZE, workers=workers)
         found.append((image_set.mean, image_set.std))
     assert found[0] == found[1]
-
-
-def test_a_process_that_may_have_none_of_its_own(images, monkeypatch):
-    """As one of a Dask cluster."""
-    monkeypatch.setitem(torch.multiprocessing.current_process()._config, "daemon", True)
-    before = set(psutil.Process().children())
-    assert len(list(Batches(load(images, workers=2), "test", 2, normalize=False))) == 5
-    assert set(psutil.Process().children()) == before
