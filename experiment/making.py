@@ -87,7 +87,9 @@ def make_run_here(
                 time.sleep(LOCK_SECONDS)
         return stops[0]
     except KeyboardInterrupt as stop:
-        return int(stop.args[0] if stop.args else signal.SIGINT)
+        if stop.args:  # the number of a signal
+            return int(stop.args[0])
+        return RuntimeError("KeyboardInterrupt was raised, but no signal has arrived")
     except Exception as error:  # whatever it is, the other runs go on
         return error
 

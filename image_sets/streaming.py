@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
+from command_line.endings import in_one_line
 from command_line.signals import STOP_SIGNALS
 from image_sets.folders import Images, Size, get_image, resize
 
@@ -69,7 +70,7 @@ class StreamedImages:
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise ChildProcessError(
-                "a process that decodes images was killed, perhaps for lack of memory: give fewer --workers"
+                f"a process that decodes images was lost ({in_one_line(error)}); fewer --workers take less memory"
             ) from error
 
 

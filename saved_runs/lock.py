@@ -22,7 +22,7 @@ def lock_run(files: RunFiles) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise BlockingIOError(
-            f"another process is at work on the run of {files.results}: wait for it, or give another --name"
+            f"a process is at work on the run of {files.results} already: wait for it, or give another --name"
         ) from None
     except OSError as error:
         raise OSError(error.errno, f"cannot lock it: {error.strerror}", str(files.lock)) from error

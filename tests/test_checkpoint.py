@@ -518,7 +518,7 @@ def test_two_runs_with_one_name(tmp_path):
         child = start(tmp_path, small=True)
         child.join()
         assert child.exitcode == 3
-        assert "another process is at work" in (tmp_path / "output").read_text()
+        assert "a process is at work on the run of" in (tmp_path / "output").read_text()
         assert finish(tmp_path, "--name", "y", small=True) == 0
     assert finish(tmp_path, small=True) == 0
 

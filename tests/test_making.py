@@ -71,10 +71,14 @@ def test_what_a_run_raises(tmp_path):
     assert list(map(repr, made)) == ["FloatingPointError('a')", "KeyError('b')"]
 
     def interrupted(run: Namespace, stops: list[int]) -> Results:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(*numbers)
 
+    numbers = [signal.SIGINT]
     made = make_runs(runs, [], train=interrupted)  # which no handler has noted
     assert list(made) == [(runs[0], signal.SIGINT)]
+    numbers.clear()  # as a module of the user's may do
+    made = [outcome for _, outcome in make_runs(runs, [], train=interrupted)]
+    assert len(made) == 4 and all(isinstance(outcome, RuntimeError) for outcome in made)
     with pytest.raises(FlagError, match="'nonsense' is not one of"):
         make_here(small_run(tmp_path), [], device="nonsense")
 

@@ -21,6 +21,7 @@ from torch import nn
 
 
 def small(num_classes):
+    assert num_classes == 3  # those of the images, whatever the call
     layers = [nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(8, num_classes))
 

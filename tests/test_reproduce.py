@@ -212,7 +212,7 @@ def test_restart_removes_nothing_where_a_run_is_at_work(small_network, no_figure
     files = {file: file.read_bytes() for file in tmp_path.rglob("*seed*") if file.suffix != ".lock"}
     with lock_run(run_files(tmp_path, f"{PROPOSED}-seed2")):
         assert run(tmp_path, "--seeds", "1-2", "--restart") == 3
-    assert "another process is at work" in capsys.readouterr().err
+    assert "a process is at work on the run of" in capsys.readouterr().err
     assert {file: file.read_bytes() for file in files} == files
 
 
