@@ -7,7 +7,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ OTHER_LAYERS = {  # that are batch norms and more
     "own": {"flags": [*FOLDER, "--dataset", "small", "--network", "shared_out_networks:own"], "double": True},
 }
 CONTINUED = {"flags": [*DIGITS, "--scheduler", "none", "--tensorboard", "--name", "continued"], "small": True}
+NUMBER = 3  # processes: shares of a batch differ by one image
 Seen = dict[int, dict[str, list[dict[str, Any]]]]  # by number of processes and job, what each process saw
 
 
@@ -87,39 +88,36 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(folder) -> Seen:
-    """What 2 processes saw, then 3 that went on with one of their runs, then this process, which did so too."""
+    """What 3 processes saw, then this process, which also went on with one of their runs."""
     (folder / "shared_out_networks.py").write_text(NETWORKS)
     make_folder(folder / "images" / "small", size=(12, 12))
     make_folder(folder / "images" / "large", size=(70, 80))
-    outcomes: Seen = {}
-    for epochs, number in enumerate((2, 3, 1), start=1):
-        jobs = {**JOBS, **(ENDING if number == 2 else {}), **(OTHER_LAYERS if number < 3 else {})}
-        jobs = {
+
+    def jobs(number: int, epochs: int, ending: Mapping[str, Any]) -> dict[str, Any]:
+        named = {
             name: {**job, "flags": [*job["flags"], "--name", f"{name.replace(' ', '-')}-{number}"]}
-            for name, job in jobs.items()
+            for name, job in {**JOBS, **OTHER_LAYERS, **ending}.items()
         }
-        jobs["continued"] = {**CONTINUED, "flags": [*CONTINUED["flags"], "--num_epochs", str(epochs)]}
-        if number == 1:
-            jobs["undisturbed"] = {**CONTINUED, "flags": [*CONTINUED["flags"], "--num_epochs", "3", "--name", "other"]}
-            with chdir(folder):
-                outcomes[1] = {name: [processes.record(job)] for name, job in jobs.items()}
-            continue
-        (folder / "jobs.json").write_text(json.dumps(jobs))
-        with started([*TORCHRUN, f"--nproc_per_node={number}", DRIVER, str(folder)], folder / "output") as process:
-            assert process.wait(400) == 0, (folder / "output").read_text()
-        of_each = [torch.load(folder / f"{rank}.pt") for rank in range(number)]
-        outcomes[number] = {name: [of[name] for of in of_each] for name in jobs}
-    return outcomes
+        return {**named, "continued": {**CONTINUED, "flags": [*CONTINUED["flags"], "--num_epochs", str(epochs)]}}
+
+    (folder / "jobs.json").write_text(json.dumps(jobs(NUMBER, 1, ENDING)))
+    with started([*TORCHRUN, f"--nproc_per_node={NUMBER}", DRIVER, str(folder)], folder / "output") as process:
+        assert process.wait(400) == 0, (folder / "output").read_text()
+    of_each = [torch.load(folder / f"{rank}.pt") for rank in range(NUMBER)]
+    undisturbed = {**CONTINUED, "flags": [*CONTINUED["flags"], "--num_epochs", "2", "--name", "other"]}
+    with chdir(folder):
+        alone = jobs(1, 2, {}) | {"undisturbed": undisturbed}
+        of_one = {name: [processes.record(job)] for name, job in alone.items()}
+    return {NUMBER: {name: [of[name] for of in of_each] for name in of_each[0]}, 1: of_one}
 
 
-@pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("job", ["digits", "kept", "streamed"])
-def test_same_images_in_the_same_order(seen, number, job):
+def test_same_images_in_the_same_order(seen, job):
     """With the same flips and crops; in training as in evaluation."""
-    [alone], together = seen[1][job], seen[number][job]
+    [alone], together = seen[1][job], seen[NUMBER][job]
     remaining = [iter(of["images"]) for of in together]
     for batch in alone["images"]:
-        sizes = [len(batch) * (rank + 1) // number - len(batch) * rank // number for rank in range(number)]
+        sizes = [len(batch) * (rank + 1) // NUMBER - len(batch) * rank // NUMBER for rank in range(NUMBER)]
         shares = [next(images) for images, size in zip(remaining, sizes, strict=True) if size]
         assert max(sizes) - min(sizes) <= 1 and [len(share) for share in shares] == [size for size in sizes if size]
         assert torch.equal(torch.cat(shares), batch)
@@ -127,23 +125,21 @@ def test_same_images_in_the_same_order(seen, number, job):
     assert len({len(batch) for batch in alone["images"]}) > 1
 
 
-@pytest.mark.parametrize("number", [2, 3])
-def test_every_image_once_an_epoch_with_dropout(seen, number):
+def test_every_image_once_an_epoch_with_dropout(seen):
     """The processes draw other numbers for their dropout, and the same order in the next epoch all the same."""
     of_epochs = []
-    for of in ([seen[1]["dropout"][0]], seen[number]["dropout"]):
+    for of in ([seen[1]["dropout"][0]], seen[NUMBER]["dropout"]):
         images = [torch.cat(process["images"]) for process in of]
         assert sum(map(len, images)) == 2 * (54 + 6 + 9)
         of_epochs.append(sorted(image.numpy().tobytes() for share in images for image in share))
     assert of_epochs[0] == of_epochs[1]
 
 
-@pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize(("job", "rounding"), [("digits", 1e-5), ("double", 1e-11), ("kept", 1e-5), ("streamed", 1e-5)])
-def test_same_losses_and_accuracies(seen, number, job, rounding):
+def test_same_losses_and_accuracies(seen, job, rounding):
     """Those of every step and every epoch: so the gradients are those of the whole batch, unequal shares included."""
     [alone] = seen[1][job]
-    for process in seen[number][job]:
+    for process in seen[NUMBER][job]:
         assert process["losses"] == pytest.approx(alone["losses"], rel=rounding)
         for name, column in alone["columns"].items():
             assert process["columns"][name] == pytest.approx(column, rel=rounding), name
@@ -153,22 +149,21 @@ def test_same_losses_and_accuracies(seen, number, job, rounding):
 @pytest.mark.parametrize("job", OTHER_LAYERS)
 def test_batch_norms_that_do_more(seen, job):
     """Activations among them; and `nn.SyncBatchNorm`, which torch refuses on a CPU."""
-    test_same_losses_and_accuracies(seen, 2, job, 1e-9)
+    test_same_losses_and_accuracies(seen, job, 1e-9)
 
 
-@pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("job", ["digits", "kept"])
-def test_parameter_groups_and_scales(seen, number, job):
+def test_parameter_groups_and_scales(seen, job):
     [alone] = seen[1][job]
     assert all(scale == pytest.approx([0.1] * len(scale)) for scale in alone["scales"].values())
-    for process in seen[number][job]:
+    for process in seen[NUMBER][job]:
         assert process["groups"] == alone["groups"] and process["scales"] == alone["scales"]
 
 
 def test_run_goes_on_with_another_number_of_processes(seen, folder):
-    """One epoch with two processes, one with three, and one with one; TensorBoard shows each once."""
+    """One epoch with three processes, and one with one; TensorBoard shows each once."""
     [undisturbed] = seen[1]["undisturbed"]
-    for number, epochs in ((2, 1), (3, 2), (1, 3)):
+    for number, epochs in ((NUMBER, 1), (1, 2)):
         for process in seen[number]["continued"]:
             for name, column in undisturbed["columns"].items():
                 assert process["columns"][name] == pytest.approx(column[:epochs], rel=1e-4), name
@@ -184,8 +179,8 @@ def test_run_goes_on_with_another_number_of_processes(seen, folder):
     ("job", "code", "line"),
     [
         ("diverged", 4, r"the loss at epoch \d, step \d is (nan|inf): the training has diverged; .*"),
-        ("small batch", 2, "argument --batch_size: a batch of 1 leaves no image for some of the 2 processes"),
-        ("small last batch", 2, "argument --batch_size: a last batch of 1 leaves no image for some of the 2 .*"),
+        ("small batch", 2, "argument --batch_size: a batch of 1 leaves no image for some of the 3 processes"),
+        ("small last batch", 2, "argument --batch_size: a last batch of 1 leaves no image for some of the 3 .*"),
         (
             "other settings",
             2,
@@ -198,7 +193,7 @@ def test_run_goes_on_with_another_number_of_processes(seen, folder):
     ],
 )
 def test_ends_all_processes_with_one_line(seen, job, code, line):
-    first, *others = seen[2][job]
+    first, *others = seen[NUMBER][job]
     assert re.fullmatch(f"train.py: error: {line}\n", first["error"])
     assert all(of["error"] == "" for of in others)
     assert all(of["code"] == code for of in (first, *others))
