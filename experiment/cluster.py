@@ -124,12 +124,17 @@ def connect(scheduler: str, stops: list[int]) -> "Iterator[Client]":
     deadline = time.monotonic() + CONNECT_SECONDS + 1
     while not found.done() and not stops and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
+    again = "start it, then run the same command again"
     try:
-        with found.result(timeout=0) as client:
+        client = found.result(timeout=0)
+    except OSError as error:  # TimeoutError is one, too
+        raise ClusterError(f"no Dask scheduler answers at {scheduler}: {again}") from error
+    try:
+        with client:
             yield client
-    except (futures.CancelledError, OSError) as error:  # TimeoutError is one of these
-        message = f"no Dask scheduler answers at {scheduler}: start it, then run the same command again"
-        raise ClusterError(message) from error
+    except (futures.CancelledError, OSError) as error:  # what Dask raises where the scheduler is gone
+        reason = in_one_line(error)
+        raise ClusterError(f"the Dask scheduler at {scheduler} does not answer any more: {again} ({reason})") from error
 
 
 def find_problem(client: "Client", workers: Collection[str], path: Path) -> str | None:
@@ -144,7 +149,9 @@ def find_problem(client: "Client", workers: Collection[str], path: Path) -> str 
         seen = client.run(Path.exists, probe, workers=list(workers), on_error="return")
     finally:
         probe.unlink(missing_ok=True)
-    if blind := [address for address, sees in seen.items() if sees is not True]:
+    if failed := [f"{address}: {in_one_line(sees)}" for address, sees in seen.items() if isinstance(sees, Exception)]:
+        return f"whether all workers share {path} cannot be seen: {'; '.join(failed)}"
+    if blind := [address for address, sees in seen.items() if not sees]:
         return f"{path} must be a folder that all workers share; not so for {', '.join(blind)}"
     folder, module = Path(__file__).parent.parent, __package__
     found = client.run(find_spec, module, workers=list(workers), on_error="return")

@@ -120,7 +120,9 @@ def test_cluster_that_comes_and_goes(logged, tmp_path, monkeypatch):
             run, outcome = next(made)
             assert run.name == "interrupted" and isinstance(outcome, Results)
             assert begun(run).with_suffix(".saved").exists()
-            with pytest.raises(ClusterError, match=f"no Dask scheduler answers at {started.address}: start it"):
+            with pytest.raises(
+                ClusterError, match=f"Dask scheduler at {started.address} does not answer any more: start it"
+            ):
                 next(made)
             disturbing.result()
     assert logged == []
