@@ -288,6 +288,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = {name: preparation.prepare(settings) for name, settings in args.runs.items()}
         first = runs["proposed"]
         image_set = preparation.load_images(runs["baseline"], report=say)  # with the statistics, which it needs
+        for settings in runs.values():
+            preparation.check_network(settings, construct(settings, image_set), image_set)
         measured = {bn_weight: [] for bn_weight in BN_WEIGHTS}
         for bn_weight, seed in product(BN_WEIGHTS, args.seeds):
             network = construct(changed(first, bn_weight=bn_weight, seed=seed), image_set)

@@ -229,6 +229,14 @@ def test_an_impossible_output_is_noticed_before_the_training(few_digits, tmp_pat
     assert captured.err.startswith("mechanism.py: error: ") and "nowhere" in captured.err
 
 
+def test_network_that_cannot_train_on_the_images(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        mechanism.main(["--network", "googlenet", "--device", "cpu", "--output", str(tmp_path)])
+    captured = capsys.readouterr()
+    assert (stop.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
+    assert "argument --network: googlenet cannot train on two images of 8×8 pixels: RuntimeError" in captured.err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
