@@ -123,11 +123,9 @@ def initialize_scales(network: nn.Module, bn_weight: float) -> list[str]:
     return list(layers)
 
 
-def is_trained(module: nn.Module) -> bool:
-    """Whether this is a batch norm that has seen batches, or whose γ or running variances are not all the same."""
-    if not isinstance(module, _BatchNorm):
-        return False
-    state = (module.num_batches_tracked, module.weight, module.running_var)
+def is_trained(layer: _BatchNorm) -> bool:
+    """Whether a batch norm has seen batches, or its γ or running variances are not all the same."""
+    state = (layer.num_batches_tracked, layer.weight, layer.running_var)
     known = [tensor for tensor in state if tensor is not None and not tensor.is_meta]
     return any(tensor > 0 if tensor.dim() == 0 else tensor.unique().numel() > 1 for tensor in known)
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
 from command_line.endings import answer_at_once, end, how_to_resume, one_line_endings, say, warn
+from command_line.settings import DATASETS
 from command_line.signals import on_signals
 from experiment.plan import PlannedRun, parse
 
@@ -66,11 +67,14 @@ class Display:
 
 
 def check_here(plan: argparse.Namespace) -> None:
-    """Raises as `prepare` does where this machine cannot make the runs of one of the settings."""
+    """Raises as `prepare` and `find_images` do where this machine cannot make the runs of one of the settings."""
+    from image_sets.folders import find_images
     from training.preparation import prepare  # networks are not needed where another machine makes the runs
 
     for run in {run.setting: run for run in plan.tuning_runs or plan.runs}.values():
         prepare(argparse.Namespace(**{**vars(run.settings), "device": plan.device}))
+    if plan.first.dataset not in DATASETS:
+        find_images(plan.path / "images" / plan.first.dataset)
 
 
 def train_here(settings: argparse.Namespace, stops: list[int]) -> Results:

@@ -77,9 +77,14 @@ class Classes(ImageFolder):
     """torchvision's ImageFolder without hidden folders and files."""
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        folders = (entry.name for entry in os.scandir(directory) if entry.is_dir())
-        classes = sorted(name for name in folders if not name.startswith("."))
+        classes = class_names(directory)
         return classes, {name: label for label, name in enumerate(classes)}
+
+
+def class_names(directory: str | Path) -> list[str]:
+    """The names of the folders in a folder, sorted, without hidden ones."""
+    folders = (entry.name for entry in os.scandir(directory) if entry.is_dir())
+    return sorted(name for name in folders if not name.startswith("."))
 
 
 def is_image(folder: Path, file: str) -> bool:
@@ -97,13 +102,7 @@ def find_images(folder: Path) -> FoundImages:
         FileNotFoundError: one of these folders is missing, or has no image.
         ValueError: there are fewer than two classes, or training and test images are not of the same.
     """
-    parts = [folder / "train", folder / "test" if (folder / "test").exists() else folder / "val"]
-    for part in parts:
-        if not part.is_dir():
-            names = "train" if part.name == "train" else "test (or val)"
-            raise FileNotFoundError(
-                f"{folder} has no folder {names}: images belong into {folder}/train/CLASS and so on"
-            )
+    parts = find_parts(folder)
     train, test = (Classes(part, is_valid_file=partial(is_image, part), allow_empty=True) for part in parts)
     if unlike := sorted(set(train.classes) ^ set(test.classes)):
         raise ValueError(f"{parts[0]} and {parts[1]} must have the same classes; only one has {listed(unlike)}")
@@ -119,6 +118,18 @@ def find_images(folder: Path) -> FoundImages:
     files, labels = [Path(file) for file, _ in samples], [label for _, label in samples]
     num_train = len(train.samples)
     return FoundImages(files, labels, train.classes, num_train, folder, files[:num_train])
+
+
+def find_parts(folder: Path) -> list[Path]:
+    """The folders of training and of test images. FileNotFoundError where one is missing."""
+    parts = [folder / "train", folder / "test" if (folder / "test").exists() else folder / "val"]
+    for part in parts:
+        if not part.is_dir():
+            names = "train" if part.name == "train" else "test (or val)"
+            raise FileNotFoundError(
+                f"{folder} has no folder {names}: images belong into {folder}/train/CLASS and so on"
+            )
+    return parts
 
 
 def listed(names: Sequence[str]) -> str:

@@ -57,13 +57,12 @@ def machine_name(device: torch.device) -> str:
     return f"{platform.machine()} with {instructions}{processor}, {torch.get_num_threads()} threads"
 
 
+@cache
 def processor_name() -> str:
     """Vendor, family and model of the CPU, as two with the same instructions may round differently."""
-    names = ("vendor_id", "cpu family", "model")
+    labels = {"vendor_id": "", "cpu family": "family ", "model": "model "}
     with suppress(OSError):  # as on systems other than Linux
         lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
         found = {name.strip(): value.strip() for name, _, value in lines}  # of the last core, which is like the others
-        return " ".join(f"{name.removeprefix('cpu ')} {found[name]}" for name in names if name in found).replace(
-            "vendor_id ", ""
-        )
+        return " ".join(label + found[name] for name, label in labels.items() if name in found)
     return platform.processor()

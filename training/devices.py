@@ -38,7 +38,8 @@ def speed_up(network: nn.Module, precision: str = "float32", compiled: bool = Fa
         network: any module, on the device where it will compute.
         precision: one of `PRECISIONS`. For 'bfloat16', the channels of a pixel are put next to each other in memory.
         compiled: whether to compile it, with CUDA graphs on a GPU, for each size of the batches that it is called
-            with. `network.forward` stays as it is: for a short last batch, compiling would take longer than it saves.
+            with. `torch.compiler.set_stance("force_eager")` spares a size that comes too seldom, such as that of a
+            short last batch.
 
     Raises:
         FileNotFoundError: there is no compiler to compile with.

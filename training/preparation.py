@@ -14,9 +14,10 @@ from command_line import settings as flags
 from command_line.endings import in_one_line
 from command_line.flag_types import FlagError
 from equivalence import rewrite
-from image_sets.folders import Size, find_images
+from image_sets.folders import Size, class_names, find_parts
 from image_sets.loading import ImageSet, load_image_set
 from networks import construct_network
+from saved_runs.checkpoint import load_saved
 from saved_runs.tensorboard_curves import check_tensorboard
 from seeds import keep_random_states
 from training.progress import Report
@@ -45,7 +46,8 @@ def prepare(settings: argparse.Namespace, world: World = ALONE) -> argparse.Name
         if not folder.is_dir():
             built_in = ", ".join(flags.DATASETS)
             raise FlagError(f"argument --dataset: {settings.dataset} is none of {built_in}, and there is no {folder}")
-        num_classes, size = len(find_images(folder).classes), None  # which takes longer to find
+        train, _ = find_parts(folder)
+        num_classes, size = len(class_names(train)), None  # which takes longer to find
     with keep_random_states():
         network = construct(settings, num_classes, size)
     if settings.equivalent != "no":
@@ -131,8 +133,7 @@ def check_saving(settings: argparse.Namespace, network: nn.Module) -> None:
             continue
         try:
             torch.save(value, saved := io.BytesIO())
-            saved.seek(0)
-            torch.load(saved, weights_only=True)
+            load_saved(saved.getvalue())
         except Exception as error:
             reason = (
                 f"{name} in its state_dict, of type {type(value).__name__}, cannot be loaded with weights_only=True"
