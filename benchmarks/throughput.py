@@ -20,7 +20,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import chain, islice, repeat
@@ -155,10 +155,11 @@ def peak_memory(args: argparse.Namespace, mode: str) -> float:
     return int(line.split()[1]) / 2**10  # not getrusage, which counts what the process was before it began
 
 
-def peak_memory_alone(args: argparse.Namespace, mode: str) -> float:
-    """`peak_memory` in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(peak_memory, args, mode).result()
+def peak_memories(args: argparse.Namespace, modes: Sequence[str]) -> dict[str, float]:
+    """`peak_memory` of each mode, in processes of their own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(modes), mp_context=context, max_tasks_per_child=1) as pool:
+        return dict(zip(modes, pool.map(partial(peak_memory, args), modes), strict=True))
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
@@ -288,7 +289,7 @@ def main() -> None:
     peaks = {name: peak_flops(args.device, name) for name in sorted(set(precisions.values()))}
     [batch] = take(ours, 1)
     counts = {name: count_step(args, name, batch) for name in peaks}
-    bandwidth = copy_bandwidth(args.device)
+    bandwidth, memories = copy_bandwidth(args.device), peak_memories(args, modes)
     print(f"{args.rounds} rounds of {args.steps} steps; copy: {bandwidth / 1e9:.1f} GB/s")
     for name, peak in peaks.items():
         flops, num_bytes = counts[name]
@@ -307,7 +308,7 @@ def main() -> None:
         print(
             f"{mode:18} {1000 * median:9.2f} {1000 * min(seconds):8.2f} {1000 * max(seconds):8.2f}"
             f" {args.batch_size / median:9,.0f} {ratio:7.2f}x {flops / median / peaks[precisions[mode]]:8.1%}"
-            f" {num_bytes / median / bandwidth:7.1%} {batch / median:8.3%} {peak_memory_alone(args, mode):6,.0f} MiB",
+            f" {num_bytes / median / bandwidth:7.1%} {batch / median:8.3%} {memories[mode]:6,.0f} MiB",
             flush=True,
         )
 
