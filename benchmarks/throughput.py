@@ -16,6 +16,7 @@ ratio to the plain loop:
 """
 
 import argparse
+import math
 import multiprocessing
 import statistics
 import sys
@@ -41,6 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from command_line.settings import STEMS
 from image_sets.batches import Batch, Batches
 from image_sets.loading import ImageSet
 from networks import construct_network
@@ -75,7 +77,7 @@ def load_images(path: Path, pixels: int) -> CIFAR10:
 
 def make_network(args: argparse.Namespace) -> nn.Module:
     """The paper's network for small images."""
-    return construct_network(args.network, bn_weight=0.1).to(args.device)
+    return construct_network(args.network, bn_weight=0.1, stem=args.stem).to(args.device)
 
 
 def plain_batches(images: CIFAR10, batch_size: int) -> DataLoader:
@@ -250,8 +252,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="resnet18")
     parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--stem", choices=STEMS, default="auto", help="as in train.py (default: %(default)s)")
     parser.add_argument("--pixels", type=int, default=32, help="height and width of an image (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="steps of a round (default: 1 on a CPU, 100 on a GPU)")
+    parser.add_argument("--steps", type=int, help="of a round (default: 1 on a CPU, an epoch of CIFAR-10 on a GPU)")
     parser.add_argument("--rounds", type=int, default=3, help="after one that warms up (default: %(default)s)")
     modes_help = "(default: all on a GPU; on a CPU float32, and bfloat16 where it has instructions for that)"
     parser.add_argument("--modes", nargs="*", choices=MODES, help=modes_help)
@@ -261,12 +264,13 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=default)
     args = parser.parse_args()
     on_gpu = args.device.type == "cuda"
-    args.steps = args.steps or (100 if on_gpu else 1)
+    args.steps = args.steps or (math.ceil(50_000 / args.batch_size) if on_gpu else 1)
     modes = args.modes or [*(MODES if on_gpu else ["float32", *(["bfloat16"] if has_bfloat16() else [])])]
 
     images = load_images(args.path, args.pixels)
     print(f"{machine_name(args.device)}, torch {torch.__version__}")
-    print(f"{args.network}, {args.pixels}x{args.pixels}, batch {args.batch_size}, {type(images).__name__}")
+    size = f"{args.pixels}x{args.pixels}, batch {args.batch_size}"
+    print(f"{args.network}, stem {args.stem}, {size}, {type(images).__name__}")
     if args.profile:
         for mode in modes:
             print_profile(args, images, mode)

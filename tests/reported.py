@@ -95,6 +95,12 @@ DIGITS_TUNED = Tuned(
 CIFAR10_TUNED = Tuned(
     "cifar10-own-stem", "cifar10-resnet18-num_epochs=5{}-stem=own", ("0.01", "0.03", "0.1", "0.3"), range(16, 18)
 )
+CIFAR10_LONG = Tuned(
+    "cifar10-own-stem-gpu",
+    "cifar10-resnet18-num_epochs=20{}-stem=own-compile",
+    ("0.01", "0.03", "0.1", "0.3"),
+    range(16, 17),
+)
 
 
 def interval(differences: np.ndarray) -> tuple[float, float]:
