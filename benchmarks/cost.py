@@ -2,9 +2,9 @@
 
     python benchmarks/cost.py --path DIR
 
-The images are digits, CIFAR-10 (in DIR/images; with torchvision's own first layers) and a folder of 50,000 JPEGs that is
-made for the purpose (500×375, streamed to 224×224). So many runs at a time train a ResNet-18 for some seconds, the cores
-shared out among them as `reproduce.py --jobs` does it. The columns:
+The images are digits, CIFAR-10 (in DIR/images; with torchvision's own first layers) and a folder of 50,000 JPEGs
+that is made for the purpose (500×375, streamed to 224×224). So many runs at a time train a ResNet-18 for some seconds,
+the cores shared out among them as `reproduce.py --jobs` does it. The columns:
 
     start     seconds from the start of a process to its first step: importing, finding and loading the images
     images/s  of all runs together
@@ -63,7 +63,7 @@ def make_many_photographs(folder: Path, number: int, different: int = 200) -> No
 
 
 def memory() -> float:
-    """MiB of this process at its peak, and of the processes that it has started, without what they share with others."""
+    """MiB of this process at its peak, and of those that it has started, without what they share with others."""
     places = [("self", "VmHWM:"), *((child.pid, "RssAnon:") for child in multiprocessing.active_children())]
     return sum(int(Path(f"/proc/{pid}/status").read_text().split(name)[1].split()[0]) for pid, name in places) / 2**10
 
