@@ -12,7 +12,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice, product, repeat
+from itertools import chain, islice, repeat
 from typing import Any, TypeVar
 
 from command_line import settings as flags
@@ -286,23 +286,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryFile(dir=args.output):  # fails now where nothing could be written in the end
             pass
         runs = {name: preparation.prepare(settings) for name, settings in args.runs.items()}
-        first = runs["proposed"]
-        image_set = preparation.load_images(runs["baseline"], report=say)  # with the statistics, which it needs
-        for settings in runs.values():
-            preparation.check_network(settings, construct(settings, image_set), image_set)
-        measured = {bn_weight: [] for bn_weight in BN_WEIGHTS}
-        for bn_weight, seed in product(BN_WEIGHTS, args.seeds):
-            network = construct(changed(first, bn_weight=bn_weight, seed=seed), image_set)
-            batch = next(iter(Batches(image_set, "train", first.batch_size, normalize=False)))
-            measured[bn_weight].append(measure_initialization(network, *batch))
-        measured = {bn_weight: mean_over_seeds(of_seeds) for bn_weight, of_seeds in measured.items()}
-        steps = [*(step for step in MEASURED if step < args.steps), args.steps]
-        of_runs = {
-            name: mean_over_seeds(
-                [measure_first_steps(changed(settings, seed=seed), image_set, steps) for seed in args.seeds]
-            )
-            for name, settings in runs.items()
-        }
+        first, steps = runs["proposed"], [*(step for step in MEASURED if step < args.steps), args.steps]
+        measured, of_runs = {bn_weight: [] for bn_weight in BN_WEIGHTS}, {name: [] for name in runs}
+        for seed in args.seeds:
+            with_seed = {name: changed(settings, seed=seed) for name, settings in runs.items()}
+            image_set = preparation.load_images(with_seed["baseline"], report=say)  # with statistics, as it needs them
+            for settings in with_seed.values():
+                preparation.check_network(settings, construct(settings, image_set), image_set)
+            for bn_weight, of_seeds in measured.items():
+                network = construct(changed(with_seed["proposed"], bn_weight=bn_weight), image_set)
+                batch = next(iter(Batches(image_set, "train", first.batch_size, normalize=False)))
+                of_seeds.append(measure_initialization(network, *batch))
+            for name, of_seeds in of_runs.items():
+                of_seeds.append(measure_first_steps(with_seed[name], image_set, steps))
+        measured, of_runs = (
+            {key: mean_over_seeds(of_seeds) for key, of_seeds in of.items()} for of in (measured, of_runs)
+        )
         text = tabulate(measured, of_runs)
         write_atomically(args.output / "mechanism.md", f"{text}\n".encode())
         say(text, "")

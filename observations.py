@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torchvision.transforms import Normalize
 
 from batch_norm import SIGMA_ACT
 from command_line.files import add_digest, read_file, write_atomically
-from command_line.settings import DEFAULTS
+from command_line.settings import DEFAULTS, split_seed
 from image_sets.loading import ImageSet, load_image_set
 from reporting.drawing import add_legend, label_axes, line_style, make_axes
 from saved_runs.results import Results
@@ -217,12 +217,13 @@ def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archiv
         return found._replace(missing=[] if found.normalized_values else lines)
 
     found.weights.update({setting: batch_norm_arrays(network.state_dict()) for setting, network in trained.items()})
+    load = cache(partial(load_image_set, folder=networks.parent / "images", download=False))
+    measured = {}
     try:
-        [(dataset, image_size)] = {
-            tuple((DEFAULTS | run.settings)[name] for name in ("dataset", "image_size")) for run in runs.values()
-        }
-        image_set = load_image_set(dataset, networks.parent / "images", image_size=image_size, download=False)
-        measured = {setting: measure_run(run, trained[setting], image_set) for setting, run in runs.items()}
+        for setting, run in runs.items():
+            of_run = DEFAULTS | run.settings
+            image_set = load(of_run["dataset"], image_size=of_run["image_size"], split_seed=split_seed(of_run))
+            measured[setting] = measure_run(run, trained[setting], image_set)
         found.normalized_values.update(measured)
     except (OSError, ValueError) as error:
         found.missing.append(f"no normalized values: {reason(error)}")

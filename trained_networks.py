@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
 from command_line.files import has_digest, read_file
-from command_line.settings import DATASETS, DEFAULTS, Value
+from command_line.settings import DATASETS, DEFAULTS, Value, split_seed
 from equivalence import equivalent
 from image_sets.cifar import CIFAR10_STATISTICS
 from image_sets.loading import load_image_set
@@ -53,7 +53,8 @@ def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLik
         if "mean" in settings:
             statistics = tuple([float(number) for number in settings[name].split()] for name in ("mean", "std"))
         elif settings["dataset"] != "cifar10":
-            image_set = load_image_set(settings["dataset"], folder / "images", image_size=settings["image_size"])
+            options = {"image_size": settings["image_size"], "split_seed": split_seed(settings)}
+            image_set = load_image_set(settings["dataset"], folder / "images", **options)
             statistics = image_set.mean, image_set.std
         network = nn.Sequential(Normalize(*statistics), network).eval()
     return network

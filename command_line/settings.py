@@ -31,6 +31,7 @@ SELECTIONS = ("best", "last")  # the epoch whose test accuracy counts: that of t
 EQUIVALENTS = ("no", "logits", "logits+rates")
 PRECISIONS = ("float32", "strict", "tf32", "bfloat16")
 MAX_SEED = 88265  # from 0 to here, every seed makes draws of its own
+OWN_SEED = "seed"  # as a split_seed: that of the run itself
 
 COMPARED = ("bn_weight", "c", "input_norm", "equivalent")  # the flags in which settings that are compared differ
 PAPER = {  # what it compares, by name
@@ -62,6 +63,14 @@ def network_name(text: str) -> str:
     if not re.fullmatch(r"\w+|\w+(\.\w+)*:\w+", text):
         raise argparse.ArgumentTypeError(f"must be the name of a torchvision network or MODULE:FUNCTION, not {text!r}")
     return text
+
+
+def seed_of_split(text: str) -> int | str:
+    """The type of a flag that takes a seed or `OWN_SEED`."""
+    try:
+        return text if text == OWN_SEED else whole(0)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or the word {OWN_SEED}") from None
 
 
 def make_parser() -> Parser:
@@ -100,6 +109,8 @@ def make_parser() -> Parser:
     beyond("--stem", default="auto", choices=STEMS, help="first layers of a ResNet: for small images, or its own")
     beyond("--image_size", type=whole(1), help="height and width in pixels (default: their own if small, else 224)")
     beyond("--no_flip", action="store_true", help="never mirror an image")
+    split_help = "seed that draws the validation images, or the word seed for the run's own (default: %(default)s)"
+    beyond("--split_seed", default=0, type=seed_of_split, help=split_help)
     files("--workers", type=whole(0), help="processes that decode large images (default: the cores)")
     precision_help = "of products and convolutions (default: %(default)s)"
     beyond("--precision", default="float32", choices=PRECISIONS, help=precision_help)
@@ -141,6 +152,11 @@ def check_batch_size(settings: argparse.Namespace, num_train: int) -> None:
             f"argument --batch_size: {settings.dataset} has {num_train} training images,"
             f" fewer than a batch of {settings.batch_size}"
         )
+
+
+def split_seed(settings: Mapping[str, Value]) -> int:
+    """The seed with which the images of a run with these settings are split."""
+    return settings["seed"] if settings["split_seed"] == OWN_SEED else settings["split_seed"]
 
 
 def compared(settings: Mapping[str, Value]) -> dict[str, Value]:

@@ -82,6 +82,7 @@ def load_image_set(
     *,
     image_size: int | None = None,
     flip: bool = True,
+    split_seed: int = 0,
     workers: int | None = None,
     download: bool = True,
     statistics: bool = True,
@@ -101,6 +102,7 @@ def load_image_set(
             are alike and at most `SMALL_IMAGE` pixels high and wide, and get `LARGE_IMAGE` pixels where not. Up to
             `SMALL_IMAGE` pixels, they are decoded once and kept; above, streamed, and augmented for training.
         flip: whether training images may be mirrored left to right. Digits never are.
+        split_seed: seed with which the validation images are drawn; of 'digits', the test images too. The paper's is 0.
         workers: how many threads decode the images that are kept, or processes those that are streamed; by default as
             many as there are cores.
         download: whether to download CIFAR into `folder` where it, or a file of it, is missing or damaged.
@@ -117,7 +119,7 @@ def load_image_set(
         OSError: a file cannot be read, or one of CIFAR is damaged and is not to be or cannot be downloaded anew.
     """
     folder, device = Path(folder), torch.device(device)
-    found = find(name, folder, download)
+    found = find(name, folder, download, split_seed)
     flip = flip and found.flip
     workers = torch.get_num_threads() if workers is None else workers
     decoded = isinstance(found.images, Tensor)
@@ -130,7 +132,7 @@ def load_image_set(
     else:
         images = StreamedImages(found.images, size, flip, workers, pin_memory=device.type == "cuda")
     labels = torch.tensor(found.labels)
-    splits = split_indices(labels, found.num_train, device)
+    splits = split_indices(labels, found.num_train, device, split_seed)
     image_set = ImageSet(images, labels.to(device), splits, found.classes, flip)
     if statistics:
         parts = torch.arange(found.num_train, device=device).split(100)
@@ -139,10 +141,10 @@ def load_image_set(
     return image_set
 
 
-def find(name: str, folder: Path, download: bool) -> FoundImages:
+def find(name: str, folder: Path, download: bool, split_seed: int) -> FoundImages:
     """The images of a data set; see `load_image_set`."""
     if name == "digits":
-        return find_digits()
+        return find_digits(split_seed)
     if name in CIFAR:
         return find_cifar(CIFAR[name], folder, download)
     if not (folder / name).is_dir():
@@ -150,13 +152,13 @@ def find(name: str, folder: Path, download: bool) -> FoundImages:
     return find_images(folder / name)
 
 
-def find_digits() -> FoundImages:
-    """scikit-learn's handwritten digits in three equal channels, a fifth of them as test images.
+def find_digits(split_seed: int) -> FoundImages:
+    """scikit-learn's handwritten digits in three equal channels, a fifth of them, drawn with a seed, as test images.
 
     The digits are not mirrored: a mirrored 2 is no digit.
     """
     digits = load_digits()
-    complete_train, test = stratified_split(digits.target, test_size=0.2)
+    complete_train, test = stratified_split(digits.target, 0.2, split_seed)
     order = np.concatenate([complete_train, test])
     grey = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)  # ink is counted from 0 to 16
     seen = grey[: len(complete_train)] / 255
@@ -170,13 +172,15 @@ def find_digits() -> FoundImages:
     )
 
 
-def split_indices(labels: Tensor, num_complete_train: int, device: torch.device | str) -> dict[str, Tensor]:
+def split_indices(
+    labels: Tensor, num_complete_train: int, device: torch.device | str, split_seed: int
+) -> dict[str, Tensor]:
     """Indices of the training, validation and test images, where the test images come last.
 
-    A tenth of the first `num_complete_train` images, equally many of every class, is for validation.
+    A tenth of the first `num_complete_train` images, equally many of every class, is drawn for validation.
     """
     try:
-        train, val = stratified_split(labels[:num_complete_train].numpy(), test_size=0.1)
+        train, val = stratified_split(labels[:num_complete_train].numpy(), 0.1, split_seed)
     except ValueError as error:
         raise ValueError(
             f"{num_complete_train} training images of {len(labels.unique())} classes are too few for a validation"
@@ -186,6 +190,7 @@ def split_indices(labels: Tensor, num_complete_train: int, device: torch.device 
     return {name: torch.from_numpy(indices).to(device) for name, indices in parts.items()}
 
 
-def stratified_split(labels: np.ndarray, test_size: float) -> list[np.ndarray]:
-    """Indices of two parts, the same whatever the seed of the run: drawn with seed 0, from a generator of its own."""
-    return train_test_split(np.arange(len(labels)), test_size=test_size, stratify=labels, random_state=make_complex(0))
+def stratified_split(labels: np.ndarray, test_size: float, seed: int) -> list[np.ndarray]:
+    """Indices of two parts, drawn from a generator of its own, which nothing else depends on."""
+    random_state = make_complex(seed)
+    return train_test_split(np.arange(len(labels)), test_size=test_size, stratify=labels, random_state=random_state)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from command_line.files import DamagedFileError, read_file, write_atomically
-from command_line.settings import DEFAULTS, WITHOUT_EFFECT, Value
+from command_line.settings import DEFAULTS, OWN_SEED, WITHOUT_EFFECT, Value
 
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "test_accuracy")
 CHECKSUM = "sha256"  # stands where the name of a setting does
@@ -163,6 +163,8 @@ def check_setting(key: str, value: Value) -> None:
         raise ValueError(f"a setting must be text, a number, a bool or None, not {value!r}")
     default = DEFAULTS.get(key)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return
+    if (key, value) == ("split_seed", OWN_SEED):
         return
     if default is not None and type(value) is not type(default) and key not in WITHOUT_EFFECT:
         raise ValueError(f"the setting {key} must be like {default!r}, not {value!r}")

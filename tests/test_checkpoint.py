@@ -347,6 +347,26 @@ def test_every_setting_that_differs_is_listed(tmp_path, fails):
     assert "num_epochs was 1, now 2; scheduler was cos, now none" in line
 
 
+def test_files_of_before_a_flag(alone, tmp_path, monkeypatch, fails):
+    """What they lack was at its default."""
+    run_into_stop(3, monkeypatch, tmp_path)
+    files = run_files(tmp_path, "x")
+    state = load_checkpoint(files.checkpoint)
+    del state["settings"]["split_seed"]
+    save_run(files, state)
+    assert "split_seed was 0, now 5." in fails(tmp_path, "--split_seed", "5")
+    run(tmp_path)
+    assert same(outcome(tmp_path), outcome(alone))
+
+    results = read_results(files.results)
+    del results.settings["split_seed"]
+    write_results(files.results, results)
+    files.checkpoint.unlink()
+    assert "split_seed was 0, now seed." in fails(tmp_path, "--split_seed", "seed")
+    monkeypatch.setattr(train, "train_one_epoch", None)
+    run(tmp_path)
+
+
 def test_restart_replaces_the_old_run_after_its_first_epoch(tmp_path, monkeypatch):
     run(tmp_path, "--num_epochs", "2")
     before = outcome(tmp_path)

@@ -44,10 +44,13 @@ def test_cifar10(small_cifar10, forbidden_network):
     assert torch.equal(image_set.images[50:], torch.from_numpy(raw[1]).view(15, 3, 32, 32))
     assert image_set.labels.tolist() == [n % 5 for n in range(10)] * 5 + [n % 5 for n in range(15)]
 
-    train, val = validation_split_of_the_paper(image_set.labels[:50].tolist())
-    assert image_set.splits["train"].tolist() == train.tolist()
-    assert image_set.splits["val"].tolist() == val.tolist()
-    assert image_set.splits["test"].tolist() == list(range(50, 65))
+    other = load_image_set("cifar10", small_cifar10, split_seed=3)
+    assert torch.equal(other.images, image_set.images) and (other.mean, other.std) == (image_set.mean, image_set.std)
+    for seed, splits in ((0, image_set.splits), (3, other.splits)):
+        train, val = validation_split_of_the_paper(image_set.labels[:50].tolist(), seed)
+        assert splits["train"].tolist() == train.tolist()
+        assert splits["val"].tolist() == val.tolist()
+        assert splits["test"].tolist() == list(range(50, 65))
 
 
 def test_cifar100(small_cifar100):

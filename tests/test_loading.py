@@ -12,29 +12,31 @@ from sklearn.model_selection import train_test_split
 from command_line.settings import DATASETS
 from image_sets.loading import load_image_set
 
-SEED_0 = int(hashlib.md5(b"0").hexdigest()[-8:], 16)
+SEEDS = {seed: int(hashlib.md5(str(seed).encode()).hexdigest()[-8:], 16) for seed in range(10)}
 
 
-def validation_split_of_the_paper(labels) -> list[np.ndarray]:
+def validation_split_of_the_paper(labels, seed: int = 0) -> list[np.ndarray]:
     """With the global generator seeded, as the paper's code draws it."""
     before = np.random.get_state()
-    np.random.seed(SEED_0)
+    np.random.seed(SEEDS[seed])
     indices = train_test_split(np.arange(len(labels)), test_size=0.1, stratify=labels)
     np.random.set_state(before)
     return indices
 
 
-def test_digits():
+@pytest.mark.parametrize("seed", [0, 7])
+def test_digits(seed):
     digits = load_digits()
-    image_set = load_image_set("digits")
+    image_set = load_image_set("digits", **{"split_seed": seed} if seed else {})
     assert image_set.images.shape == (1797, 3, 8, 8) and not image_set.flip
     sizes = {name: len(indices) for name, indices in image_set.splits.items()}
     assert sizes == {"train": 1293, "val": 144, "test": 360}
     assert sorted(torch.cat(list(image_set.splits.values())).tolist()) == list(range(1797))
 
-    complete_train, test = train_test_split(np.arange(1797), test_size=0.2, stratify=digits.target, random_state=SEED_0)
-    train, _ = validation_split_of_the_paper(digits.target[complete_train])
-    originals = {"train": complete_train[train], "test": test}
+    stratified = {"stratify": digits.target, "random_state": SEEDS[seed]}
+    complete_train, test = train_test_split(np.arange(1797), test_size=0.2, **stratified)
+    train, val = validation_split_of_the_paper(digits.target[complete_train], seed)
+    originals = {"train": complete_train[train], "val": complete_train[val], "test": test}
     for name, original in originals.items():
         indices = image_set.splits[name]
         assert image_set.labels[indices].tolist() == digits.target[original].tolist()

@@ -144,6 +144,8 @@ def test_arguments_make_the_same_settings():
         "--dataset digits",
         "--path /a/v1.0 --name x.0 --network a.b:c --c 0 --bn_weight 0.1 --learning_rate 1e-30 --no_flip --seed 0",
         "--image_size 8 --precision tf32 --compile --restart --weight_decay 0.30000000000000004 --scheduler none",
+        "--split_seed 3",
+        "--split_seed seed",
     ):
         run = settings.parse(flags.split())
         assert settings.parse(settings.as_arguments(run)) == run

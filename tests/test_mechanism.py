@@ -193,18 +193,18 @@ def test_figures():
 
 
 def test_command(few_digits, tmp_path, capsys):
-    mechanism.main([*FLAGS, "--steps", "4", "--output", str(tmp_path), "--seeds", "1-2"])
+    mechanism.main([*FLAGS, "--steps", "4", "--output", str(tmp_path), "--seeds", "1-2", "--split_seed", "seed"])
     at_first, by_step, files = capsys.readouterr().out.split("\n\n")
     assert (tmp_path / "mechanism.md").read_text() == f"{at_first}\n\n{by_step}\n"
     assert [line.split()[1] for line in at_first.splitlines()[2:]] == ["0.01", "0.03", "0.1", "0.3", "1"]
-    image_set = load_image_set("digits")
+    image_sets = {seed: load_image_set("digits", split_seed=seed) for seed in (1, 2)}
     for line in at_first.splitlines()[2:]:
         _, bn_weight, _, deviation, _, loss, *_ = line.split()
         found = []
         for seed in (1, 2):
             make_deterministic(seed)
             network = construct_network("test_mechanism:small_network", 10, "digits", float(bn_weight))
-            images, labels = next(iter(Batches(image_set, "train", 64, False)))
+            images, labels = next(iter(Batches(image_sets[seed], "train", 64, False)))
             logits = network(images).detach()
             found.append((np.std(logits.numpy()), F.cross_entropy(logits, labels)))
         assert (deviation, loss) == (f"{np.mean(found, axis=0)[0]:.3g}", f"{np.mean(found, axis=0)[1]:.3f}")

@@ -126,11 +126,21 @@ def test_measure_run_prepares_images_as_in_training(small_network, tmp_path):
 def test_observe_runs(small_network, tmp_path):
     """What cannot be observed is said in one line, and does not keep the rest from being observed."""
     weights = trained_networks.construct_network("", 10, "digits").state_dict()
+    weights["0.running_var"].fill_(0.04)  # so that some pixels, divided by 0.2, are beyond 3
     runs = {"proposed": read_results(write_run(tmp_path, weights))}
     networks, archive = tmp_path / "networks", tmp_path / "x.npz"
     found = observe_runs(runs, "a run", networks, archive)
     assert list(found.weights) == list(found.normalized_values) == ["proposed"] and not found.missing
     kept = archive.read_bytes()
+
+    with_splits = {f"{n}": Results({**runs["proposed"].settings, "split_seed": n}, {}) for n in (3, "seed", 0)}
+    for run in with_splits.values():
+        run.settings["seed"] = 3
+    measured = observe_runs(with_splits, "a run", networks, tmp_path / "splits.npz").normalized_values
+    network = trained_networks.construct_network("", 10, "digits").eval()
+    network.load_state_dict(weights)
+    split_3 = observations.measure_run(runs["proposed"], network, load_image_set("digits", split_seed=3))
+    assert measured["3"] == measured["seed"] == split_3 != measured["0"] == found.normalized_values["proposed"]
 
     (networks / "a run-best.pt").write_bytes(b"damaged")
     again = observe_runs(runs, "a run", networks, archive)

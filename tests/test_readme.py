@@ -15,7 +15,8 @@ from training import preparation
 
 ROOT = Path(__file__).parent.parent
 README, USAGE, MODULES = ((ROOT / f"{name}.md").read_text() for name in ("README", "USAGE", "MODULES"))
-NOT_OF_THE_PAPER = {"stem", "image_size", "no_flip", "workers", "precision", "compile", "equivalent", "tensorboard"}
+NOT_OF_THE_PAPER = {"stem", "image_size", "no_flip", "split_seed", "workers", "precision", "compile", "equivalent"}
+NOT_OF_THE_PAPER |= {"tensorboard"}
 FOLDERS = sorted(file.parent.name for file in ROOT.glob("*/__init__.py"))
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 EXAMPLES = [*EXAMPLE.findall(README), *EXAMPLE.findall(USAGE), *EXAMPLE.findall(MODULES)]

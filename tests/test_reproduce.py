@@ -152,6 +152,20 @@ def test_finished_runs_are_not_run_again(small_network, no_figures, tmp_path, mo
     assert (tmp_path / "results" / f"{PROPOSED}-seed1.csv").stat().st_mtime_ns > first
 
 
+def test_every_seed_with_a_split_of_its_own(small_network, no_figures, tmp_path):
+    assert run(tmp_path, "--seeds", "1-3", "--split_seed", "seed") == 0
+    own, accuracies = f"{EXPERIMENT}-split_seed=seed", {}
+    for name in ("weight1-c1-dataset", "weight0.1-c100-bn"):
+        runs = [read_results(tmp_path / "results" / f"{own}-{name}-seed{seed}.csv") for seed in (1, 2, 3)]
+        accuracies[name] = [of.test_accuracy for of in runs]
+    same = train.main([*FLAGS, "--path", str(tmp_path), "--device", "cpu", "--seed", "3", "--split_seed", "3"])
+    other = train.main([*FLAGS, "--path", str(tmp_path), "--device", "cpu", "--seed", "3"])
+    assert all((same.columns[name] == column).all() for name, column in runs[-1].columns.items())
+    assert (other.columns["val_loss"] != runs[-1].columns["val_loss"]).all()
+    row = pandas.read_csv(tmp_path / "results" / f"{own}.csv", comment="#").set_index("setting").loc["proposed"]
+    assert (row["pairs"], row["p_value"]) == (3, pytest.approx(p_value(*reversed(accuracies.values()))))
+
+
 def test_one_failure_does_not_stop_the_others(small_network, no_figures, tmp_path, monkeypatch, capsys):
     whole = train.train
 

@@ -41,6 +41,7 @@ def test_what_is_written_is_read(tmp_path):
     results = make_results(
         name="a-run", seed=1, c=100.0, learning_rate=1e-08, flag=True, nothing=None, text="1", yes="true", empty="",
         spaces="  x ", lines="a\nb\r\u2028# c: 1", colon="a: b", quoted='"a"', minus=-0.0, large=10**30, far=math.inf,
+        split_seed="seed",
     )  # fmt: skip
     file = tmp_path / "a" / "b" / "results.csv"
     write_results(file, results)
@@ -157,6 +158,7 @@ HEADER = "epoch,train_loss,val_loss,val_accuracy,test_accuracy\n"
 IMPOSSIBLE_ROWS = ["nan,3,4,5", "2,inf,4,5", "-2,3,4,5", "2,3,500,5", "2,3,4,-7", "2,3,4,5,6", "2,3,4", "2,3,4,100.1"]
 IMPOSSIBLE_ROWS += ["2,3,4,nan", "1_0,3,4,5", " 2,3,4,5", "2,3,4,", "2,1e999,4,5"]
 IMPOSSIBLE_SETTINGS = ["seed: [1]", "seed: 1.5", "seed: true", "num_epochs: two", "c: many", "compile: 1", "dataset: 5"]
+IMPOSSIBLE_SETTINGS += ["seed: seed", "split_seed: seeds"]
 
 
 @pytest.mark.parametrize(

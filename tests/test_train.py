@@ -326,6 +326,7 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
         ("--seed", "-1", "must be a whole number of at least 0, not "),
         ("--seed", "1.0", "must be a whole number of at least 0, not "),
         ("--seed", "one", "must be a whole number of at least 0, not "),
+        ("--split_seed", "seeds", "must be a whole number of at least 0, not 'seeds', or the word seed"),
         ("--checkpoint_seconds", "-1", NOT_NEGATIVE),
         ("--checkpoint_seconds", "inf", NOT_NEGATIVE),
         ("--checkpoint_seconds", "often", NOT_NEGATIVE),
@@ -512,7 +513,7 @@ def test_default_names_differ_where_the_method_differs():
     flags = ["", "--seed 2", "--bn_weight 0.123456789", "--bn_weight 0.12345678", "--c 10", "--input_norm dataset"]
     flags += ["--dataset digits", "--network resnet34", "--batch_size 64", "--num_epochs 5", "--learning_rate 0.05"]
     flags += ["--scheduler none", "--momentum 0.5", "--weight_decay 0", "--stem own", "--compile"]
-    flags += ["--image_size 48", "--no_flip", "--equivalent logits"]
+    flags += ["--image_size 48", "--no_flip", "--equivalent logits", "--split_seed 2", "--split_seed seed"]
     flags += ["--precision bfloat16", "--precision strict", "--precision tf32"]
     names = {flags_of_a_run.parse(flag.split()).name for flag in flags}
     assert len(names) == len(flags)

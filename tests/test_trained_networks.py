@@ -31,13 +31,15 @@ def random_states() -> list:
     return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
 
 
-@pytest.mark.parametrize("input_norm", ["bn", "dataset"])
-def test_predictions_give_the_test_accuracy(input_norm, small_network, tmp_path):
-    flags = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "16"]
+@pytest.mark.parametrize(("input_norm", "split_seed"), [("bn", "0"), ("dataset", "seed")])
+def test_predictions_give_the_test_accuracy(input_norm, split_seed, small_network, tmp_path):
+    flags = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "16", "--split_seed", split_seed]
     run = train.main([*flags, "--input_norm", input_norm, "--path", str(tmp_path), "--device", "cpu"])
     assert run.best_epoch < 16  # so that the last weights are not the best
     network = load_network(tmp_path / "results" / f"{run.settings['name']}.csv")
-    image_set = load_image_set("digits")
+    image_set = load_image_set("digits", split_seed=0 if split_seed == "0" else 1)
+    if input_norm == "dataset":
+        assert tuple(network[0].mean) == image_set.mean != load_image_set("digits").mean
     test = image_set.splits["test"]
     with torch.no_grad():
         predicted = network(image_set.images[test] / 255).argmax(1)

@@ -65,6 +65,7 @@ def load_images(
         settings.device,
         image_size=settings.image_size,
         flip=not settings.no_flip,
+        split_seed=flags.split_seed(vars(settings)),
         workers=settings.workers,
         statistics=settings.input_norm == "dataset",
         report=report,
