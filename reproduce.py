@@ -6,7 +6,6 @@ All flags of train.py go to every run. The same command resumes an experiment: f
 """
 
 import argparse
-import itertools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,9 +19,8 @@ from experiment.plan import PlannedRun, parse
 if __name__ == "__main__":
     answer_at_once("reproduce.py", parse)  # before torch and scipy are imported, which takes seconds
 
-from tqdm import tqdm
-
 from experiment.cluster import ClusterError
+from experiment.display import Display
 from experiment.making import make_runs
 from experiment.outcomes import Experiment, remove
 from reporting.comparison import Comparison, is_contrast
@@ -40,30 +38,12 @@ from saved_runs.results import Results
 from t_test import compare_all
 
 
-class Display:
-    """A bar over the runs with the time left, under it the table; where there is no terminal, a line for each run."""
-
-    def __init__(self, num_runs: int, num_finished: int, rows: Sequence[str]) -> None:
-        self.on_terminal = sys.stderr.isatty()
-        options = {"disable": not self.on_terminal, "leave": False, "dynamic_ncols": True, "mininterval": 0}
-        self.bar = tqdm(total=num_runs, initial=num_finished, unit="run", smoothing=0, miniters=1, **options)
-        numbered = enumerate(rows, start=1)
-        self.lines = [tqdm(desc=row, bar_format="{desc}", position=position, **options) for position, row in numbered]
-        self.place = itertools.count(num_finished + 1)
-
-    def show(self, text: str, rows: Sequence[str], failed: bool) -> None:
-        """Another run has ended, of which there is `text` to say; a terminal shows it where the run has failed."""
-        place = f"{next(self.place)}/{self.bar.total}"
-        if failed or not self.on_terminal:
-            say(f"{place} {text}")
-        self.bar.update()
-        for line, row in zip(self.lines, rows, strict=True):
-            line.set_description_str(row)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        for line in (*reversed(self.lines), self.bar):
-            line.close()
+def announce(plan: argparse.Namespace, planned: Sequence[PlannedRun], num_done: int) -> str:
+    """A line on what there is to do."""
+    epochs = plan.first.num_epochs
+    what = f"{len(planned)} {'tuning ' * planned[0].for_tuning}runs of {epochs} epoch{'s' * (epochs > 1)}"
+    how = f"on {plan.scheduler}" if plan.scheduler else f"{plan.jobs} at a time"
+    return f"{what}, {how}; {num_done} are finished"
 
 
 def check_here(plan: argparse.Namespace) -> None:
@@ -81,7 +61,7 @@ def train_here(settings: argparse.Namespace, stops: list[int]) -> Results:
     """Make a run in this process."""
     import train  # networks are not needed where others make the runs
 
-    return train.train(settings, stops=stops)
+    return train.train(settings, stops=stops, show_bar=True)
 
 
 def compare(experiment: Experiment) -> list[Comparison]:
@@ -96,6 +76,8 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
     if not restart:
         experiment.read(planned)
     left = experiment.left(planned)
+    if plan.report is None and planned:
+        say(announce(plan, planned, len(planned) - len(left)))
     if plan.report is not None or stops or not left:
         return
     if restart:
@@ -105,9 +87,9 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
         comparisons = [] if planned[0].for_tuning else [c for c in compare(experiment) if not is_contrast(c)]
         return table(comparisons, NARROW_TABLE_COLUMNS).splitlines() if comparisons else []
 
-    runs = [run.settings for run in left.values()]
-    made = make_runs(runs, stops, plan.jobs, plan.scheduler, plan.device, train_here)
-    display = Display(len(planned), len(planned) - len(left), rows())
+    runs, num_done = [run.settings for run in left.values()], len(planned) - len(left)
+    display = Display(left, num_done, rows())
+    made = make_runs(runs, stops, plan.jobs, plan.scheduler, plan.device, train_here, display.tell)
     with on_signals(stops.append), closing(display), closing(made):
         try:
             for settings, outcome in made:
@@ -115,7 +97,7 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
                     stops.append(outcome)
                     continue
                 text = experiment.note(left[settings.name], outcome)
-                display.show(text, rows(), failed=not isinstance(outcome, Results))
+                display.end(settings.name, text, rows(), failed=not isinstance(outcome, Results))
         except ClusterError as error:
             experiment.failed["the experiment"] = str(error)
 
@@ -150,12 +132,14 @@ def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Se
         say(f"{stem}.csv keeps its table of {in_table} finished runs: remove it to have this one written")
     elif compared:
         rows = [row | experiment.tuning_of(row["setting"]) for row in table_rows(comparisons, plan.settings)]
-        write_table(stem, plan.shared, rows, text)
+        written = write_table(stem, plan.shared, rows, text)
         if not experiment.stops:
             from figures import save_figures  # matplotlib is not needed where runs are made
 
-            _, missing = save_figures(stem, runs, experiment.folder.parent / "networks", comparisons)
+            made, missing = save_figures(stem, runs, experiment.folder.parent / "networks", comparisons)
             say(*missing)
+            written += made
+        say("", *(f"written: {file}" for file in written))
     for name, reason in experiment.failed.items():
         warn(f"{name} failed: {reason}", "reproduce.py")
 

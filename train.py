@@ -9,7 +9,6 @@ run is resumed, in `saved_runs/run.py`.
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from functools import partial, reduce
 from operator import add
 
 from command_line import settings as flags
-from command_line.endings import answer_at_once, how_to_resume, one_line_endings, say
+from command_line.endings import answer_at_once, how_to_resume, one_line_endings, say, shows_bar
 from command_line.signals import stop_at_end_of_input
 
 if __name__ == "__main__":
@@ -183,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
         stop_at_end_of_input()
         settings = world.together(lambda: parse(argv, world))
         files = run_files(settings.path, settings.name)
-        results = train(settings, say, show_bar=world.first and sys.stderr.isatty(), world=world)
+        results = train(settings, say, show_bar=world.first and shows_bar(), world=world)
         weights = f", weights in {files.best_weights}" if files.best_weights.exists() else ""
         say(
             f"best epoch {results.best_epoch}: val accuracy {results.val_accuracy:.3f} %,"

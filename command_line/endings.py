@@ -18,6 +18,8 @@ from command_line.signals import LAUNCHED, STOP_SIGNALS, interrupt, on_signals
 AT_WORK, DIVERGED = 3, 4  # exit codes of what an experiment must tell from other errors
 LONGEST_LINE = 1000  # letters of an error that are shown
 
+SHOW_BAR = "SHOW_BAR"  # in the environment of a run whose standard error another process reads
+
 BEGUN: list[str] = []  # the commands that handle signals, or have
 
 
@@ -68,6 +70,11 @@ def say(*lines: object) -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def shows_bar() -> bool:
+    """Whether somebody sees progress bars on standard error: a terminal, or the process that has started this one."""
+    return sys.stderr.isatty() or SHOW_BAR in os.environ
 
 
 def in_one_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import signal
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -34,8 +34,15 @@ class ClusterError(Exception):
 
 
 def make_run_in_worker(run: argparse.Namespace, device: str | None, experiment: str) -> Outcome:
-    """Make a run in a process that a worker starts, until the experiment is stopped."""
-    return make_run_in_process(run, device, lambda: int(signal.SIGTERM) if experiment in STOPPED else 0)
+    """Make a run in a process that a worker starts, until the experiment is stopped; its bar becomes an event."""
+    from distributed import get_worker
+
+    worker = get_worker()
+
+    def stopped() -> int:
+        return int(signal.SIGTERM) if experiment in STOPPED else 0
+
+    return make_run_in_process(run, device, stopped, lambda bar: worker.log_event(experiment, [run.name, bar]))
 
 
 def stop_runs(experiment: str, dask_worker: "Worker") -> set[str]:
@@ -45,7 +52,11 @@ def stop_runs(experiment: str, dask_worker: "Worker") -> set[str]:
 
 
 def make_runs_on_cluster(
-    runs: Sequence[argparse.Namespace], stops: list[int], scheduler: str, device: str | None
+    runs: Sequence[argparse.Namespace],
+    stops: list[int],
+    scheduler: str,
+    device: str | None,
+    tell: Callable[[argparse.Namespace, str], None] = lambda run, bar: None,
 ) -> Iterator[tuple[argparse.Namespace, Outcome]]:
     """`make_runs` on the cluster of a scheduler.
 
@@ -55,8 +66,10 @@ def make_runs_on_cluster(
     waiting, losses = deque(runs), Counter()
     running: dict[str, tuple[argparse.Namespace, Future]] = {}  # by address of the worker
     known, usable, told = set(), set(), False  # workers; whether they have been told to stop
+    bars: dict[str, str] = {}  # the last one of each run, by its name
     deadline = time.monotonic() + ANSWER_SECONDS
     with connect(scheduler, stops) as client:
+        client.subscribe_topic(experiment, lambda event: bars.update([event[1]]))
         while running or (waiting and not stops):
             alive = set(client.nthreads())
             if stops and not told:
@@ -77,6 +90,8 @@ def make_runs_on_cluster(
                     future = client.submit(*arguments, pure=False, workers=[address])
                     running[address] = waiting.popleft(), future
             for address, (run, future) in list(running.items()):
+                if run.name in bars:
+                    tell(run, bars.pop(run.name))
                 if not future.done() and address in alive:
                     continue
                 del running[address]

@@ -1,10 +1,15 @@
 """Makes the runs of an experiment: in this process, in processes of this machine, or on a Dask cluster."""
 
 import argparse
+import io
+import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import redirect_stderr
+from functools import partial
 from queue import SimpleQueue
 
 from command_line.flag_types import FlagError
@@ -14,6 +19,8 @@ from experiment.run_process import LOCK_SECONDS, Outcome, make_run_in_process
 from saved_runs.results import Results
 
 Made = Iterator[tuple[argparse.Namespace, Outcome]]
+CURSOR_MOVES = re.compile(r"\n*(\x1b\[A)*")  # to where a bar is
+Tell = Callable[[argparse.Namespace, str], None]  # takes a run at work and its bar
 
 
 def make_runs(
@@ -23,6 +30,7 @@ def make_runs(
     scheduler: str | None = None,
     device: str | None = None,
     train: Callable[..., Results] | None = None,
+    tell: Tell = lambda run, bar: None,
 ) -> Made:
     """Make runs; yields each with what came of it, in the order in which they end.
 
@@ -35,17 +43,19 @@ def make_runs(
         scheduler: address of the scheduler of a Dask cluster, each of whose workers makes one run at a time.
         device: device of every run. Without it, the accelerator that torch finds, else the CPU.
         train: `train.train`, to make the runs in this process where `jobs` is 1.
+        tell: called with a run and an empty text when it begins, then with the bar of its training as often as it is
+            drawn anew; where each run is a process of its own, in other threads.
 
     Raises:
         FlagError: a flag is wrong, here or on the machine that makes the runs.
         ClusterError: there is no cluster, or it cannot make the runs.
     """
     if scheduler is not None:
-        made = make_runs_on_cluster(runs, stops, scheduler, device)
+        made = make_runs_on_cluster(runs, stops, scheduler, device, tell)
     elif jobs == 1 and train is not None:
-        made = make_runs_here(runs, stops, device, train)
+        made = make_runs_here(runs, stops, device, train, tell)
     else:
-        made = make_runs_in_processes(runs, stops, jobs, device)
+        made = make_runs_in_processes(runs, stops, jobs, device, tell)
     try:
         for run, outcome in made:
             if isinstance(outcome, FlagError):
@@ -59,13 +69,19 @@ def make_runs(
 
 
 def make_runs_here(
-    runs: Sequence[argparse.Namespace], stops: list[int], device: str | None, train: Callable[..., Results]
+    runs: Sequence[argparse.Namespace],
+    stops: list[int],
+    device: str | None,
+    train: Callable[..., Results],
+    tell: Tell,
 ) -> Made:
     """`make_runs` in this process, one after the other."""
     for run in runs:
         if stops:
             return
-        outcome = make_run_here(run, stops, device, train)
+        tell(run, "")
+        with redirect_stderr(BarReader(partial(tell, run))):
+            outcome = make_run_here(run, stops, device, train)
         yield run, outcome
         if isinstance(outcome, int):  # a stop, perhaps one that no handler has noted
             return
@@ -94,7 +110,25 @@ def make_run_here(
         return error
 
 
-def make_runs_in_processes(runs: Sequence[argparse.Namespace], stops: list[int], jobs: int, device: str | None) -> Made:
+class BarReader(io.TextIOBase):
+    """A standard error that passes on what is written to it, except for bars: with these, it calls `tell`."""
+
+    encoding = "utf-8"  # or else bars are drawn in ASCII
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell, self.stderr = tell, sys.stderr
+
+    def write(self, text: str) -> int:
+        if text.startswith("\r"):
+            self.tell(text.strip())
+        elif not CURSOR_MOVES.fullmatch(text):
+            self.stderr.write(text)
+        return len(text)
+
+
+def make_runs_in_processes(
+    runs: Sequence[argparse.Namespace], stops: list[int], jobs: int, device: str | None, tell: Tell
+) -> Made:
     """`make_runs` in processes of this machine, `jobs` at a time."""
     import joblib
 
@@ -112,7 +146,7 @@ def make_runs_in_processes(runs: Sequence[argparse.Namespace], stops: list[int],
             return None
         free = devices.get()
         try:
-            return make_run_in_process(run, free, stopped, OMP_NUM_THREADS=str(num_threads))
+            return make_run_in_process(run, free, stopped, partial(tell, run), OMP_NUM_THREADS=str(num_threads))
         finally:
             devices.put(free)
 

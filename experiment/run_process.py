@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
-from command_line.endings import AT_WORK, DIVERGED
+from command_line.endings import AT_WORK, DIVERGED, SHOW_BAR
 from command_line.flag_types import FlagError
 from command_line.settings import as_arguments
 from command_line.signals import STOP_AT_END_OF_INPUT, STOP_SIGNALS
@@ -21,13 +23,19 @@ Outcome = Results | Exception | int  # of a run: its results, why it failed, or 
 
 COMMAND = [sys.executable, str(Path(__file__).parent.parent / "train.py")]
 ERROR = "train.py: error: "  # how its last line begins
+BAR = re.compile(r"\r([^\r\n]*[^\r\n ]) *\r?$")  # at the end of what is on standard error, as tqdm draws it
+BAR_SECONDS = 0.5  # between two drawings
 ATTEMPTS = 3  # how many processes a run may lose before it counts as failed
 LOCK_SECONDS = 1  # between two looks whether another process is still at work on a run
 POLL_SECONDS = 0.1
 
 
 def make_run_in_process(
-    run: argparse.Namespace, device: str | None, stopped: Callable[[], int], **environment: str
+    run: argparse.Namespace,
+    device: str | None,
+    stopped: Callable[[], int],
+    tell: Callable[[str], None] = lambda bar: None,
+    **environment: str,
 ) -> Outcome:
     """Make a run, or what is left of it, in a process of its own.
 
@@ -39,6 +47,7 @@ def make_run_in_process(
         device: of the run; None for the one that it finds.
         stopped: returns the number of a signal as soon as one is to stop the run, which ends after its next step and is
             saved; 0 before.
+        tell: called with the bar of the run as often as it is drawn anew; first, with an empty one.
         environment: further variables for the process.
     """
     if run.network.startswith("__main__:"):
@@ -49,7 +58,7 @@ def make_run_in_process(
     command = [*COMMAND, *as_arguments(argparse.Namespace(**values))]
     killed = 0
     while not stopped():
-        code, line = call(command, stopped, environment)
+        code, line = call(command, stopped, tell, environment)
         number = -code if code < 0 else code - 128
         if number in STOP_SIGNALS:
             return stopped() or number
@@ -68,19 +77,34 @@ def make_run_in_process(
     return stopped()
 
 
-def call(command: list[str], stopped: Callable[[], int], environment: dict[str, str]) -> tuple[int, str]:
+def call(
+    command: list[str], stopped: Callable[[], int], tell: Callable[[str], None], environment: dict[str, str]
+) -> tuple[int, str]:
     """Run a command to its end: its exit code, negative for a signal, and what the last line of its errors says.
 
     Ctrl-C in a terminal does not reach it. It stops when its standard input ends, so also where this process dies.
     """
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}  # where this process finds its modules, so may a user's own be
-    environment = {**os.environ, **paths, STOP_AT_END_OF_INPUT: "1", **environment}
-    with tempfile.TemporaryFile() as errors:
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": errors}
-        with subprocess.Popen(command, **streams, env=environment, start_new_session=True) as process:
-            while process.poll() is None and not stopped():
-                time.sleep(POLL_SECONDS)
-        errors.seek(0)
-        lines = errors.read().decode(errors="replace").rstrip().split("\n")
+    bars = {SHOW_BAR: "1", "TQDM_MININTERVAL": str(BAR_SECONDS)}
+    environment = {**os.environ, **paths, **bars, STOP_AT_END_OF_INPUT: "1", **environment}
+    with tempfile.TemporaryDirectory() as folder:
+        errors = Path(folder) / "errors"
+        with errors.open("wb") as stream, errors.open("rb") as written:  # each has a position of its own
+            streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": stream}
+            with subprocess.Popen(command, **streams, env=environment, start_new_session=True) as process:
+                tell(bar := "")
+                while process.poll() is None and not stopped():
+                    time.sleep(POLL_SECONDS)
+                    if (drawn := read_bar(written)) != bar:
+                        tell(bar := drawn)
+        lines = re.split(r"[\r\n]+", errors.read_text(errors="replace").rstrip())
     said = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
     return process.returncode, (said or lines)[-1]  # without a word of its own, it is a traceback's last line
+
+
+def read_bar(stream: BinaryIO) -> str:
+    """The bar at the end of what a process has written; empty where there is none."""
+    end = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, end - 1000))
+    found = BAR.search(stream.read().decode(errors="replace"))
+    return found[1] if found else ""

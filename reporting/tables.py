@@ -92,8 +92,12 @@ def table_rows(
     return rows
 
 
-def write_table(stem: Path, settings: Mapping[str, Value], rows: Sequence[Mapping[str, Value]], text: str) -> None:
+def write_table(
+    stem: Path, settings: Mapping[str, Value], rows: Sequence[Mapping[str, Value]], text: str
+) -> list[Path]:
     """Write the table of an experiment as STEM.csv, below the settings that its runs share, and `text` as STEM.md.
+
+    Returns both files.
 
     Args:
         stem: the path of both files without their ending.
@@ -111,8 +115,10 @@ def write_table(stem: Path, settings: Mapping[str, Value], rows: Sequence[Mappin
     writer = csv.DictWriter(content, list(names), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(stem.with_name(f"{stem.name}.csv"), content.getvalue().encode())
-    write_atomically(stem.with_name(f"{stem.name}.md"), f"{text}\n".encode())
+    contents = {stem.with_name(f"{stem.name}.csv"): content.getvalue(), stem.with_name(f"{stem.name}.md"): f"{text}\n"}
+    for file, lines in contents.items():
+        write_atomically(file, lines.encode())
+    return list(contents)
 
 
 def read_table_size(stem: Path, settings: Mapping[str, Value]) -> int:

@@ -46,13 +46,14 @@ def make_run(run: argparse.Namespace) -> None:
     unfinished = begun(run).with_suffix(".tmp")
     unfinished.write_text(str(os.getpid()))
     unfinished.rename(begun(run))
+    print("\rdecoding \r        \r\repoch 1/1  ", end="", file=sys.stderr, flush=True)  # as tqdm does
     if kind == "deadly" or (kind == "unlucky" and first_time):
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "broken":
         raise KeyError("x")
     codes = {"wrong": 2, "full": 1, "diverged": DIVERGED, "busy": AT_WORK}
     if kind in codes and (kind != "busy" or first_time):
-        print("a warning\ntrain.py: error: it is", kind, file=sys.stderr)
+        print("a warning\n\r        \rtrain.py: error: it is", kind, file=sys.stderr)
         sys.exit(codes[kind])
     if kind == "unlucky":
         (run.path / "done").touch()

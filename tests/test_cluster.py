@@ -1,6 +1,7 @@
 import logging
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,11 +50,15 @@ def test_every_outcome(shared_cluster, tmp_path):
 
 def test_experiments_on_one_cluster_are_stopped_one_by_one(shared_cluster, tmp_path):
     """One of them is at work, so that the other one waits for the worker."""
-    options, first, second = {"scheduler": shared_cluster.address}, [], []
+    options, first, second, told = {"scheduler": shared_cluster.address}, [], [], []
     with ThreadPoolExecutor() as pool:
         try:
-            being_made = pool.submit(outcomes, tmp_path, "slow", "never", stops=first, **options)
-            process_of(light_run("slow", tmp_path))
+            tell = {"tell": lambda run, bar: told.append((run.name, bar))}
+            being_made = pool.submit(outcomes, tmp_path, "slow", "never", stops=first, **options, **tell)
+            deadline = time.monotonic() + 60
+            while ("slow", "epoch 1/1") not in told:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
             waiting = pool.submit(outcomes, tmp_path, "a", "b", stops=second, **options)
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=1)

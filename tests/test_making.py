@@ -133,7 +133,7 @@ def light_runs(monkeypatch):
     monkeypatch.setattr(run_process, "LOCK_SECONDS", 0.01)
 
 
-def outcomes(path: Path, *names: str, stops: list[int] | None = None, **options) -> dict[str, Outcome]:
+def outcomes(path: Path, *names: str, stops: list[int] | None = None, **options: Any) -> dict[str, Outcome]:
     """What comes of stand-ins, by name."""
     runs = [light_run(name, path) for name in names]
     return {run.name: outcome for run, outcome in make_runs(runs, [] if stops is None else stops, **options)}
@@ -180,10 +180,18 @@ def test_processes_share_out_two_gpus(light_runs, tmp_path, monkeypatch):
 
 
 def test_stop(light_runs, tmp_path):
-    stops = []
-    thread = threading.Thread(target=lambda: process_of(light_run("slow", tmp_path)) and stops.append(signal.SIGINT))
-    thread.start()
-    made = outcomes(tmp_path, "slow", "never", stops=stops)
+    """As soon as the run has told where it is."""
+    stops, told = [], []
+
+    def stop() -> None:
+        try:
+            wait_until(lambda: ("slow", "epoch 1/1") in told, seconds=60)
+        finally:
+            stops.append(signal.SIGINT)
+
+    threading.Thread(target=stop).start()
+    made = outcomes(tmp_path, "slow", "never", stops=stops, tell=lambda run, bar: told.append((run.name, bar)))
+    assert told == [("slow", ""), ("slow", "epoch 1/1")]
     assert made == {"slow": signal.SIGINT} and begun(light_run("slow", tmp_path)).with_suffix(".saved").exists()
 
 

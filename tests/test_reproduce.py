@@ -19,12 +19,13 @@ import numpy as np
 import pandas
 import pytest
 from scipy import stats
+from tqdm import tqdm
 
 import figures
 import reproduce
 import train
 from command_line import settings as run_flags
-from experiment import making, outcomes
+from experiment import display, making, outcomes
 from saved_runs.lock import lock_run
 from saved_runs.paths import run_files
 from saved_runs.results import Results, read_results, write_results
@@ -126,11 +127,23 @@ def test_experiment(small_network, tmp_path, capsys):
     assert summary.loc["proposed", "p_value"] == pytest.approx(expected)
     assert summary.loc["proposed", "pairs"] == 3
     assert "# dataset: digits\n" in (tmp_path / "results" / f"{EXPERIMENT}.csv").read_text()
-    shown = capsys.readouterr().out
+    shown, *written = capsys.readouterr().out.split("\nwritten: ")
     assert shown.endswith((tmp_path / "results" / f"{EXPERIMENT}.md").read_text())
-    assert shown.startswith(f"1/6 {BASELINE}-seed1 test accuracy {theirs[0]:.3f} %\n2/6 {PROPOSED}-seed1 test")
+    first, second = f"{BASELINE}-seed1", f"{PROPOSED}-seed1"
+    assert re.match(
+        rf"""6 runs of 2 epochs, 1 at a time; 0 are finished
+{re.escape(first)} begins
+1/6 {re.escape(first)} test accuracy {theirs[0]:.3f} % \(about \d\d:\d\d left\)
+{re.escape(second)} begins
+2/6 {re.escape(second)} test accuracy""",
+        shown,
+    )
     made = {file.name for file in (tmp_path / "results").glob("*.png")}
     assert made == {f"{EXPERIMENT}-{name}.png" for name in FIGURES}
+    named = {Path(file.strip()) for file in written}
+    assert named == {
+        file for file in (tmp_path / "results").glob(f"{EXPERIMENT}*") if not re.search("seed|npz", file.name)
+    }
 
 
 @pytest.fixture
@@ -147,7 +160,7 @@ def test_finished_runs_are_not_run_again(small_network, no_figures, tmp_path, mo
         assert run(tmp_path, "--seeds", "1") == 0
     capsys.readouterr()
     assert run(tmp_path, "--seeds", "1-2") == 0
-    assert capsys.readouterr().out.startswith("3/4 ")
+    assert "; 2 are finished\n" in (shown := capsys.readouterr().out) and "\n3/4 " in shown and "\n2/4 " not in shown
     assert run(tmp_path, "--seeds", "1", "--restart") == 0
     assert (tmp_path / "results" / f"{PROPOSED}-seed1.csv").stat().st_mtime_ns > first
 
@@ -275,17 +288,17 @@ def test_folder_that_can_only_be_read(small_network, no_figures, tmp_path, monke
         raise OSError(errno.EROFS, "Read-only file system")
 
     assert run(tmp_path, "--seeds", "1-2") == 0
-    table = capsys.readouterr().out.splitlines()[-8:]
+    table = capsys.readouterr().out.splitlines()[-11:]
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refuse)
         patch.setattr(os, "replace", refuse)
         assert run(tmp_path, "--seeds", "1-2") == 0
-        assert capsys.readouterr().out.splitlines() == table
+        assert capsys.readouterr().out.splitlines() == ["4 runs of 2 epochs, 1 at a time; 4 are finished", *table]
         summary = tmp_path / "results" / f"{EXPERIMENT}.csv"
         summary.unlink()
         assert run(tmp_path, "--seeds", "1-2") == 1
     captured = capsys.readouterr()
-    assert captured.out.splitlines() == table
+    assert captured.out.splitlines()[1:] == table[:-3]
     assert captured.err == f"reproduce.py: error: [Errno 30] cannot write it: Read-only file system: '{summary}'\n"
 
 
@@ -401,7 +414,7 @@ def test_contrasts(no_training, tmp_path, monkeypatch, capsys):
     assert max(map(len, text.splitlines())) <= 120
     capsys.readouterr()
     assert run(tmp_path, *flags, "--report") == 0  # reads its own table
-    assert capsys.readouterr().out == text
+    assert capsys.readouterr().out.startswith(f"{text}\nwritten: ")
 
 
 def test_how_sure_it_is(no_training, tmp_path):
@@ -484,7 +497,7 @@ def test_every_setting_is_compared_at_its_own_rate(no_training, tmp_path, capsys
     assert "# learning_rates: 0.01+0.1+0.4\n# tuning_seeds: 16 17\n" in (folder / f"{TUNED}.csv").read_text()
     assert not (folder / f"{EXPERIMENT}.csv").exists()
     shown = capsys.readouterr().out
-    assert "1/12 " in shown and "1/8 " in shown and max(map(len, shown.split("\n\n", 2)[2].splitlines())) <= 120
+    assert "1/12 " in shown and "1/8 " in shown and max(map(len, shown.split("\n\n")[2].splitlines())) <= 120
     assert not re.search(r"seed1[67] test accuracy", shown)  # they have no part in the choice
 
 
@@ -515,7 +528,7 @@ def test_interrupted_tuning_goes_on(no_training, tmp_path, monkeypatch, capsys):
     assert run(tmp_path, "--seeds", "1-2", *RATES, "--report") == 0
     assert "6 of 12 tuning runs are left" in capsys.readouterr().out
     assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
-    assert capsys.readouterr().out.startswith("7/12 ")
+    assert capsys.readouterr().out.startswith("12 tuning runs of 2 epochs, 1 at a time; 6 are finished\n")
     with monkeypatch.context() as patch:
         patch.setattr(train, "train", None)
         assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
@@ -571,7 +584,10 @@ def test_diverged_tuning_run_counts_as_nothing(no_training, tmp_path, monkeypatc
     assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert "seed17 counts as 0 %: FloatingPointError: the loss at epoch 1, step 2 is nan\n" in captured.out
+    assert (
+        "seed17 counts as 0 %: FloatingPointError: the loss at epoch 1, step 2 is nan (about 00:00 left)\n"
+        in captured.out
+    )
     text = (tmp_path / "results" / f"{TUNED}.md").read_text()
     assert re.search(r"\| baseline \| 0.4 +\| 2 +\| 36.00 +\| 1 diverged +\|", text)  # of 72 and 0
     assert "A tuning run that diverged counts as 0 %." in text
@@ -581,7 +597,7 @@ def test_diverged_tuning_run_counts_as_nothing(no_training, tmp_path, monkeypatc
     (tmp_path / "results").rename(tmp_path / "elsewhere")
     capsys.readouterr()
     assert run(tmp_path, "--seeds", "1-2", *RATES, "--report", str(tmp_path / "elsewhere")) == 0
-    assert capsys.readouterr().out == text
+    assert capsys.readouterr().out.startswith(f"{text}\nwritten: ")
     (tmp_path / "elsewhere").rename(tmp_path / "results")
     monkeypatch.setattr(train, "train", fake_train)
     assert run(tmp_path, "--seeds", "1-2", *RATES, "--restart") == 0
@@ -667,10 +683,21 @@ def test_restarted_experiment_goes_on_without_the_flag(small_network, no_figures
     assert "run the same command without --restart to resume" in capsys.readouterr().err
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 2  # what was there before is gone
     assert run(tmp_path, "--seeds", "1-3") == 0
-    assert capsys.readouterr().out.startswith("3/6 ")
+    assert capsys.readouterr().out.startswith("6 runs of 2 epochs, 1 at a time; 2 are finished\n")
 
 
-def test_terminal_shows_bar_and_table(no_training, tmp_path, monkeypatch, capsys):
+def test_terminal_shows_all_that_moves(no_training, tmp_path, monkeypatch, capsys):
+    def train_with_a_bar(settings: argparse.Namespace, show_bar: bool, **_: Any) -> Results:
+        with tqdm(total=2, desc="epoch 1/2", disable=not show_bar) as bar:
+            bar.update()
+            print("a warning", file=sys.stderr)
+            seen, deadline = len(shown), time.monotonic() + 60
+            while b"epoch 1/2" not in shown[seen:] and time.monotonic() < deadline:  # until the line is drawn anew
+                time.sleep(0.01)
+        return fake_train(settings)
+
+    monkeypatch.setattr(train, "train", train_with_a_bar)
+    monkeypatch.setattr(display, "REDRAW_SECONDS", 0.01)
     fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
     main, child = pty.openpty()
     fcntl.ioctl(main, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
@@ -690,7 +717,9 @@ def test_terminal_shows_bar_and_table(no_training, tmp_path, monkeypatch, capsys
     reader.join()
     os.close(main)
     text = shown.decode()
-    assert re.search(r"50%.*2/4 \[\d\d:\d\d<\d\d:\d\d", text)  # the time left
+    assert re.search(r"50%.*2/4 \[\d\d:\d\d, about \d\d:\d\d left\]", text)
+    assert re.search(r"\r00:00 baseline, seed 1: epoch 1/2: +50%", text) and "proposed, seed 2: epoch" in text
+    assert text.count("a warning") == 4
     header = r"\| setting  \| seeds \| accuracy \(%\) \| difference \| p +\| p \(Holm\) \|"
     assert re.search(header, text) and "| proposed | 1 " in text
-    assert capsys.readouterr().out.startswith("| setting ")  # nothing but the table at the end
+    assert " finished\n| setting " in capsys.readouterr().out  # nothing but the table at the end

@@ -13,6 +13,8 @@ from saved_runs.run import Run
 
 Report = Callable[[str], None]  # takes a line of text
 
+BAR = "{desc}{postfix}, {rate_noinv_fmt}, {percentage:.0f} %, {remaining} left {bar}"
+
 
 class Progress:
     """The lines and the bar of a training; a context manager, at whose end the bar is closed.
@@ -41,17 +43,23 @@ class Progress:
             self.report(line)
         num_images = self.batches.num_images
         images = {"total": self.run.settings.num_epochs * num_images, "initial": (self.epoch - 1) * num_images}
-        self.bar = tqdm(**images, unit="image", unit_scale=True, disable=not self.show_bar)
+        shown = {"desc": self.place, "unit": " images", "unit_scale": True, "bar_format": BAR}
+        self.bar = tqdm(**images, **shown, disable=not self.show_bar)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
+    @property
+    def place(self) -> str:
+        """The epoch, and of how many."""
+        return f"epoch {self.epoch}/{self.run.settings.num_epochs}"
+
     @contextmanager
     def training(self, epoch: int) -> Iterator[None]:
         """Within it, the epoch's training takes place."""
         self.epoch, start = epoch, time.perf_counter()
-        self.bar.set_description(f"epoch {epoch}", refresh=False)
+        self.bar.set_description_str(self.place, refresh=False)
         yield
         self.speed = self.batches.num_images / (time.perf_counter() - start)
 
@@ -63,7 +71,7 @@ class Progress:
     def after_epoch(self, train_loss: float, val_loss: float, val_accuracy: float, test_accuracy: float) -> None:
         """The epoch's numbers are known."""
         self.report(
-            f"epoch {self.epoch}/{self.run.settings.num_epochs}: train loss {train_loss:.6f}, val loss {val_loss:.6f},"
+            f"{self.place}: train loss {train_loss:.6f}, val loss {val_loss:.6f},"
             f" val accuracy {val_accuracy:.3f} %, test accuracy {test_accuracy:.3f} %, {self.speed:,.0f} images/s"
         )
 
