@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 from command_line.endings import answer_at_once, end, how_to_resume, one_line_endings, say, warn
 from command_line.settings import DATASETS
@@ -21,6 +22,7 @@ if __name__ == "__main__":
 
 from experiment.cluster import ClusterError
 from experiment.display import Display
+from experiment.found import find_experiments, ranges
 from experiment.making import make_runs
 from experiment.outcomes import Experiment, remove
 from reporting.comparison import Comparison, is_contrast
@@ -113,6 +115,27 @@ def list_runs(experiment: Experiment) -> None:
         warn(lines[-1], "reproduce.py")
 
 
+def list_experiments(folder: Path, found: Sequence[Sequence[str]]) -> None:
+    """Print what experiments there are in a folder, each with the command that reports it."""
+    for flags in found:
+        experiment = Experiment(parse([*flags, "--report", str(folder)]))
+        plan = experiment.plan
+        experiment.read(plan.tuning_runs)
+        experiment.choose_learning_rates()
+        experiment.read(experiment.runs)
+        planned, known = experiment.runs or plan.tuning_runs, experiment.finished | experiment.diverged
+        num_done = sum(run.settings.name in known for run in planned)
+        kind = "runs" if experiment.runs else "tuning runs"
+        what = f"{', '.join(plan.settings)}; seeds {' '.join(ranges(plan.seeds))}"
+        done = f"{num_done} of {len(planned)} {kind} are finished"
+        say(f"{plan.table_name}: {what}; {done}", report_command(flags, folder), "")
+
+
+def report_command(flags: Sequence[str], folder: Path) -> str:
+    """The command that reports an experiment."""
+    return shlex.join(["python", "reproduce.py", *flags, "--report", str(folder)])
+
+
 def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Sequence[str], in_table: int) -> None:
     """Print what has come of an experiment, and write its table and figures.
 
@@ -146,8 +169,18 @@ def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Se
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `one_line_endings` for its exit codes, of which 1 also means that a run failed."""
+    given = sys.argv[1:] if argv is None else argv
     with one_line_endings("reproduce.py"), ExitStack() as handlers:
-        plan = parse(argv)
+        plan = parse(given)
+        if plan.report and sum(word.startswith("-") for word in given) == 1:
+            found = find_experiments(plan.report)
+            if len(found) != 1:
+                if not found:
+                    raise ValueError(f"{plan.report} has no result files of an experiment")
+                list_experiments(plan.report, found)
+                return
+            say(report_command(found[0], plan.report))
+            plan = parse([*found[0], "--report", str(plan.report)])
         experiment = Experiment(plan)
         if plan.list:
             list_runs(experiment)

@@ -97,7 +97,9 @@ def call(
                     time.sleep(POLL_SECONDS)
                     if (drawn := read_bar(written)) != bar:
                         tell(bar := drawn)
-        lines = re.split(r"[\r\n]+", errors.read_text(errors="replace").rstrip())
+        lines = (
+            errors.read_text("utf-8", errors="replace").rstrip().split("\n")
+        )  # also where there was a \r before a bar
     said = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
     return process.returncode, (said or lines)[-1]  # without a word of its own, it is a traceback's last line
 

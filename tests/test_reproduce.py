@@ -25,7 +25,8 @@ import figures
 import reproduce
 import train
 from command_line import settings as run_flags
-from experiment import display, making, outcomes
+from experiment import display, making, outcomes, plan
+from experiment.found import find_experiments
 from saved_runs.lock import lock_run
 from saved_runs.paths import run_files
 from saved_runs.results import Results, read_results, write_results
@@ -645,6 +646,67 @@ def test_figures_of_settings_at_different_rates(small_network, tmp_path, monkeyp
     assert made == {f"{TUNED}-{name}.png" for name in FIGURES}
     rates = {read_results(file).settings["learning_rate"] for file in (tmp_path / "results").glob("*-seed1.csv")}
     assert rates == {0.1, 0.4}
+
+
+# --- experiments in a folder -----------------------------------------------------------------------------------------
+
+
+ALL_KINDS = (
+    ["--seeds", "1-3", "7"],
+    ["--seeds", "1", "--settings", "baseline", "other:c=50"],
+    ["--seeds", "1", "--settings", "init", "other:c=50", "rate", "--contrast", "other", "init", "--select", "last"],
+    ["--seeds", "1-2", "--settings", "baseline", "--bn_weights", "0.1", "1", "--name", "mine", "--no_flip"],
+    ["--seeds", "1-2", *RATES, "--scheduler", "none"],
+    ["--seeds", "1-2", *RATES, "--name", "tuned"],
+)
+
+
+def table_and_runs(flags: list[str], report: Path) -> tuple[Any, ...]:
+    """What tells an experiment from others."""
+    asked = outcomes.Experiment(plan.parse([*flags, "--report", str(report)]))
+    asked.read(asked.plan.tuning_runs)
+    asked.choose_learning_rates()
+    names = {run.settings.name for run in (*asked.plan.tuning_runs, *asked.runs)}
+    return asked.plan.table_name, asked.plan.settings, asked.plan.contrast, asked.plan.select, names
+
+
+@pytest.mark.parametrize("flags", ALL_KINDS, ids=" ".join)
+def test_experiment_is_found_by_its_table(flags, no_training, tmp_path, capsys):
+    assert run(tmp_path, *flags) == 0
+    results = tmp_path / "results"
+    [found] = find_experiments(results)
+    assert table_and_runs(found, results) == table_and_runs([*FLAGS, *flags], results)
+    [text] = [file.read_text() for file in results.glob("*.md")]
+    capsys.readouterr()
+    reproduce.main(["--report", str(results)])
+    command, report = capsys.readouterr().out.split("\n", 1)
+    assert shlex.split(command) == ["python", "reproduce.py", *found, "--report", str(results)]
+    assert report.startswith(text)
+
+
+def test_experiments_without_tables_are_listed(no_training, tmp_path, monkeypatch, capsys):
+    """Of one, learning rates are being chosen; of one, not all runs are there; one run is by itself."""
+    results = tmp_path / "results"
+    with pytest.raises(SystemExit):
+        reproduce.main(["--report", str(results)])
+    assert capsys.readouterr().err == f"reproduce.py: error: {results} has no result files of an experiment\n"
+    asked = (["--settings", "baseline", "init"], ["--name", "mine", "--seeds", "1-3"], RATES)
+    plans = [plan.parse([*FLAGS, "--path", str(tmp_path), *flags]) for flags in asked]
+    for planned in (plans[0].runs, plans[1].runs[:-1], plans[2].tuning_runs):
+        for one in planned:
+            fake_train(one.settings)
+    fake_train(run_flags.parse(["--name", "alone", "--path", str(tmp_path)]))
+    reproduce.main(["--report", str(results)])
+    *lines, end = capsys.readouterr().out.split("\n")
+    assert end == "" and lines[2::3] == [""] * 3
+    commands = {line.partition(" ")[0]: shlex.split(of) for line, of in zip(lines[::3], lines[1::3], strict=True)}
+    for ours, flags in zip(plans, asked, strict=True):
+        program, script, *given = commands.pop(f"{ours.table_name}:")
+        assert (program, script, given[-2:]) == ("python", "reproduce.py", ["--report", str(results)])
+        assert table_and_runs(given[:-2], results) == table_and_runs([*FLAGS, *flags], results)
+    assert not commands
+    counts = ("30 of 30 runs", "5 of 6 runs", "0 of 30 runs")  # of the last one, all tuning runs
+    assert sorted(line.split("; ")[-1] for line in lines[::3]) == sorted(f"{count} are finished" for count in counts)
 
 
 # --- signals and terminals -------------------------------------------------------------------------------------------
