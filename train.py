@@ -173,9 +173,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     settings, files, began = None, None, time.time()
 
     def stopped() -> str:
-        replaced = (
-            settings and settings.restart and files.checkpoint.exists() and files.checkpoint.stat().st_mtime > began
-        )
+        replaced = settings and settings.restart and files.results.exists() and files.results.stat().st_mtime > began
         return how_to_resume("without --restart" if replaced else "again")
 
     with one_line_endings("train.py", stopped), join() as world:

@@ -28,7 +28,7 @@ REMEDY = "give --restart to start over, or another --name"
 def save_run(files: RunFiles, state: dict[str, Any]) -> None:
     """Write the state of a run as its checkpoint, then its best weights and its result file.
 
-    The checkpoint comes first: from it, the other two can be mended.
+    The checkpoint comes first: from it, the other two can be mended. It goes as soon as it is of no more use.
 
     Raises:
         OSError: a file cannot be written. What was there before still is.
@@ -38,9 +38,12 @@ def save_run(files: RunFiles, state: dict[str, Any]) -> None:
 
 
 def write_outcome(files: RunFiles, state: dict[str, Any]) -> None:
-    """Write the best weights and the result file of a run."""
+    """Write the best weights and the result file of a run. The checkpoint goes where it can never be resumed from."""
     save_with_digest(state["best_weights"], files.best_weights)
-    write_results(files.results, results_so_far(state))
+    results = results_so_far(state)
+    write_results(files.results, results)
+    if results.finished and results.settings["scheduler"] != "none":  # only at a constant rate, more epochs may follow
+        files.checkpoint.unlink(missing_ok=True)
 
 
 def save_with_digest(content: dict[str, Any], file: Path) -> None:
@@ -100,7 +103,7 @@ def recover_run(files: RunFiles, settings: argparse.Namespace) -> tuple[Results 
     """What an earlier process has left of a run: its results so far, and the state to resume from.
 
     Where the process was killed before it had written all files, best weights and result file are made to agree with
-    the checkpoint. There may be neither results nor state; a finished run needs no state.
+    the checkpoint. There may be neither results nor state; a finished run needs no state, and most have no checkpoint.
 
     Raises:
         ValueError: the settings were others, or a file is damaged; the message says what to do.
@@ -145,7 +148,7 @@ def read_finished(file: Path, settings: argparse.Namespace) -> Results | None:
     try:
         results = read_results(file)
     except DamagedFileError as error:
-        raise DamagedFileError(f"{error}: {REMEDY}") from None
+        raise DamagedFileError(f"{error}: remove it or {REMEDY}") from None
     check_settings(file, results, settings)
     return results if results.has_made(settings.num_epochs) else None
 

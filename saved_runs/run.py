@@ -134,7 +134,7 @@ class Run:
         """Add the numbers of an epoch, in the order of `results.COLUMNS`, and save what is due.
 
         The result file is written after every epoch; the checkpoint after the first one, when `checkpoint_seconds` have
-        passed since the last, and at the end.
+        passed since the last, and at the end; see `save_run`.
         """
         self.curves.add(self.parts["network"], self.results, *numbers)  # first: so all that is saved is shown
         earlier = self.results.columns if self.results else dict.fromkeys(COLUMNS, np.array([], dtype=int))

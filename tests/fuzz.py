@@ -258,12 +258,11 @@ def make_folders(path: Path) -> Iterator[tuple[str, Folder, str, list[Callable],
     yield "result files", whole, r"-seed\d\.csv$", [use_t_test, use_figures, use_report, use_experiment], 30
     yield "tables", whole, r"num_epochs=2\.csv$", [use_report, use_experiment], 10
     yield "best weights", whole, r"-seed1-best\.pt$", [use_figures], 10
-    yield "checkpoints of an experiment", whole, r"-last\.pt$", [use_experiment], 5
     yield "archives of γ and β", Folder(experiment, without=r"\.pt$"), r"^figure.*\.npz$", [use_figures], 10
 
     finished, stopped = path / "finished", path / "stopped"
     assert use_train(finished)
-    yield "a finished run", Folder(finished), r"\.(csv|pt)$", [use_train], 12
+    yield "a finished run", Folder(finished), r"\.csv$", [use_train], 12  # its weights, train.py leaves alone
 
     with pytest.MonkeyPatch.context() as patch:
         small.stop_in_epoch(3, patch)

@@ -125,10 +125,11 @@ def finish(path: Path, *flags: str, small: bool = False, death: tuple[int, str] 
 
 
 def outcome(path: Path) -> dict[str, Any]:
-    """All numbers and weights that a run has left, those of its checkpoint included."""
-    state = load_checkpoint(path / "networks" / "x-last.pt")
+    """All numbers and weights that a run has left, those of its checkpoint included, if it has one."""
+    file = path / "networks" / "x-last.pt"
+    state = load_checkpoint(file) if file.exists() else {}
     for what_may_differ in ("settings", "format"):
-        del state[what_may_differ]
+        state.pop(what_may_differ, None)
     return {
         "columns": results.read_results(path / "results" / "x.csv").columns,
         "best": torch.load(path / "networks" / "x-best.pt", weights_only=True),

@@ -29,7 +29,7 @@ from saved_runs import run as saved_run
 from saved_runs.checkpoint import load_checkpoint, save_run
 from saved_runs.lock import lock_run
 from saved_runs.paths import run_files
-from saved_runs.results import COLUMNS, read_results, write_results
+from saved_runs.results import COLUMNS, Results, read_results, write_results
 from saved_runs.run import Run
 from seeds import make_deterministic, random_states
 from small import stop_in_epoch
@@ -81,29 +81,46 @@ def run_into_stop(epoch: int, monkeypatch, path: Path, *flags: str) -> None:
             run(path, *flags)
 
 
+def run_killed_before_its_checkpoint_goes(monkeypatch, path: Path, *flags: str) -> Results:
+    """A finished run that has left its checkpoint, as older versions did."""
+    unlink = Path.unlink
+
+    def kept(file: Path, **options: bool) -> None:
+        if not file.name.endswith("-last.pt"):
+            unlink(file, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", kept)
+        return run(path, *flags)
+
+
 # --- going on -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("schedule", ["cos", "none"])  # the latter keeps its checkpoint
 @pytest.mark.parametrize("checkpoint_seconds", ["0", "1e9"])
 def test_stopped_and_continued_run_is_the_same_to_the_last_bit(
-    alone, tmp_path, monkeypatch, capsys, checkpoint_seconds
+    tmp_path, monkeypatch, capsys, checkpoint_seconds, schedule
 ):
+    flags = ["--scheduler", schedule]
+    run(tmp_path / "alone", *flags)
     for epoch in (2, 4):
         with monkeypatch.context() as patch:
             stop_in_epoch(epoch, patch)
             with pytest.raises(SystemExit) as stop:
-                run(tmp_path, "--checkpoint_seconds", checkpoint_seconds)
+                run(tmp_path, *flags, "--checkpoint_seconds", checkpoint_seconds)
         assert stop.value.code == 130
         assert read_results(tmp_path / "results" / "x.csv").columns["epoch"].tolist() == list(range(1, epoch))
         make_deterministic(99)  # the next process does not know where the generators were
     capsys.readouterr()
-    run(tmp_path)
+    run(tmp_path, *flags)
     assert capsys.readouterr().out.splitlines()[1] == "x resumes at epoch 4 of 4"
-    assert same(outcome(tmp_path), outcome(alone))
+    assert same(outcome(tmp_path), outcome(tmp_path / "alone"))
+    assert (tmp_path / "networks" / "x-last.pt").exists() == (schedule == "none")
 
 
 def test_stopped_run_in_bfloat16(tmp_path, monkeypatch):
-    flags = ["--precision", "bfloat16"]
+    flags = ["--precision", "bfloat16", "--scheduler", "none"]
     run(tmp_path / "alone", *flags)
     run_into_stop(3, monkeypatch, tmp_path / "stopped", *flags)
     run(tmp_path / "stopped", *flags)
@@ -111,13 +128,18 @@ def test_stopped_run_in_bfloat16(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "deaths",
-    [[(1, "after replace"), (4, "half written")], [(2, "before replace"), (3, "before fsync"), (3, "after replace")]],
-    ids=["checkpoint", "all files"],
+    ("checkpoint_seconds", "deaths"),
+    [
+        ("0", [(1, "after replace"), (4, "half written")]),
+        ("0", [(2, "before replace"), (3, "before fsync"), (3, "after replace")]),
+        ("1e9", [(6, "after replace"), (1, "after replace"), (1, "before replace"), (1, "after replace")]),
+    ],
+    ids=["checkpoint", "all files", "last save"],
 )
-def test_killed_within_a_write(alone, tmp_path, deaths):
+def test_killed_within_a_write(alone, tmp_path, checkpoint_seconds, deaths):
     for death in deaths:
-        assert finish(tmp_path, "--checkpoint_seconds", "0", small=True, death=death) == -signal.SIGKILL
+        killed = finish(tmp_path, "--checkpoint_seconds", checkpoint_seconds, small=True, death=death)
+        assert killed == -signal.SIGKILL
     assert finish(tmp_path, small=True) == 0
     assert same(outcome(tmp_path), outcome(alone))
     assert not list(tmp_path.rglob("*.tmp"))
@@ -265,7 +287,7 @@ def test_killed_after_the_last_checkpoint(alone, tmp_path, monkeypatch, file):
     """What the last save could not write any more is mended, and nothing is trained again."""
     run_into_stop(3, monkeypatch, tmp_path)
     before_the_save = (tmp_path / file).read_bytes()
-    run(tmp_path)
+    run_killed_before_its_checkpoint_goes(monkeypatch, tmp_path)
     (tmp_path / file).write_bytes(before_the_save)
     assert not same(outcome(tmp_path), outcome(alone))
     monkeypatch.setattr(train, "train_one_epoch", None)
@@ -300,20 +322,33 @@ def test_handlers_are_given_back(tmp_path):
 # --- the same command again -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("without_weights", [False, True])
-def test_finished_run_trains_nothing(tmp_path, monkeypatch, capsys, without_weights):
-    first = run(tmp_path, "--num_epochs", "2")
+@pytest.mark.parametrize("schedule", ["cos", "none"])
+def test_finished_run_trains_nothing(tmp_path, monkeypatch, capsys, schedule):
+    flags = ["--num_epochs", "2", "--scheduler", schedule]
+    first = run(tmp_path, *flags)
     last_line = capsys.readouterr().out.splitlines()[-1]
     before = outcome(tmp_path)
     monkeypatch.setattr(train, "train_one_epoch", None)
     monkeypatch.setattr(os, "replace", None)  # as on a full disk, or one that can only be read
-    if without_weights:
-        (tmp_path / "networks" / "x-last.pt").unlink()
-    again = run(tmp_path, "--num_epochs", "2")
+    again = run(tmp_path, *flags)
     assert capsys.readouterr().out.splitlines() == ["x is finished already", last_line]
     assert again.settings == first.settings
-    if not without_weights:
-        assert same(outcome(tmp_path), before)
+    assert same(outcome(tmp_path), before)
+
+
+def test_files_of_a_finished_run_that_are_lost(tmp_path, capsys):
+    run(tmp_path, "--num_epochs", "2")
+    before = outcome(tmp_path)
+    (tmp_path / "results" / "x.csv").unlink()
+    run(tmp_path, "--num_epochs", "2")
+    assert same(outcome(tmp_path), before)
+    (tmp_path / "networks" / "x-best.pt").unlink()
+    capsys.readouterr()
+    run(tmp_path, "--num_epochs", "2")
+    captured = capsys.readouterr().out
+    assert captured.startswith("x is finished already\n") and "weights" not in captured
+    run(tmp_path, "--num_epochs", "2", "--restart")
+    assert same(outcome(tmp_path), before)
 
 
 def test_more_epochs(tmp_path, capsys, fails):
@@ -361,7 +396,6 @@ def test_files_of_before_a_flag(alone, tmp_path, monkeypatch, fails):
     results = read_results(files.results)
     del results.settings["split_seed"]
     write_results(files.results, results)
-    files.checkpoint.unlink()
     assert "split_seed was 0, now seed." in fails(tmp_path, "--split_seed", "seed")
     monkeypatch.setattr(train, "train_one_epoch", None)
     run(tmp_path)
@@ -418,7 +452,7 @@ def test_finished_run_does_not_need_its_checkpoint(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("checksum", [True, False], ids=["", "an older file, without a checksum"])
 def test_changed_result_file_beside_its_checkpoint(tmp_path, monkeypatch, checksum):
     """The checkpoint knows better."""
-    numbers = run(tmp_path, "--num_epochs", "2").columns
+    numbers = run_killed_before_its_checkpoint_goes(monkeypatch, tmp_path, "--num_epochs", "2").columns
     file = tmp_path / "results" / "x.csv"
     before = file.read_text()
     lines = before.splitlines(keepends=True)
@@ -432,12 +466,11 @@ def test_changed_result_file_beside_its_checkpoint(tmp_path, monkeypatch, checks
 
 def test_changed_result_file_without_its_checkpoint(tmp_path, fails):
     run(tmp_path, "--num_epochs", "2")
-    (tmp_path / "networks" / "x-last.pt").unlink()
     file = tmp_path / "results" / "x.csv"
     changed = file.read_text().replace("# momentum: 0.9\n", "# momentum: 0.8\n")
     file.write_text(changed)
     line = fails(tmp_path, "--num_epochs", "2", "--momentum", "0.8")
-    assert "x.csv was changed after it was written" in line and "give --restart to start over" in line
+    assert "x.csv was changed after it was written" in line and "remove it or give --restart to start over" in line
     assert file.read_text() == changed
 
 
@@ -472,7 +505,7 @@ def test_finished_result_file_of_other_settings_beside_a_checkpoint(alone, tmp_p
 
 def test_result_file_names_the_code(tmp_path, monkeypatch):
     monkeypatch.setattr(circumstances, "code_version", lambda: "v1-dirty")
-    assert run(tmp_path, "--num_epochs", "1").settings["code"] == "v1-dirty"
+    assert run(tmp_path, "--num_epochs", "1", "--scheduler", "none").settings["code"] == "v1-dirty"
     assert load_checkpoint(tmp_path / "networks" / "x-last.pt")["settings"]["code"] == "v1-dirty"
 
 
@@ -517,7 +550,6 @@ def test_state_of_a_gpu_is_resumed_as_that_of_a_cpu(tmp_path):
 
 def test_damaged_result_file_without_its_checkpoint(tmp_path, fails):
     run(tmp_path, "--num_epochs", "1")
-    (tmp_path / "networks" / "x-last.pt").unlink()
     (tmp_path / "results" / "x.csv").write_text("something else\n")
     line = fails(tmp_path, "--num_epochs", "1")
     assert "x.csv is not a result file, or damaged, at line 1" in line and "--restart" in line

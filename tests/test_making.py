@@ -321,7 +321,7 @@ def test_killed_run_and_killed_experiment(one_of_two, tmp_path):
 
     The runs of the killed experiment save all that they have done since the last checkpoint, that of the first epoch.
     """
-    flags = [*RANDOM, "--num_epochs", "40", "--checkpoint_seconds", "1e9"]
+    flags = [*RANDOM, "--num_epochs", "40", "--checkpoint_seconds", "1e9", "--scheduler", "none"]
     alone, runs = ([small_run(tmp_path / path, *flags, "--seed", n) for n in "12"] for path in ("alone", "disturbed"))
     list(make_runs(alone, [], device="cpu", train=train.train))
     command = [sys.executable, "-c", TRAININGS, "--dataset", "digits", "--batch_size", "48", *flags]

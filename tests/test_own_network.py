@@ -195,7 +195,7 @@ def stop_after_an_epoch(line: str) -> None:
 
 def run_and_weights(flags: list[str], path: Path, stop: bool = False) -> tuple[Results, dict[str, torch.Tensor]]:
     """What comes of a run; with `stop`, of one that is stopped after its first epoch and resumed."""
-    settings = preparation.parse([*flags, "--path", str(path)])
+    settings = preparation.parse([*flags, "--path", str(path), "--scheduler", "none"])  # which keeps its last weights
     if stop:
         with pytest.raises(KeyboardInterrupt):
             train.train(settings, stop_after_an_epoch)

@@ -264,23 +264,24 @@ def test_restart_opens_one_lock_at_a_time(small_network, no_figures, tmp_path, m
 
 def test_changed_result_file(small_network, no_figures, tmp_path, monkeypatch, capsys):
     """Its run's checkpoint mends it; without one, nothing is concluded from it."""
-    assert run(tmp_path, "--seeds", "1-2") == 0
-    file = tmp_path / "results" / f"{PROPOSED}-seed2.csv"
+    flags, name = ["--seeds", "1-2", "--scheduler", "none"], f"{EXPERIMENT}-scheduler=none-weight0.1-c100-bn-seed2"
+    assert run(tmp_path, *flags) == 0
+    file = tmp_path / "results" / f"{name}.csv"
     before = file.read_text()
     changed = re.sub(r"\d(?=\n\Z)", lambda digit: str((int(digit[0]) + 5) % 10), before)
     file.write_text(changed)
     monkeypatch.setattr(train, "train_one_epoch", None)
-    assert run(tmp_path, "--seeds", "1-2", "--report") == 1
+    assert run(tmp_path, *flags, "--report") == 1
     assert f"{file} was changed after it was written" in capsys.readouterr().err
-    assert run(tmp_path, "--seeds", "1-2") == 0
+    assert run(tmp_path, *flags) == 0
     assert file.read_text() == before
     file.write_text(changed)
-    (tmp_path / "networks" / f"{PROPOSED}-seed2-last.pt").unlink()
+    (tmp_path / "networks" / f"{name}-last.pt").unlink()
     capsys.readouterr()
-    assert run(tmp_path, "--seeds", "1-2") == 1
+    assert run(tmp_path, *flags) == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and f"{file} was changed after it was written" in captured.err
-    assert "--restart" in captured.err and "interim: 1 of 2" in captured.out
+    assert "remove it or give --restart" in captured.err and "interim: 1 of 2" in captured.out
     assert file.read_text() == changed
 
 

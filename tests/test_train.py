@@ -134,7 +134,6 @@ def test_what_a_run_leaves_behind(few_digits, tmp_path, capsys):
     assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()} == {
         f"results/{name}.csv",
         f"networks/{name}-best.pt",
-        f"networks/{name}-last.pt",
         f"networks/{name}.lock",
     }
 
