@@ -87,19 +87,19 @@ def call(
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}  # where this process finds its modules, so may a user's own be
     bars = {SHOW_BAR: "1", "TQDM_MININTERVAL": str(BAR_SECONDS)}
     environment = {**os.environ, **paths, **bars, STOP_AT_END_OF_INPUT: "1", **environment}
-    with tempfile.TemporaryDirectory() as folder:
-        errors = Path(folder) / "errors"
-        with errors.open("wb") as stream, errors.open("rb") as written:  # each has a position of its own
-            streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": stream}
-            with subprocess.Popen(command, **streams, env=environment, start_new_session=True) as process:
-                tell(bar := "")
-                while process.poll() is None and not stopped():
-                    time.sleep(POLL_SECONDS)
-                    if (drawn := read_bar(written)) != bar:
-                        tell(bar := drawn)
-        lines = (
-            errors.read_text("utf-8", errors="replace").rstrip().split("\n")
-        )  # also where there was a \r before a bar
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # so a kill leaves nothing
+        file = Path(folder) / "errors"
+        stream, written = file.open("wb"), file.open("rb")  # each has a position of its own
+    with stream, written:
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": stream}
+        with subprocess.Popen(command, **streams, env=environment, start_new_session=True) as process:
+            tell(bar := "")
+            while process.poll() is None and not stopped():
+                time.sleep(POLL_SECONDS)
+                if (drawn := read_bar(written)) != bar:
+                    tell(bar := drawn)
+        written.seek(0)
+        lines = re.split(r"[\r\n]+", written.read().decode(errors="replace").rstrip())
     said = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
     return process.returncode, (said or lines)[-1]  # without a word of its own, it is a traceback's last line
 
