@@ -151,7 +151,7 @@ def check_bn_weight(bn_weight: float, dtype: torch.dtype) -> None:
 SIGMA_ACT = 0.58  # standard deviation of a rectified standard normal variable, sqrt((1 - 1/π) / 2)
 
 
-def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int = 3) -> nn.Sequential:
+def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int | None = None) -> nn.Sequential:
     """Put a batch norm in front of a network that normalizes its images (Section 4 of the paper).
 
     Its γ starts at `bn_weight` · σ_act, as if the images were rectified activations of a layer before; its β is frozen
@@ -160,7 +160,8 @@ def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int =
     Args:
         network: any module.
         bn_weight: where γ starts in the network itself.
-        num_channels: of the images, (N, num_channels, H, W).
+        num_channels: of the images, (N, num_channels, H, W). By default as many as the first `nn.Conv2d` in
+            `network.modules()` takes; 3 where there is none, or a lazy one that does not know it yet.
 
     Returns:
         `nn.Sequential(input_norm, network)`, so that the names of all weights start with `0.` or `1.`. `input_norm` is
@@ -171,6 +172,9 @@ def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int =
     """
     like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
     check_bn_weight(bn_weight, like.dtype)
+    if num_channels is None:
+        first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+        num_channels = getattr(first, "in_channels", 0) or 3
     input_norm = ScaleBatchNorm2d(num_channels, bn_weight=bn_weight * SIGMA_ACT, device=like.device, dtype=like.dtype)
     input_norm.bias.requires_grad = False
     whole = nn.Sequential(input_norm, network)

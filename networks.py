@@ -119,7 +119,7 @@ def construct_network(
         initialize_scales(network, bn_weight)
     except ValueError as error:
         raise ValueError(f"{network_name}: {error}") from error
-    return prepend_input_norm(network, bn_weight) if input_norm == "bn" else network
+    return prepend_input_norm(network, bn_weight, num_channels=3) if input_norm == "bn" else network
 
 
 def build_network(network_name: str, num_classes: int) -> nn.Module:

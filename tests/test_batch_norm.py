@@ -320,6 +320,15 @@ def test_input_norm_in_front():
     assert torch.equal(whole[0].bias, torch.zeros(4))
 
 
+def test_input_norm_takes_as_many_channels_as_the_first_convolution():
+    grey, lazy = nn.Sequential(nn.Sequential(nn.Conv2d(1, 2, 1)), nn.Conv2d(2, 5, 1)), nn.LazyConv2d(2, 1)
+    assert prepend_input_norm(grey, 0.1)(torch.rand(2, 1, 4, 4)).shape == (2, 5, 4, 4)
+    smaller = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 2, 1))
+    assert prepend_input_norm(smaller, 0.1, num_channels=3)(torch.rand(2, 3, 4, 4)).shape == (2, 2, 2, 2)
+    for network in (nn.Sequential(lazy, nn.Conv2d(2, 2, 1)), nn.Linear(2, 2)):
+        assert prepend_input_norm(network, 0.1)[0].num_features == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_input_norm_is_like_the_network(dtype):
     network = nn.Sequential(nn.Embedding(2, 2), nn.Conv2d(3, 2, 1, dtype=dtype, device="meta"))

@@ -70,6 +70,21 @@ def write_module(tmp_path, monkeypatch) -> Callable[[str], str]:
     return write
 
 
+GREY = """
+from torch import nn
+from torchvision.transforms import Grayscale
+
+
+def small(num_classes):
+    return nn.Sequential(Grayscale(), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, num_classes))
+"""
+
+
+def test_input_norm_takes_the_images_whatever_the_network_makes_of_them(write_module):
+    network = construct_network(f"{write_module(GREY)}:small", num_classes=10, dataset="digits")
+    assert network(torch.rand(2, 3, 8, 8)).shape == (2, 10)
+
+
 def test_weights_are_those_of_the_function(write_module):
     name = write_module(DROPOUT)
     torch.manual_seed(3)
