@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-SETTLED = 100  # training steps after which running statistics have forgotten where they started
-
 
 # The base is nn.BatchNorm2d's own base, not nn.BatchNorm2d: torchvision's constructors set γ to 1 in whatever is an
 # nn.BatchNorm2d after they have built the network, and bn_weight would silently be lost.

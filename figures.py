@@ -6,7 +6,6 @@ Each figure is a function that returns a `matplotlib.figure.Figure` without a wi
 it. All figures can be read in grey: lines differ in their strokes and markers too.
 """
 
-import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from command_line.endings import answer_at_once, one_line_endings, say, warn
 from command_line.flag_types import Parser, as_typed, folder
-from command_line.settings import DATASETS, DEFAULTS, NAMED, PAPER, compared
+from command_line.settings import DEFAULTS, NAMED, PAPER, compared
 
 
 def make_parser() -> Parser:
@@ -34,13 +33,12 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-from batch_norm import SETTLED
 from observations import NUM_MEASURED, learned_scales_and_shifts, normalized_values, observe_runs
 from reporting.comparison import Comparison, is_contrast
 from reporting.drawing import add_legend, label_axes, line_style, make_axes, make_logarithmic, save
 from reporting.tables import without_tables
 from saved_runs.by_seed import accuracy_by_seed, check_alike, read_by_seed
-from saved_runs.results import Results, read_results
+from saved_runs.results import SETTLED, Results, read_results
 from t_test import compare, compare_all
 
 Runs = Mapping[str, Mapping[int, Results]]  # finished runs by setting and seed
@@ -73,9 +71,8 @@ def learning_curves(runs: Runs) -> Figure:
     label_axes(axes[1], "epoch", "training loss (cross-entropy, nats)")
     make_logarithmic(axes[0], np.concatenate(shown[0]), largest=100)
     make_logarithmic(axes[1], np.concatenate(shown[1]))
-    settings = DEFAULTS | next(iter(run.settings for seeds in runs.values() for run in seeds.values()))
-    dataset = DATASETS.get(settings["dataset"])
-    if dataset and (steps := math.ceil(dataset.num_train / settings["batch_size"])) < SETTLED:
+    steps = next(run.steps_per_epoch for seeds in runs.values() for run in seeds.values())
+    if steps and steps < SETTLED:
         note = f"An epoch has {steps} steps. For about {SETTLED} steps, evaluation uses\nrunning statistics"
         axes[0].set_title(f"{note} of batch norm that have not settled.", fontsize=8)
     add_legend(axes[0].figure, title="median and middle half of the seeds")

@@ -35,7 +35,7 @@ from reporting.tables import (
     tables,
     write_table,
 )
-from saved_runs.by_seed import mixed_circumstances, note_missing_checksums
+from saved_runs.by_seed import mixed_circumstances, note_missing_checksums, note_unsettled
 from saved_runs.results import Results
 from t_test import compare_all
 
@@ -148,7 +148,8 @@ def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Se
     plan, runs = experiment.plan, experiment.runs_by_setting
     stem, compared = experiment.folder / plan.table_name, [run for of in runs.values() for run in of.values()]
     texts = tables(comparisons) if experiment.runs else []
-    notes = (*tuning, *selection_note(plan.select), *note_missing_checksums(compared))
+    notes = (*note_unsettled(experiment.finished.values()), *tuning, *selection_note(plan.select))
+    notes += (*note_missing_checksums(compared),)
     text = "\n\n".join((*texts, *notes, *experiment.explain_failures()))
     say(text, *mixed_circumstances(compared))
     if 0 < len(compared) < in_table and not plan.first.restart:

@@ -40,7 +40,14 @@ from scipy.stats import ttest_rel
 from reporting.comparison import Comparison
 from reporting.power import have_spread
 from reporting.tables import selection_note, tables, without_tables
-from saved_runs.by_seed import accuracy_by_seed, check_alike, mixed_circumstances, note_missing_checksums, read_by_seed
+from saved_runs.by_seed import (
+    accuracy_by_seed,
+    check_alike,
+    mixed_circumstances,
+    note_missing_checksums,
+    note_unsettled,
+    read_by_seed,
+)
 from saved_runs.results import Results
 
 
@@ -167,9 +174,9 @@ def report(proposed_files: Sequence[Path], baseline_files: Sequence[Path], selec
     baseline = read_by_seed(baseline_files, "--baseline", select)
     first, second = next(iter(proposed.values())), next(iter(baseline.values()))
     check_alike(first, second, "the files of --proposed and --baseline")
-    lines = ["\n\n".join(tables(compare_all({"baseline": baseline, "proposed": proposed}))), *selection_note(select)]
     runs = [*proposed.values(), *baseline.values()]
-    lines += [*note_missing_checksums(runs), *mixed_circumstances(runs)]
+    lines = ["\n\n".join(tables(compare_all({"baseline": baseline, "proposed": proposed}))), *note_unsettled(runs)]
+    lines += [*selection_note(select), *note_missing_checksums(runs), *mixed_circumstances(runs)]
     if alone := sorted(proposed.keys() ^ baseline.keys()):
         lines.append(f"seeds without a partner, which do not count: {', '.join(map(str, alone))}")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from command_line import settings
-from saved_runs.results import Results, read_results
+from saved_runs.results import SETTLED, UNSETTLED, Results, read_results
 
 CIRCUMSTANCES = ("images", "machine", "python", "torch", "torchvision")  # what else may change the numbers
 
@@ -66,3 +66,9 @@ def note_missing_checksums(runs: Iterable[Results]) -> list[str]:
     checked = [run.checked for run in runs]
     missing = checked.count(False)
     return [f"{missing} of {len(checked)} result files have no checksum to compare their numbers with"] * (missing > 0)
+
+
+def note_unsettled(runs: Iterable[Results]) -> list[str]:
+    """A line where some of the runs are so short that batch norm's running statistics have not settled."""
+    steps = min((run.num_epochs * run.steps_per_epoch for run in runs if run.steps_per_epoch), default=SETTLED)
+    return [f"runs of {steps} steps: {UNSETTLED}"] * (steps < SETTLED)

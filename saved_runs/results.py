@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from command_line.files import DamagedFileError, read_file, write_atomically
-from command_line.settings import DEFAULTS, OWN_SEED, WITHOUT_EFFECT, Value
+from command_line.settings import DATASETS, DEFAULTS, OWN_SEED, WITHOUT_EFFECT, Value
 
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "test_accuracy")
 CHECKSUM = "sha256"  # stands where the name of a setting does
+SETTLED = 100  # training steps after which running statistics have forgotten where they started
+UNSETTLED = f"for about {SETTLED} steps, batch norm's running statistics have not settled, and accuracies say little"
 
 
 @dataclass
@@ -42,6 +44,18 @@ class Results:
     def num_epochs(self) -> int:
         """The number of epochs that the run has made so far."""
         return len(self.columns["epoch"])
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """The number of training steps of an epoch; None where the settings do not say how many images there are."""
+        settings = DEFAULTS | self.settings
+        if settings["dataset"] in DATASETS:
+            num_train = DATASETS[settings["dataset"]].num_train
+        elif noted := re.match(r"([\d,]+) training", str(settings.get("images"))):  # see `ImageSet.numbers`
+            num_train = int(noted[1].replace(",", ""))
+        else:
+            return None
+        return math.ceil(num_train / settings["batch_size"])
 
     @property
     def finished(self) -> bool:

@@ -47,7 +47,8 @@ def flags(*others: str) -> list[str]:
 def test_run_is_not_resumed_with_other_images(beetles, capsys):
     few = flags("--name", "x", "--scheduler", "none", "--num_epochs")
     numbers = "54 training, 6 validation and 9 test images of 3 classes"
-    assert train.main([*few, "1"]).settings["images"] == numbers
+    results = train.main([*few, "1"])
+    assert (results.settings["images"], results.steps_per_epoch) == (numbers, 4)
     more = beetles / "train" / "Käfer" / "more.png"
     more.write_bytes((beetles / "train" / "Käfer" / "0.png").read_bytes())
     before = Path("results/x.csv").read_bytes()

@@ -197,7 +197,7 @@ def test_one_failure_does_not_stop_the_others(small_network, no_figures, tmp_pat
     rows = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("|")}
     assert " of 2 " in rows["proposed"] and "interim: 2 of 3" in rows["proposed"]
     line = "baseline: 2 of 3 seeds; seed 2 failed: FloatingPointError: a loss is not finite\n"
-    assert (tmp_path / "results" / f"{EXPERIMENT}.md").read_text().endswith(f"|\n\n{line}")
+    assert (tmp_path / "results" / f"{EXPERIMENT}.md").read_text().endswith(f"accuracies say little\n\n{line}")
 
 
 def test_files_of_another_experiment_are_left_alone(small_network, no_figures, tmp_path, capsys):
@@ -290,7 +290,7 @@ def test_folder_that_can_only_be_read(small_network, no_figures, tmp_path, monke
         raise OSError(errno.EROFS, "Read-only file system")
 
     assert run(tmp_path, "--seeds", "1-2") == 0
-    table = capsys.readouterr().out.splitlines()[-11:]
+    table = capsys.readouterr().out.splitlines()[-13:]
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refuse)
         patch.setattr(os, "replace", refuse)
@@ -410,7 +410,8 @@ def test_contrasts(no_training, tmp_path, monkeypatch, capsys):
         assert summary.loc[name, "corrected_p_value"] == pytest.approx(holm)
     assert summary["seeds"].sum() == 12
     text = (tmp_path / "results" / f"{EXPERIMENT}.md").read_text()
-    _, contrasts, certainty = text.split("\n\n")
+    _, contrasts, certainty, short = text.split("\n\n")
+    assert short.startswith("runs of 54 steps: for about 100 steps, batch norm's")  # 2 epochs of 27
     assert contrasts.splitlines()[2].startswith("| proposed vs init | ")
     assert [line.split("|")[1].strip() for line in certainty.splitlines()[2:]] == list(pairs)
     assert max(map(len, text.splitlines())) <= 120
@@ -499,7 +500,7 @@ def test_every_setting_is_compared_at_its_own_rate(no_training, tmp_path, capsys
     assert "# learning_rates: 0.01+0.1+0.4\n# tuning_seeds: 16 17\n" in (folder / f"{TUNED}.csv").read_text()
     assert not (folder / f"{EXPERIMENT}.csv").exists()
     shown = capsys.readouterr().out
-    assert "1/12 " in shown and "1/8 " in shown and max(map(len, shown.split("\n\n")[2].splitlines())) <= 120
+    assert "1/12 " in shown and "1/8 " in shown and max(map(len, shown.split("\n\n")[3].splitlines())) <= 120
     assert not re.search(r"seed1[67] test accuracy", shown)  # they have no part in the choice
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from command_line.files import DamagedFileError
 from command_line.settings import DEFAULTS
-from saved_runs.by_seed import note_missing_checksums
+from saved_runs.by_seed import note_missing_checksums, note_unsettled
 from saved_runs.results import CHECKSUM, COLUMNS, Results, read_results, write_results
 
 
@@ -35,6 +35,22 @@ def assert_same(ours: Results, expected: Results) -> None:
     for name, column in expected.columns.items():
         np.testing.assert_array_equal(ours.columns[name], column)
         assert ours.columns[name].dtype == column.dtype
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"dataset": "digits", "batch_size": 64}, 21),
+        ({}, 352),  # the paper's
+        ({"dataset": "flowers", "images": "1,234 training, 137 validation and 9 test images of 3 classes"}, 10),
+        ({"dataset": "flowers"}, None),  # older files do not say it
+    ],
+)
+def test_runs_too_short_for_running_statistics(settings, steps):
+    results = make_results(**settings)
+    assert results.steps_per_epoch == steps
+    expected = [f"runs of {3 * steps} steps: for about 100 steps, batch norm's"] if steps and 3 * steps < 100 else []
+    assert [line.split(" running")[0] for line in note_unsettled([make_results(), results])] == expected
 
 
 def test_what_is_written_is_read(tmp_path):

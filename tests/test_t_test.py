@@ -225,7 +225,7 @@ def test_files(tmp_path, capsys):
     baseline = write_runs(tmp_path, BASELINE[:4], **settings)
     main(["--proposed", *reversed(proposed), "--baseline", *baseline])
     lines = capsys.readouterr().out.splitlines()
-    *_, line, versions, alone = lines
+    *_, line, short, versions, alone = lines
     assert max(map(len, lines)) <= 120
     differences = np.subtract(PROPOSED[:4], BASELINE[:4])
     effect = differences.mean() / differences.std(ddof=1)
@@ -237,6 +237,7 @@ def test_files(tmp_path, capsys):
     fields = [field.strip() for field in lines[3].strip("|").split("|")]
     assert fields[:3] == ["proposed", "5", f"{np.mean(PROPOSED):.2f} ± {np.std(PROPOSED, ddof=1):.2f}"]
     assert fields[4] == f"{by_hand(PROPOSED[:4], BASELINE[:4]):.2g}"
+    assert short.startswith("runs of 42 steps: for about 100 steps, batch norm's running statistics have not settled")
     assert versions == "not all runs have the same torch: 2.11; None"
     assert alone == "seeds without a partner, which do not count: 5"
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from batch_norm import SETTLED
 from image_sets.batches import Batches
+from saved_runs.results import SETTLED, UNSETTLED
 from saved_runs.run import Run
 
 Report = Callable[[str], None]  # takes a line of text
@@ -86,8 +86,5 @@ def introduce(run: Run, network: nn.Module, train_batches: Batches) -> list[str]
     if run.results:
         lines.append(f"{settings.name} resumes at epoch {run.epochs[0]} of {settings.num_epochs}")
     if run.epochs[0] * len(train_batches) < SETTLED:
-        lines.append(
-            f"an epoch has {len(train_batches)} steps: for about {SETTLED} steps, batch norm's running statistics still"
-            " depend on where they started, and accuracies say little"
-        )
+        lines.append(f"an epoch has {len(train_batches)} steps: {UNSETTLED}")
     return lines
