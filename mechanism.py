@@ -9,8 +9,9 @@ same is measured.
 import argparse
 import copy
 import math
+import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, repeat
 from typing import Any, TypeVar
@@ -63,6 +64,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn, optim
 from torch.optim.swa_utils import update_bn
+from tqdm import tqdm
 
 import train
 from command_line.files import write_atomically
@@ -72,6 +74,7 @@ from reporting.drawing import add_legend, label_axes, line_style, make_axes, sav
 from reporting.tables import markdown
 from seeds import keep_random_states, make_deterministic
 from training import preparation
+from training.progress import Report
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 CONVOLUTION = "convolution, from input to output"
@@ -135,7 +138,11 @@ def construct(settings: argparse.Namespace, image_set: ImageSet) -> nn.Module:
 
 
 def measure_first_steps(
-    settings: argparse.Namespace, image_set: ImageSet, steps: Iterable[int], num_images: int = 1000
+    settings: argparse.Namespace,
+    image_set: ImageSet,
+    steps: Iterable[int],
+    num_images: int = 1000,
+    after_step: Callable[[], object] = lambda: None,
 ) -> FirstSteps:
     """Train as `train.train` does, at the initial learning rate all along, and measure after some of the steps.
 
@@ -144,6 +151,7 @@ def measure_first_steps(
         image_set: its data set, on its device.
         steps: after how many steps to measure; 0 is before the first.
         num_images: how many test images to measure on, and about how many training images to estimate statistics on.
+        after_step: called after each training step.
     """
     network, wanted = construct(settings, image_set), set(steps)
     groups = adjust_weight_decay_and_learning_rate(network, settings.weight_decay, settings.learning_rate, settings.c)
@@ -169,6 +177,7 @@ def measure_first_steps(
         optimizer.zero_grad()
         F.cross_entropy(train.compute_logits(network, images, settings), labels).backward()
         optimizer.step()
+        after_step()
     running, estimated_anew, angles = map(np.array, zip(*found.values(), strict=True))
     return FirstSteps(np.array(list(found)), running, estimated_anew, dict(zip(initial, angles.T, strict=True)))
 
@@ -260,22 +269,35 @@ def draw_rotation(runs: Mapping[str, FirstSteps], num_panels: int = 3) -> Figure
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def tabulate(measured: Mapping[float, AtInitialization], runs: Mapping[str, FirstSteps]) -> str:
-    """What the figures show, as two Markdown tables."""
-    at_first = []
+def tabulate_initialization(measured: Mapping[float, AtInitialization]) -> str:
+    """What the first figure shows, as a Markdown table."""
+    rows = []
     for bn_weight, at in measured.items():
         norms = list(at.gradient_norms.values())
         row = {"initial γ": f"{bn_weight:g}", "logits": f"{at.logit_deviation:.3g}", "loss": f"{at.loss:.3f}"}
         places = {"first": 0, "middle": len(norms) // 2, "last": -1}
-        at_first.append(row | {f"gradient, {name}": f"{norms[place]:.2g}" for name, place in places.items()})
-    by_step = []
+        rows.append(row | {f"gradient, {name}": f"{norms[place]:.2g}" for name, place in places.items()})
+    return markdown(rows, list(rows[0]))
+
+
+def tabulate_first_steps(runs: Mapping[str, FirstSteps]) -> str:
+    """What the other figures show, as a Markdown table."""
+    rows = []
     for name, run in runs.items():
         for place, step in enumerate(run.steps):
             row = {"setting": name, "step": f"{step}", "running (%)": f"{run.running[place]:.1f}"}
             row |= {"estimated anew (%)": f"{run.estimated_anew[place]:.1f}"}
             angles = [of_steps[place] for of_steps in run.angles.values()]
-            by_step.append(row | {"median angle": f"{np.median(angles):.2f}°"})
-    return "\n\n".join(markdown(rows, list(rows[0])) for rows in (at_first, by_step))
+            rows.append(row | {"median angle": f"{np.median(angles):.2f}°"})
+    return markdown(rows, list(rows[0]))
+
+
+def give_seed(
+    runs: Mapping[str, argparse.Namespace], seed: int, report: Report = lambda line: None
+) -> tuple[dict[str, argparse.Namespace], ImageSet]:
+    """The settings of runs with this seed, and their images, with the statistics that the baseline needs."""
+    with_seed = {name: changed(settings, seed=seed) for name, settings in runs.items()}
+    return with_seed, preparation.load_images(with_seed["baseline"], report)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -287,29 +309,37 @@ def main(argv: Sequence[str] | None = None) -> None:
             pass
         runs = {name: preparation.prepare(settings) for name, settings in args.runs.items()}
         first, steps = runs["proposed"], [*(step for step in MEASURED if step < args.steps), args.steps]
+        seeds = f"mean of {len(args.seeds)} seeds" if args.seeds[1:] else f"seed {args.seeds[0]}"
+        title = f"{first.network} on {first.dataset}, {seeds}"
         measured, of_runs = {bn_weight: [] for bn_weight in BN_WEIGHTS}, {name: [] for name in runs}
         for seed in args.seeds:
-            with_seed = {name: changed(settings, seed=seed) for name, settings in runs.items()}
-            image_set = preparation.load_images(with_seed["baseline"], report=say)  # with statistics, as it needs them
+            with_seed, image_set = give_seed(runs, seed, report=say)
             for settings in with_seed.values():
                 preparation.check_network(settings, construct(settings, image_set), image_set)
+            if seed == args.seeds[0]:
+                say(f"{title}: one batch before training, then {args.steps} steps of {' and of '.join(runs)}", "")
             for bn_weight, of_seeds in measured.items():
                 network = construct(changed(with_seed["proposed"], bn_weight=bn_weight), image_set)
                 batch = next(iter(Batches(image_set, "train", first.batch_size, normalize=False)))
                 of_seeds.append(measure_initialization(network, *batch))
-            for name, of_seeds in of_runs.items():
-                of_seeds.append(measure_first_steps(with_seed[name], image_set, steps))
-        measured, of_runs = (
-            {key: mean_over_seeds(of_seeds) for key, of_seeds in of.items()} for of in (measured, of_runs)
-        )
-        text = tabulate(measured, of_runs)
-        write_atomically(args.output / "mechanism.md", f"{text}\n".encode())
-        say(text, "")
+        measured = {bn_weight: mean_over_seeds(of_seeds) for bn_weight, of_seeds in measured.items()}
+        at_first = tabulate_initialization(measured)
+        say(at_first, "")
+        total = len(runs) * len(args.seeds) * args.steps
+        with tqdm(total=total, unit="step", disable=not sys.stderr.isatty()) as bar:
+            for seed in args.seeds:
+                with_seed, image_set = give_seed(runs, seed)
+                for name, of_seeds in of_runs.items():
+                    bar.set_description(f"{name}, seed {seed}")
+                    of_seeds.append(measure_first_steps(with_seed[name], image_set, steps, after_step=bar.update))
+        of_runs = {name: mean_over_seeds(of_seeds) for name, of_seeds in of_runs.items()}
+        by_step = tabulate_first_steps(of_runs)
+        write_atomically(args.output / "mechanism.md", f"{at_first}\n\n{by_step}\n".encode())
+        say(by_step, "")
         figures = {"initialization": draw_initialization(measured), "running-statistics": draw_statistics(of_runs)}
         figures["rotation"] = draw_rotation(of_runs)
-        seeds = f"mean of {len(args.seeds)} seeds" if args.seeds[1:] else f"seed {args.seeds[0]}"
         for name, figure in figures.items():
-            figure.suptitle(f"{first.network} on {first.dataset}, {seeds}", fontsize=10)
+            figure.suptitle(title, fontsize=10)
             say(*save(figure, args.output / f"mechanism-{name}"))
 
 

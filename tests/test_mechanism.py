@@ -1,4 +1,5 @@
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -194,7 +195,11 @@ def test_figures():
 
 def test_command(few_digits, tmp_path, capsys):
     mechanism.main([*FLAGS, "--steps", "4", "--output", str(tmp_path), "--seeds", "1-2", "--split_seed", "seed"])
-    at_first, by_step, files = capsys.readouterr().out.split("\n\n")
+    captured = capsys.readouterr()
+    begin, at_first, by_step, files = captured.out.split("\n\n")
+    assert captured.err == ""
+    what = "one batch before training, then 4 steps of baseline and of proposed"
+    assert begin == f"test_mechanism:small_network on digits, mean of 2 seeds: {what}"
     assert (tmp_path / "mechanism.md").read_text() == f"{at_first}\n\n{by_step}\n"
     assert [line.split()[1] for line in at_first.splitlines()[2:]] == ["0.01", "0.03", "0.1", "0.3", "1"]
     image_sets = {seed: load_image_set("digits", split_seed=seed) for seed in (1, 2)}
@@ -217,6 +222,17 @@ def test_command(few_digits, tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == sorted([*expected, tmp_path / "mechanism.md"])
     with Image.open(expected[0]) as image:
         assert image.convert("L").getextrema() == (0, 255)
+
+
+def test_command_on_a_terminal(few_digits, tmp_path, monkeypatch, capsys):
+    """It has a bar over all training steps, and the first table is there before them."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(mechanism, "tabulate_first_steps", lambda runs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        mechanism.main([*FLAGS, "--steps", "2", "--output", str(tmp_path), "--seeds", "1-2"])
+    captured = capsys.readouterr()
+    assert "proposed, seed 2: 100%" in captured.err and " 8/8 " in captured.err
+    assert captured.out.count("\n| ") == 2 + 5
 
 
 def test_an_impossible_output_is_noticed_before_the_training(few_digits, tmp_path, monkeypatch, capsys):
