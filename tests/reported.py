@@ -48,11 +48,11 @@ def last(run: pandas.DataFrame) -> float:
     return run["test_accuracy"].iloc[-1]
 
 
-def accuracies(folder: str, experiment: str, setting: str, select=best) -> np.ndarray:
-    """Test accuracies (%) of the seeds 1 to 15, in this order; besides, there may be runs with tuning seeds."""
-    runs = read_runs(folder, experiment, setting)
-    assert list(runs)[:15] == [*range(1, 16)], (folder, setting)
-    return np.array([select(runs[seed]) for seed in range(1, 16)])
+def accuracies(folder: str, experiment: str, setting: str, select=best, num_seeds: int = 15) -> np.ndarray:
+    """Test accuracies (%) of the seeds from 1 on, in this order; besides, there may be runs with tuning seeds."""
+    runs, seeds = read_runs(folder, experiment, setting), range(1, num_seeds + 1)
+    assert list(runs)[:num_seeds] == [*seeds], (folder, setting)
+    return np.array([select(runs[seed]) for seed in seeds])
 
 
 @dataclass(frozen=True)

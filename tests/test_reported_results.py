@@ -49,6 +49,7 @@ Accuracies = Callable[..., np.ndarray]  # of a setting, at the epoch that `selec
 first: Accuracies = partial(accuracies, "digits", AT_005)
 why: Accuracies = partial(accuracies, "digits-why", AT_005)
 sweep: Accuracies = partial(accuracies, "digits-sweep", AT_005)
+splits: Accuracies = partial(accuracies, "digits-splits", f"{AT_005}-split_seed=seed", num_seeds=30)
 long: Accuracies = partial(accuracies, "digits-20-epochs", LONG)
 fair: Accuracies = DIGITS_TUNED.accuracies
 cifar10: Accuracies = partial(accuracies, "cifar10-own-stem", CIFAR10_TUNED.at("0.1"))
@@ -279,6 +280,20 @@ def test_how_sure_it_is():
         f"Seed 15 matters, where the baseline has {why('baseline')[14]:.2f} %: without it, the gain is"
         f" {between(np.delete(of_best, 14))}.",
     )
+
+
+def test_splits():
+    text = lines_of("Over 30 splits")
+    check_comparisons(*tables_of(text), splits, ["baseline", "proposed"])
+    check_sentences(
+        text,
+        f"better on {(gain(splits) > 0).sum()} of the 30 splits.",
+        f"the gain is {gain(why).mean():.2f} with 15 seeds:",
+    )
+    heads = [
+        file.read_text() for file in (RESULTS / "digits-splits").glob("*seed*.csv") if "# seed:" in file.read_text()
+    ]
+    assert len(heads) == 60 and all("\n# split_seed: seed\n" in head for head in heads)
 
 
 def read_archive(folder: str) -> dict[str, np.ndarray]:
