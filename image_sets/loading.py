@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -157,6 +155,8 @@ def find_digits(split_seed: int) -> FoundImages:
 
     The digits are not mirrored: a mirrored 2 is no digit.
     """
+    from sklearn.datasets import load_digits  # takes a second to import, which not every start has to wait for
+
     digits = load_digits()
     complete_train, test = stratified_split(digits.target, 0.2, split_seed)
     order = np.concatenate([complete_train, test])
@@ -192,5 +192,7 @@ def split_indices(
 
 def stratified_split(labels: np.ndarray, test_size: float, seed: int) -> list[np.ndarray]:
     """Indices of two parts, drawn from a generator of its own, which nothing else depends on."""
+    from sklearn.model_selection import train_test_split
+
     random_state = make_complex(seed)
     return train_test_split(np.arange(len(labels)), test_size=test_size, stratify=labels, random_state=random_state)

@@ -10,11 +10,11 @@ import hypothesis
 import numpy as np
 import pytest
 import torchvision.datasets
+from sklearn import datasets
 
 import small
 import trained_networks
 from command_line.signals import STOP_SIGNALS
-from image_sets import loading
 from training import preparation
 
 hypothesis.settings.register_profile("machines of any speed", deadline=None)
@@ -32,7 +32,7 @@ def no_signal_is_ignored():
 @pytest.fixture
 def few_digits(monkeypatch):
     """Train on 144 digits."""
-    monkeypatch.setattr(loading, "load_digits", small.load_few_digits)
+    monkeypatch.setattr(datasets, "load_digits", small.load_few_digits)
 
 
 @pytest.fixture

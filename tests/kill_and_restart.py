@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn import datasets
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from command_line import files
-from image_sets import loading
 from saved_runs import results
 from saved_runs.checkpoint import load_checkpoint
 from small import load_few_digits, train_small
@@ -100,7 +100,7 @@ def run(flags: list[str], output: str, small: bool, death: tuple[int, str] | Non
     if small:
         train_small()
     else:
-        loading.load_digits = load_few_digits
+        datasets.load_digits = load_few_digits
     if death is not None:
         die_in_write(*death)
     train.main(flags)

@@ -20,11 +20,11 @@ from unittest.mock import patch
 
 import psutil
 import torch
+from sklearn import datasets
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from image_sets import loading
 from small import construct_small_network, load_few_digits, train_small
 from training import preparation, pulse
 
@@ -74,7 +74,7 @@ def record(job: dict[str, Any]) -> dict[str, Any]:
         patches.enter_context(patch.multiple(train, **noted))
         if job.get("small"):
             patches.enter_context(patch.object(preparation, "construct_network", construct_small_network))
-            patches.enter_context(patch.object(loading, "load_digits", load_few_digits))
+            patches.enter_context(patch.object(datasets, "load_digits", load_few_digits))
         if job.get("double"):
             patches.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(torch.float64)

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torchvision.datasets
+from sklearn import datasets
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 from torch import Tensor, nn
 
 import train
 from batch_norm import ScaleBatchNorm2d
-from image_sets import loading
 from training import preparation
 
 STOP = KeyboardInterrupt(signal.SIGINT)  # as Ctrl-C raises it
@@ -58,7 +58,7 @@ def stochastic_depth(num_classes: int) -> nn.Module:
 
 def train_small() -> None:
     """Let every further run of this process take a few digits and the small network."""
-    loading.load_digits = load_few_digits
+    datasets.load_digits = load_few_digits
     preparation.construct_network = construct_small_network
 
 

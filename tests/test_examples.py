@@ -8,8 +8,8 @@ FEW_DIGITS = """
 import sys
 sys.path[:0] = ["..", "../tests"]
 import small
-from image_sets import loading
-loading.load_digits = small.load_few_digits
+from sklearn import datasets
+datasets.load_digits = small.load_few_digits
 """
 
 
