@@ -189,7 +189,7 @@ def test_bad_network_ends_a_command_in_one_line(write_module, tmp_path, capsys, 
         command.main(["--dataset", "digits", "--network", f"{name}:small", "--device", "cpu", *flags])
     assert stop.value.code == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and message.format(name) in err
+    assert "|" not in out and err.count("\n") == 1 and message.format(name) in err
     assert not (tmp_path / "results").exists() and not list(tmp_path.glob("networks/*.pt"))
 
 

@@ -753,10 +753,11 @@ def test_restarted_experiment_goes_on_without_the_flag(small_network, no_figures
 def test_terminal_shows_all_that_moves(no_training, tmp_path, monkeypatch, capsys):
     def train_with_a_bar(settings: argparse.Namespace, show_bar: bool, **_: Any) -> Results:
         with tqdm(total=2, desc="epoch 1/2", disable=not show_bar) as bar:
-            bar.update()
-            print("a warning", file=sys.stderr)
             seen, deadline = len(shown), time.monotonic() + 60
-            while b"epoch 1/2" not in shown[seen:] and time.monotonic() < deadline:  # until the line is drawn anew
+            bar.update()
+            bar.refresh()
+            print("a warning", file=sys.stderr)
+            while b"epoch 1/2:  50%" not in shown[seen:] and time.monotonic() < deadline:  # until the line is drawn anew
                 time.sleep(0.01)
         return fake_train(settings)
 
@@ -782,7 +783,7 @@ def test_terminal_shows_all_that_moves(no_training, tmp_path, monkeypatch, capsy
     os.close(main)
     text = shown.decode()
     assert re.search(r"50%.*2/4 \[\d\d:\d\d, about \d\d:\d\d left\]", text)
-    assert re.search(r"\r00:00 baseline, seed 1: epoch 1/2: +50%", text) and "proposed, seed 2: epoch" in text
+    assert re.search(r"\r\d\d:\d\d baseline, seed 1: epoch 1/2: +50%", text) and "proposed, seed 2: epoch" in text
     assert text.count("a warning") == 4
     header = r"\| setting  \| seeds \| accuracy \(%\) \| difference \| p +\| p \(Holm\) \|"
     assert re.search(header, text) and "| proposed | 1 " in text
