@@ -757,7 +757,7 @@ def test_terminal_shows_all_that_moves(no_training, tmp_path, monkeypatch, capsy
             bar.update()
             bar.refresh()
             print("a warning", file=sys.stderr)
-            while b"epoch 1/2:  50%" not in shown[seen:] and time.monotonic() < deadline:  # until the line is drawn anew
+            while b"epoch 1/2:  50%" not in shown[seen:] and time.monotonic() < deadline:  # until it is drawn
                 time.sleep(0.01)
         return fake_train(settings)
 
