@@ -3,7 +3,6 @@
 import re
 import runpy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -133,11 +132,10 @@ def check_tuning(table: list[list[str]], tuned: Tuned, settings: Sequence[str]) 
         assert row == [name, *means]
 
 
-def best_of_seed_16() -> dict[str, str]:
-    """The best validation accuracy of the four rates in tuning on CIFAR-10, for the seed that all settings have."""
-    tuned = replace(CIFAR10_TUNED, seeds=range(16, 17))
+def best_in_tuning() -> dict[str, str]:
+    """The mean validation accuracy at the best of the four rates in tuning on CIFAR-10."""
     settings = ("baseline", "proposed", "input", "logits")
-    return {name: f"{tuned.mean_val_accuracy(tuned.chosen_rate(name), name):.2f}" for name in settings}
+    return {name: f"{CIFAR10_TUNED.mean_val_accuracy(CIFAR10_TUNED.chosen_rate(name), name):.2f}" for name in settings}
 
 
 def test_cifar10():
@@ -148,7 +146,7 @@ def test_cifar10():
     p_values = corrected(gains)
     assert comparisons[1:] == [[name, between(of, "+"), p_values[name]] for name, of in gains.items()]
     assert [CIFAR10_TUNED.chosen_rate(name) for name in settings] == ["0.03", "0.1"]
-    of_16 = best_of_seed_16()
+    in_tuning = best_in_tuning()
     ahead = [
         CIFAR10_TUNED.mean_val_accuracy(rate, "proposed") - CIFAR10_TUNED.mean_val_accuracy(rate, "baseline")
         for rate in CIFAR10_TUNED.rates
@@ -158,8 +156,8 @@ def test_cifar10():
         f"the test accuracy is {spread(cifar10('proposed'))} % at its best rate, 0.1,",
         f"The baseline has {spread(cifar10('baseline'))} % at 0.1, and {spread(cifar10_fair('baseline'))} % at its",
         "by {:.1f}, {:.1f}, {:.1f} and {:.1f} points".format(*ahead),
-        f"is {of_16['input']} % for `input` and {of_16['logits']} % for `logits`, where",
-        f"the baseline has {of_16['baseline']} and the method {of_16['proposed']} %:",
+        f"is {in_tuning['input']} % for `input` and {in_tuning['logits']} % for `logits`, where",
+        f"the baseline has {in_tuning['baseline']} and the method {in_tuning['proposed']} %:",
     )
 
 
@@ -489,5 +487,5 @@ def test_first_screen():
     words = (
         "is {logits} % with small logits, {proposed} with the method, {input} with the input layer alone and {baseline}"
     )
-    assert words.format(**best_of_seed_16()) in text
+    assert words.format(**best_in_tuning()) in text
     assert f"gains {between(gain(fair, setting='logits'))}, each with" in text
