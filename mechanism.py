@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain, islice, repeat
 from typing import Any, TypeVar
 
@@ -74,7 +75,6 @@ from reporting.drawing import add_legend, label_axes, line_style, make_axes, sav
 from reporting.tables import markdown
 from seeds import keep_random_states, make_deterministic
 from training import preparation
-from training.progress import Report
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 CONVOLUTION = "convolution, from input to output"
@@ -292,12 +292,9 @@ def tabulate_first_steps(runs: Mapping[str, FirstSteps]) -> str:
     return markdown(rows, list(rows[0]))
 
 
-def give_seed(
-    runs: Mapping[str, argparse.Namespace], seed: int, report: Report = lambda line: None
-) -> tuple[dict[str, argparse.Namespace], ImageSet]:
-    """The settings of runs with this seed, and their images, with the statistics that the baseline needs."""
-    with_seed = {name: changed(settings, seed=seed) for name, settings in runs.items()}
-    return with_seed, preparation.load_images(with_seed["baseline"], report)
+def give_seed(runs: Mapping[str, argparse.Namespace], seed: int) -> dict[str, argparse.Namespace]:
+    """The settings of runs with this seed."""
+    return {name: changed(settings, seed=seed) for name, settings in runs.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -312,8 +309,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds = f"mean of {len(args.seeds)} seeds" if args.seeds[1:] else f"seed {args.seeds[0]}"
         title = f"{first.network} on {first.dataset}, {seeds}"
         measured, of_runs = {bn_weight: [] for bn_weight in BN_WEIGHTS}, {name: [] for name in runs}
+
+        @cache
+        def load(split_seed: int) -> ImageSet:  # with the statistics that the baseline needs
+            return preparation.load_images(changed(runs["baseline"], split_seed=split_seed), report=say)
+
         for seed in args.seeds:
-            with_seed, image_set = give_seed(runs, seed, report=say)
+            with_seed = give_seed(runs, seed)
+            image_set = load(flags.split_seed(vars(with_seed["baseline"])))
             for settings in with_seed.values():
                 preparation.check_network(settings, construct(settings, image_set), image_set)
             if seed == args.seeds[0]:
@@ -328,7 +331,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         total = len(runs) * len(args.seeds) * args.steps
         with tqdm(total=total, unit="step", disable=not sys.stderr.isatty()) as bar:
             for seed in args.seeds:
-                with_seed, image_set = give_seed(runs, seed)
+                with_seed = give_seed(runs, seed)
+                image_set = load(flags.split_seed(vars(with_seed["baseline"])))
                 for name, of_seeds in of_runs.items():
                     bar.set_description(f"{name}, seed {seed}")
                     of_seeds.append(measure_first_steps(with_seed[name], image_set, steps, after_step=bar.update))

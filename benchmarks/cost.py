@@ -21,6 +21,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,16 +80,13 @@ def measure(began: float, flags: list[str], seconds: float, num_threads: int) ->
     progress = SimpleNamespace(epoch=1, step=lambda loss, num_images: None)
     train = partial(train_one_epoch, network, optimizer=optimizer, settings=settings, progress=progress)
 
-    start, first, num_images = time.time() - began, None, 0
-    while first is None or time.perf_counter() - first < seconds:
-        for images, labels in batches:
-            train(batches=[(images, labels)])
-            if first is None:
-                first = time.perf_counter()
-            else:
-                num_images += len(labels)
-            if time.perf_counter() - first >= seconds:
-                break
+    start, endless = time.time() - began, chain.from_iterable(repeat(batches))
+    train(batches=[next(endless)])
+    first, num_images = time.perf_counter(), 0
+    while time.perf_counter() - first < seconds:
+        batch = next(endless)
+        train(batches=[batch])
+        num_images += len(batch[1])
     return Cost(start, num_images / (time.perf_counter() - first), batches.num_images, memory())
 
 

@@ -9,7 +9,7 @@ import signal
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from command_line.endings import in_one_line
-from experiment.run_process import ATTEMPTS, POLL_SECONDS, Outcome, make_run_in_process
+from experiment.run_process import ATTEMPTS, POLL_SECONDS, Outcome, Tell, make_run_in_process
 
 if TYPE_CHECKING:
     from distributed import Client, Future, Worker
@@ -56,7 +56,7 @@ def make_runs_on_cluster(
     stops: list[int],
     scheduler: str,
     device: str | None,
-    tell: Callable[[argparse.Namespace, str], None] = lambda run, bar: None,
+    tell: Tell = lambda run, bar: None,
 ) -> Iterator[tuple[argparse.Namespace, Outcome]]:
     """`make_runs` on the cluster of a scheduler.
 

@@ -15,12 +15,11 @@ from queue import SimpleQueue
 from command_line.flag_types import FlagError
 from command_line.signals import interrupt, on_signals
 from experiment.cluster import ClusterError, make_runs_on_cluster
-from experiment.run_process import LOCK_SECONDS, Outcome, make_run_in_process
+from experiment.run_process import LOCK_SECONDS, Outcome, Tell, make_run_in_process
 from saved_runs.results import Results
 
 Made = Iterator[tuple[argparse.Namespace, Outcome]]
 CURSOR_MOVES = re.compile(r"\n*(\x1b\[A)*")  # to where a bar is
-Tell = Callable[[argparse.Namespace, str], None]  # takes a run at work and its bar
 
 
 def make_runs(

@@ -20,6 +20,7 @@ from saved_runs.paths import run_files
 from saved_runs.results import Results, read_results
 
 Outcome = Results | Exception | int  # of a run: its results, why it failed, or the number of the signal that stopped it
+Tell = Callable[[argparse.Namespace, str], None]  # takes a run at work and its bar
 
 COMMAND = [sys.executable, str(Path(__file__).parent.parent / "train.py")]
 ERROR = "train.py: error: "  # how its last line begins
