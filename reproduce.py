@@ -8,21 +8,20 @@ All flags of train.py go to every run. The same command resumes an experiment: f
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
 
 from command_line.endings import answer_at_once, end, how_to_resume, one_line_endings, say, warn
 from command_line.settings import DATASETS
 from command_line.signals import on_signals
-from experiment.plan import PlannedRun, parse
+from experiment.plan import PlannedRun, parse, ranges
 
 if __name__ == "__main__":
     answer_at_once("reproduce.py", parse)  # before torch and scipy are imported, which takes seconds
 
 from experiment.cluster import ClusterError
+from experiment.command import command_of, find_experiments
 from experiment.display import Display
-from experiment.found import find_experiments, ranges
 from experiment.making import make_runs
 from experiment.outcomes import Experiment, remove
 from reporting.comparison import Comparison, is_contrast
@@ -115,11 +114,10 @@ def list_runs(experiment: Experiment) -> None:
         warn(lines[-1], "reproduce.py")
 
 
-def list_experiments(folder: Path, found: Sequence[Sequence[str]]) -> None:
-    """Print what experiments there are in a folder, each with the command that reports it."""
-    for flags in found:
-        experiment = Experiment(parse([*flags, "--report", str(folder)]))
-        plan = experiment.plan
+def list_experiments(found: Mapping[str, argparse.Namespace]) -> None:
+    """Print what experiments there are in a folder, as plans by command, each with the command that reports it."""
+    for command, plan in found.items():
+        experiment = Experiment(plan, command)
         experiment.read(plan.tuning_runs)
         experiment.choose_learning_rates()
         experiment.read(experiment.runs)
@@ -128,12 +126,12 @@ def list_experiments(folder: Path, found: Sequence[Sequence[str]]) -> None:
         kind = "runs" if experiment.runs else "tuning runs"
         what = f"{', '.join(plan.settings)}; seeds {' '.join(ranges(plan.seeds))}"
         done = f"{num_done} of {len(planned)} {kind} are finished"
-        say(f"{plan.table_name}: {what}; {done}", report_command(flags, folder), "")
+        say(f"{plan.table_name}: {what}; {done}", report_command(command, plan), "")
 
 
-def report_command(flags: Sequence[str], folder: Path) -> str:
+def report_command(command: str, plan: argparse.Namespace) -> str:
     """The command that reports an experiment."""
-    return shlex.join(["python", "reproduce.py", *flags, "--report", str(folder)])
+    return f"{command} --report {shlex.quote(str(plan.report))}"
 
 
 def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Sequence[str], in_table: int) -> None:
@@ -156,7 +154,7 @@ def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Se
         say(f"{stem}.csv keeps its table of {in_table} finished runs: remove it to have this one written")
     elif compared:
         rows = [row | experiment.tuning_of(row["setting"]) for row in table_rows(comparisons, plan.settings)]
-        written = write_table(stem, plan.shared, rows, text)
+        written = [*write_table(stem, plan.shared, rows, text), experiment.write_command()]
         if not experiment.stops:
             from figures import save_figures  # matplotlib is not needed where runs are made
 
@@ -172,23 +170,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `one_line_endings` for its exit codes, of which 1 also means that a run failed."""
     given = sys.argv[1:] if argv is None else argv
     with one_line_endings("reproduce.py"), ExitStack() as handlers:
-        plan = parse(given)
+        plan, command = parse(given), command_of(given)
         if plan.report and sum(word.startswith("-") for word in given) == 1:
             found = find_experiments(plan.report)
-            if len(found) != 1:
-                if not found:
-                    raise ValueError(f"{plan.report} has no result files of an experiment")
-                list_experiments(plan.report, found)
+            if not found:
+                raise ValueError(f"{plan.report} has no command of an experiment: give its flags")
+            if len(found) > 1:
+                list_experiments(found)
                 return
-            say(report_command(found[0], plan.report))
-            plan = parse([*found[0], "--report", str(plan.report)])
-        experiment = Experiment(plan)
+            [(command, plan)] = found.items()
+            say(report_command(command, plan))
+        experiment = Experiment(plan, command)
         if plan.list:
             list_runs(experiment)
             return
         in_table = read_table_size(experiment.folder / plan.table_name, plan.shared)
-        if plan.report is None and not plan.scheduler:
-            check_here(plan)
+        if plan.report is None:
+            if not plan.scheduler:
+                check_here(plan)
+            if len(plan.settings) * len(plan.seeds) >= in_table:  # or else that table is kept, too
+                experiment.write_command()
         make(experiment, plan.tuning_runs)
         tuning = experiment.choose_learning_rates()
         make(experiment, experiment.runs)

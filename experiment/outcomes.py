@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from command_line.endings import in_one_line
-from command_line.files import DamagedFileError
+from command_line.files import DamagedFileError, write_atomically
 from command_line.flag_types import as_typed
 from command_line.settings import Value
 from experiment.plan import PlannedRun, plan_runs
@@ -31,6 +31,7 @@ class Experiment:
 
     Args:
         plan: what `plan.parse` returns.
+        command: what `command_of` makes of its flags.
 
     Attributes:
         folder: of the result files.
@@ -42,8 +43,8 @@ class Experiment:
         stops: numbers of the signals that have arrived.
     """
 
-    def __init__(self, plan: argparse.Namespace) -> None:
-        self.plan = plan
+    def __init__(self, plan: argparse.Namespace, command: str) -> None:
+        self.plan, self.command = plan, command
         self.folder = Path(plan.report or plan.path / "results")
         self.runs: list[PlannedRun] = plan.runs
         self.learning_rates: dict[str, float] = {}
@@ -51,6 +52,12 @@ class Experiment:
         self.failed: dict[str, str] = {}
         self.diverged: dict[str, str] = {}
         self.stops: list[int] = []
+
+    def write_command(self) -> Path:
+        """Write the command beside the results, by which `find_experiments` finds the experiment; returns the file."""
+        file = self.folder / f"{self.plan.table_name}.txt"
+        write_atomically(file, f"{self.command}\n".encode())
+        return file
 
     def read(self, planned: Sequence[PlannedRun]) -> None:
         """Find which runs are finished, and which files are damaged or of another experiment.

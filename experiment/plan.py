@@ -6,7 +6,7 @@ Nothing here takes long to import, so that `--help` and a wrong flag are answere
 import argparse
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from command_line import settings as flags
@@ -242,6 +242,13 @@ def seed_range(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"seeds above {MAX_SEED} repeat the draws of smaller ones, not {text!r}")
         numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
     return numbers
+
+
+def ranges(seeds: Collection[int]) -> list[str]:
+    """Seeds as `--seeds` takes them: 1-15 for the first fifteen."""
+    first = [seed for seed in sorted(seeds) if seed - 1 not in seeds]
+    last = [seed for seed in sorted(seeds) if seed + 1 not in seeds]
+    return [f"{a}-{b}" if a < b else str(a) for a, b in zip(first, last, strict=True)]
 
 
 def scheduler(text: str) -> str:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
+from experiment.command import find_experiments
 from image_sets.batches import Batches
 from image_sets.loading import load_image_set
 from networks import construct_network
@@ -421,6 +422,14 @@ def test_initialization_of_the_mechanism():
         norms = [convolutions[place].weight.grad.norm().item() for place in (0, len(convolutions) // 2, -1)]
         found = [logits.std(correction=0).item(), of_batch.item(), *norms]
         assert found == pytest.approx([deviation, loss, *gradients], rel=0.06)  # they have two digits
+
+
+@pytest.mark.parametrize("folder", sorted({file.parent for file in RESULTS.glob("*/*seed*.csv")}), ids=lambda f: f.name)
+def test_every_folder_has_its_commands(folder):
+    made, plans = {file.stem for file in folder.glob("*seed*.csv")}, find_experiments(folder).values()
+    assert plans
+    for plan in plans:
+        assert made & {run.settings.name for run in (*plan.runs, *plan.tuning_runs)}
 
 
 def test_introduction_and_related_work_have_no_other_numbers():

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas
@@ -25,8 +26,7 @@ import figures
 import reproduce
 import train
 from command_line import settings as run_flags
-from experiment import display, making, outcomes, plan
-from experiment.found import find_experiments
+from experiment import display, making, outcomes
 from saved_runs.lock import lock_run
 from saved_runs.paths import run_files
 from saved_runs.results import Results, read_results, write_results
@@ -290,7 +290,7 @@ def test_folder_that_can_only_be_read(small_network, no_figures, tmp_path, monke
         raise OSError(errno.EROFS, "Read-only file system")
 
     assert run(tmp_path, "--seeds", "1-2") == 0
-    table = capsys.readouterr().out.splitlines()[-13:]
+    table = capsys.readouterr().out.splitlines()[-14:]
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refuse)
         patch.setattr(os, "replace", refuse)
@@ -300,7 +300,7 @@ def test_folder_that_can_only_be_read(small_network, no_figures, tmp_path, monke
         summary.unlink()
         assert run(tmp_path, "--seeds", "1-2") == 1
     captured = capsys.readouterr()
-    assert captured.out.splitlines()[1:] == table[:-3]
+    assert captured.out.splitlines()[1:] == table[:-4]
     assert captured.err == f"reproduce.py: error: [Errno 30] cannot write it: Read-only file system: '{summary}'\n"
 
 
@@ -527,7 +527,7 @@ def test_interrupted_tuning_goes_on(no_training, tmp_path, monkeypatch, capsys):
     assert captured.err.startswith("reproduce.py: stopped;")
     assert "The learning rates are not chosen yet: 6 of 12 tuning runs are left.\n" in captured.out
     assert "| chosen" not in captured.out and "test accuracy" not in captured.out
-    assert len(list((tmp_path / "results").iterdir())) == 6
+    assert len(list((tmp_path / "results").glob("*.csv"))) == 6
     assert run(tmp_path, "--seeds", "1-2", *RATES, "--report") == 0
     assert "6 of 12 tuning runs are left" in capsys.readouterr().out
     assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
@@ -653,62 +653,57 @@ def test_figures_of_settings_at_different_rates(small_network, tmp_path, monkeyp
 # --- experiments in a folder -----------------------------------------------------------------------------------------
 
 
-ALL_KINDS = (
-    ["--seeds", "1-3", "7"],
-    ["--seeds", "1", "--settings", "baseline", "other:c=50"],
-    ["--seeds", "1", "--settings", "init", "other:c=50", "rate", "--contrast", "other", "init", "--select", "last"],
-    ["--seeds", "1-2", "--settings", "baseline", "--bn_weights", "0.1", "1", "--name", "mine", "--no_flip"],
-    ["--seeds", "1-2", *RATES, "--scheduler", "none"],
-    ["--seeds", "1-2", *RATES, "--name", "tuned"],
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--seeds", "1-3", "7"],
+        ["--settings", "init", "other:c=50", "--contrast", "other", "init", "--seeds=1", "--select", "last"],
+        ["--seeds", "1-2", *RATES, "--name", "mine", "--no_flip"],
+    ],
+    ids=" ".join,
 )
-
-
-def table_and_runs(flags: list[str], report: Path) -> tuple[Any, ...]:
-    """What tells an experiment from others."""
-    asked = outcomes.Experiment(plan.parse([*flags, "--report", str(report)]))
-    asked.read(asked.plan.tuning_runs)
-    asked.choose_learning_rates()
-    names = {run.settings.name for run in (*asked.plan.tuning_runs, *asked.runs)}
-    return asked.plan.table_name, asked.plan.settings, asked.plan.contrast, asked.plan.select, names
-
-
-@pytest.mark.parametrize("flags", ALL_KINDS, ids=" ".join)
-def test_experiment_is_found_by_its_table(flags, no_training, tmp_path, capsys):
-    assert run(tmp_path, *flags) == 0
+def test_folder_of_one_experiment(flags, no_training, no_figures, tmp_path, capsys):
+    """Its command is that of the experiment, without what says where and how the runs are made."""
+    how = ["--jobs=1", "--checkpoint_seconds", "5", "--tensorboard", "--scheduler", "none"]
+    assert run(tmp_path, *how, *flags) == 0
     results = tmp_path / "results"
-    [found] = find_experiments(results)
-    assert table_and_runs(found, results) == table_and_runs([*FLAGS, *flags], results)
     [text] = [file.read_text() for file in results.glob("*.md")]
-    capsys.readouterr()
+    assert capsys.readouterr().out.endswith(".txt\n")
     reproduce.main(["--report", str(results)])
     command, report = capsys.readouterr().out.split("\n", 1)
-    assert shlex.split(command) == ["python", "reproduce.py", *found, "--report", str(results)]
+    given = ["python", "reproduce.py", *FLAGS, *flags, "--scheduler=none", "--report", str(results)]
+    assert shlex.split(command) == given
     assert report.startswith(text)
 
 
-def test_experiments_without_tables_are_listed(no_training, tmp_path, monkeypatch, capsys):
-    """Of one, learning rates are being chosen; of one, not all runs are there; one run is by itself."""
+def test_folder_of_several_experiments(no_training, no_figures, tmp_path, monkeypatch, capsys):
+    """One is finished; of one, learning rates are being chosen; one has begun. Another text says nothing."""
     results = tmp_path / "results"
     with pytest.raises(SystemExit):
         reproduce.main(["--report", str(results)])
-    assert capsys.readouterr().err == f"reproduce.py: error: {results} has no result files of an experiment\n"
-    asked = (["--settings", "baseline", "init"], ["--name", "mine", "--seeds", "1-3"], RATES)
-    plans = [plan.parse([*FLAGS, "--path", str(tmp_path), *flags]) for flags in asked]
-    for planned in (plans[0].runs, plans[1].runs[:-1], plans[2].tuning_runs):
-        for one in planned:
-            fake_train(one.settings)
-    fake_train(run_flags.parse(["--name", "alone", "--path", str(tmp_path)]))
+    error = capsys.readouterr().err
+    assert error == f"reproduce.py: error: {results} has no command of an experiment: give its flags\n"
+    assert run(tmp_path, "--seeds", "1-2") == 0
+    monkeypatch.setattr(reproduce, "make", Mock(side_effect=OSError))  # once an experiment begins
+    for flags in (["--name", "mine", "--seeds", "1-3,7"], RATES, ["--seeds", "1"]):  # of the last, there is more
+        assert run(tmp_path, *flags) == 1
+    (results / "notes.txt").write_text("python reproduces it, doesn't it?")
+    capsys.readouterr()
     reproduce.main(["--report", str(results)])
-    *lines, end = capsys.readouterr().out.split("\n")
-    assert end == "" and lines[2::3] == [""] * 3
-    commands = {line.partition(" ")[0]: shlex.split(of) for line, of in zip(lines[::3], lines[1::3], strict=True)}
-    for ours, flags in zip(plans, asked, strict=True):
-        program, script, *given = commands.pop(f"{ours.table_name}:")
-        assert (program, script, given[-2:]) == ("python", "reproduce.py", ["--report", str(results)])
-        assert table_and_runs(given[:-2], results) == table_and_runs([*FLAGS, *flags], results)
-    assert not commands
-    counts = ("30 of 30 runs", "5 of 6 runs", "0 of 30 runs")  # of the last one, all tuning runs
-    assert sorted(line.split("; ")[-1] for line in lines[::3]) == sorted(f"{count} are finished" for count in counts)
+    lines = capsys.readouterr().out.splitlines()
+    end = f" --report {results}"
+    common = "python reproduce.py " + shlex.join(FLAGS)
+    assert lines == [
+        f"{TUNED}: baseline, proposed; seeds 1-15; 0 of 12 tuning runs are finished",
+        f"{common} {shlex.join(RATES)}{end}",
+        "",
+        f"{EXPERIMENT}: baseline, proposed; seeds 1-2; 4 of 4 runs are finished",
+        f"{common} --seeds 1-2{end}",
+        "",
+        "mine: baseline, proposed; seeds 1-3 7; 0 of 8 runs are finished",
+        f"{common} --name mine --seeds 1-3,7{end}",
+        "",
+    ]
 
 
 # --- signals and terminals -------------------------------------------------------------------------------------------
