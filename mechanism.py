@@ -227,8 +227,9 @@ def draw_initialization(measured: Mapping[float, AtInitialization]) -> Figure:
     label_axes(by_depth, CONVOLUTION, "norm of the gradient")
     by_depth.set_yscale("log")
     bn_weights, deviations = np.array(list(measured)), np.array([at.logit_deviation for at in measured.values()])
-    by_scale.plot(bn_weights, deviations, label="standard deviation of the logits", **line_style(0))
-    by_scale.plot(bn_weights, [at.loss for at in measured.values()], label="loss (nats)", **line_style(1))
+    by_scale.plot(bn_weights, deviations, label="standard deviation of the logits", **line_style(len(measured)))
+    losses = [at.loss for at in measured.values()]
+    by_scale.plot(bn_weights, losses, label="loss (nats)", **line_style(len(measured) + 1))
     proportional = deviations[-1] * bn_weights / bn_weights[-1]
     by_scale.plot(bn_weights, proportional, color="0.5", linewidth=1, label="in proportion to γ")
     by_scale.set(xscale="log", yscale="log", xlabel="initial γ")
