@@ -247,7 +247,7 @@ def test_twenty_epochs_on_cifar10():
         without, with_method = (cifar10_long(name, select=select) for name in settings)
         differences = gain(cifar10_long, select)
         expected[0] += [spread(without), "", ""]
-        expected[1] += [spread(with_method), between(differences, "+"), f"**{p_value(differences):.2g}**"]
+        expected[1] += [spread(with_method), between(differences, "+"), f"{p_value(differences):.2g}"]
     assert [row + [""] * (7 - len(row)) for row in rows] == expected
     check_sentences(text, f"the gain at fair rates is {gain(cifar10_fair).mean():.2f}:")
 
@@ -281,7 +281,7 @@ def test_first_table():
         text,
         f"The gain of `proposed` is {gain(first).mean():.2f} here, and {gain(why).mean():.2f} on the CPU of",
         f"a difference of {between(gain(why) - gain(first))}, no more than seeds",
-        f"the two are {gain(first, last).mean():.2f} and {gain(why, last).mean():.2f}:",
+        f"the two are {gain(first, last).mean():.2f} and {gain(why, last).mean():.2f}.",
     )
 
 
