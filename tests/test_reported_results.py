@@ -385,7 +385,7 @@ def test_mechanism():
     at_first, by_step = read_mechanism("cifar10-own-stem")
     (logits, _, gradient, *_), (small_logits, _, small_gradient, *_) = at_first["1"], at_first["0.1"]
     angles = [by_step[f"{name} {step}"][2] for step in (10, 352) for name in ("baseline", "proposed")]
-    anew = [by_step[f"{name} 352"][1] for name in ("baseline", "proposed")]
+    running, anew = ([by_step[f"{name} 352"][place] for name in ("baseline", "proposed")] for place in (0, 1))
     turned = "by {:.1f} degrees (median), the method by {:.1f}; in the first epoch, by {:.1f} and {:.1f}."
     of_digits, digits_by_step = read_mechanism("digits")
     [[_, *rows]] = tables_of(lines_of("What a small γ does"))
@@ -403,6 +403,7 @@ def test_mechanism():
         f"has a norm of {gradient:g} and of {small_gradient:g}.",
         turned.format(*angles),
         "epoch is {:.1f} and {:.1f} %.".format(*anew),
+        "it is {:.1f} and {:.1f} %; the rate is".format(*running),
     )
 
 
