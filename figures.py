@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     with one_line_endings("figures.py"):
         args = make_parser().parse_args(argv)
-        networks = args.networks or args.files[0].parent.parent / "networks"
+        networks = args.networks or args.files[0].absolute().parent.parent / "networks"
         files, tables = without_tables(args.files)
         made, missing = save_figures(args.output / "figure", read_runs(files), networks)
         say(*made)

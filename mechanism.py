@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from itertools import chain, islice, repeat
 from typing import Any, TypeVar
 
@@ -24,6 +24,10 @@ from experiment.plan import seed_range
 
 DIGITS = ["--batch_size", "64", "--learning_rate", "0.05"]  # what the README trains digits with
 TRAINED = ("baseline", "proposed")  # the settings whose first steps are looked at
+UNUSED = (  # flags of train.py: the learning rate stays, nothing is saved, and precision is that of float32
+    *("num_epochs", "scheduler", "precision", "compile"),
+    *("name", "restart", "checkpoint_seconds", "tensorboard", "workers"),
+)
 BN_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0)
 MEASURED = (0, 1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000)  # steps after which there is a measurement
 
@@ -36,7 +40,7 @@ def make_parser() -> Parser:
     flag("--output", type=folder, required=True, help="folder for the numbers and figures")
     flag("--dataset", default="digits", type=flags.dataset_name, help="as of train.py (default: %(default)s)")
     seeds_help = "whose mean is taken, such as 1-5 (default: 1)"
-    flag("--seeds", default=[1], type=seed_range, help=seeds_help)
+    flag("--seeds", nargs="+", default=[[1]], type=seed_range, metavar="SEEDS", help=seeds_help)
     flag("--steps", default=100, type=whole(1), help="training steps to look at (default: %(default)s)")
     return parser
 
@@ -44,11 +48,12 @@ def make_parser() -> Parser:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags, with the settings of the runs to look at in `runs`, by name. FlagError says what is wrong."""
     args, others = make_parser().parse_known_args(argv)
-    for name in flags.COMPARED:
+    args.seeds = list(dict.fromkeys(chain.from_iterable(args.seeds)))
+    reasons = {name: f"leave it out: {' and '.join(TRAINED)} have their own" for name in flags.COMPARED}
+    reasons |= dict.fromkeys(UNUSED, "leave it out: it changes nothing here") | {"seed": "give --seeds"}
+    for name, reason in reasons.items():
         if any(is_flag(other, name) for other in others):
-            raise FlagError(f"argument --{name}: leave it out: {' and '.join(TRAINED)} have their own")
-    if any(is_flag(other, "seed") for other in others):
-        raise FlagError("argument --seed: give --seeds")
+            raise FlagError(f"argument --{name}: {reason}")
     shared = ["--dataset", args.dataset, *(DIGITS if args.dataset == "digits" else []), *others]
     args.runs = {}
     for name in TRAINED:
@@ -110,8 +115,12 @@ def measure_initialization(network: nn.Module, images: Tensor, labels: Tensor) -
 
 
 def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
-    """All convolutions by name, in the order of `network.named_modules()`."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+    """All convolutions that are trained by name, in the order of `network.named_modules()`; ValueError without any."""
+    found = {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+    found = {name: layer for name, layer in found.items() if layer.weight.requires_grad}
+    if not found:
+        raise ValueError("the network has no convolution that is trained, and nothing to look at")
+    return found
 
 
 @dataclass
@@ -156,7 +165,7 @@ def measure_first_steps(
     network, wanted = construct(settings, image_set), set(steps)
     groups = adjust_weight_decay_and_learning_rate(network, settings.weight_decay, settings.learning_rate, settings.c)
     optimizer = optim.SGD(groups, momentum=settings.momentum)
-    few = replace(image_set, splits={**image_set.splits, "test": image_set.splits["test"][:num_images]})
+    few = replace(image_set, splits={**image_set.splits, "test": image_set.sample("test", num_images)})
     train_batches, test_batches = (
         Batches(few, split, settings.batch_size, normalize=settings.input_norm == "dataset")
         for split in ("train", "test")
@@ -254,7 +263,7 @@ def draw_statistics(runs: Mapping[str, FirstSteps]) -> Figure:
 def draw_rotation(runs: Mapping[str, FirstSteps], num_panels: int = 3) -> Figure:
     """How far the weights of each convolution have turned, by depth: a panel for each of some measurements."""
     steps = next(iter(runs.values())).steps
-    places = np.unique(np.linspace(0, len(steps) - 1, num_panels + 1).round().astype(int)[1:])  # not before the first
+    places = np.unique(np.linspace(0, len(steps) - 1, num_panels + 1).round().astype(int))[1:]  # not before the first
     panels = make_axes(columns=len(places), width=4.2, sharey=True, squeeze=False)[0]
     for panel, place in zip(panels, places, strict=True):
         for index, (name, run) in enumerate(runs.items()):
@@ -311,9 +320,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         title = f"{first.network} on {first.dataset}, {seeds}"
         measured, of_runs = {bn_weight: [] for bn_weight in BN_WEIGHTS}, {name: [] for name in runs}
 
-        @cache
+        @lru_cache(1)
         def load(split_seed: int) -> ImageSet:  # with the statistics that the baseline needs
-            return preparation.load_images(changed(runs["baseline"], split_seed=split_seed), report=say)
+            # without workers, as theirs are of one pass over the images at a time
+            return preparation.load_images(changed(runs["baseline"], split_seed=split_seed, workers=0), report=say)
 
         for seed in args.seeds:
             with_seed = give_seed(runs, seed)

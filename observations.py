@@ -107,7 +107,7 @@ def measure_normalized_values(network: nn.Module, images: Tensor) -> list[Normal
 def measure_run(
     run: Results, network: nn.Module, image_set: ImageSet, num_images: int = NUM_MEASURED
 ) -> list[NormalizedValues]:
-    """`measure_normalized_values` of a run's network on the first test images, prepared as in training.
+    """`measure_normalized_values` of a run's network on some test images, prepared as in training.
 
     Args:
         run: the run.
@@ -115,7 +115,7 @@ def measure_run(
         image_set: its data set, on the CPU.
         num_images: how many test images to take.
     """
-    [images] = image_set.take([image_set.splits["test"][:num_images]])
+    [images] = image_set.take([image_set.sample("test", num_images)])
     images = images.float() / 255
     if (DEFAULTS | run.settings)["input_norm"] == "dataset":
         images = Normalize(image_set.mean, image_set.std)(images)

@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 from command_line.endings import answer_at_once, end, how_to_resume, one_line_endings, say, warn
 from command_line.settings import DATASETS
@@ -27,7 +28,7 @@ from experiment.outcomes import Experiment, remove
 from reporting.comparison import Comparison, is_contrast
 from reporting.tables import (
     NARROW_TABLE_COLUMNS,
-    read_table_size,
+    read_table_seeds,
     selection_note,
     table,
     table_rows,
@@ -126,6 +127,7 @@ def list_experiments(found: Mapping[str, argparse.Namespace]) -> None:
         kind = "runs" if experiment.runs else "tuning runs"
         what = f"{', '.join(plan.settings)}; seeds {' '.join(ranges(plan.seeds))}"
         done = f"{num_done} of {len(planned)} {kind} are finished"
+        done += f", {len(experiment.failed)} cannot be read" if experiment.failed else ""
         say(f"{plan.table_name}: {what}; {done}", report_command(command, plan), "")
 
 
@@ -134,14 +136,16 @@ def report_command(command: str, plan: argparse.Namespace) -> str:
     return f"{command} --report {shlex.quote(str(plan.report))}"
 
 
-def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Sequence[str], in_table: int) -> None:
+def report(
+    experiment: Experiment, comparisons: Sequence[Comparison], tuning: Sequence[str], earlier: Mapping[str, int]
+) -> None:
     """Print what has come of an experiment, and write its table and figures.
 
     Args:
         experiment: of which there is something to report.
         comparisons: of its runs.
         tuning: the report of the choice of the learning rates.
-        in_table: how many runs there are in an earlier table; it is not replaced by one of fewer.
+        earlier: how many runs each setting has in an earlier table; it is not replaced by one that lacks some.
     """
     plan, runs = experiment.plan, experiment.runs_by_setting
     stem, compared = experiment.folder / plan.table_name, [run for of in runs.values() for run in of.values()]
@@ -150,15 +154,17 @@ def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Se
     notes += (*note_missing_checksums(compared),)
     text = "\n\n".join((*texts, *notes, *experiment.explain_failures()))
     say(text, *mixed_circumstances(compared))
-    if 0 < len(compared) < in_table and not plan.first.restart:
-        say(f"{stem}.csv keeps its table of {in_table} finished runs: remove it to have this one written")
+    fewer = [name for name, number in earlier.items() if number > len(runs.get(name, ()))]
+    if compared and fewer and not plan.first.restart:
+        more = ", ".join(f"{earlier[name]} of {name}" for name in fewer)
+        say(f"{stem}.csv keeps its table, which has more runs ({more}): remove it to have this one written")
     elif compared:
         rows = [row | experiment.tuning_of(row["setting"]) for row in table_rows(comparisons, plan.settings)]
         written = [*write_table(stem, plan.shared, rows, text), experiment.write_command()]
         if not experiment.stops:
             from figures import save_figures  # matplotlib is not needed where runs are made
 
-            made, missing = save_figures(stem, runs, experiment.folder.parent / "networks", comparisons)
+            made, missing = save_figures(stem, runs, experiment.folder.absolute().parent / "networks", comparisons)
             say(*missing)
             written += made
         say("", *(f"written: {file}" for file in written))
@@ -171,10 +177,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     with one_line_endings("reproduce.py"), ExitStack() as handlers:
         plan, command = parse(given), command_of(given)
-        if plan.report and sum(word.startswith("-") for word in given) == 1:
-            found = find_experiments(plan.report)
+        if plan.report is not None and sum(word.startswith("-") for word in given) == 1:
+            folder = plan.report or Path("results")
+            found = find_experiments(folder)
             if not found:
-                raise ValueError(f"{plan.report} has no command of an experiment: give its flags")
+                raise ValueError(f"{folder} has no command of an experiment: give its flags")
             if len(found) > 1:
                 list_experiments(found)
                 return
@@ -184,11 +191,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if plan.list:
             list_runs(experiment)
             return
-        in_table = read_table_size(experiment.folder / plan.table_name, plan.shared)
+        earlier = read_table_seeds(experiment.folder / plan.table_name, plan.shared)
         if plan.report is None:
             if not plan.scheduler:
                 check_here(plan)
-            if len(plan.settings) * len(plan.seeds) >= in_table:  # or else that table is kept, too
+            if not earlier:  # whose command is the one beside it
                 experiment.write_command()
         make(experiment, plan.tuning_runs)
         tuning = experiment.choose_learning_rates()
@@ -197,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             handlers.enter_context(on_signals(experiment.stops.append))  # another one is no reason to lose the table
         if not (experiment.finished or experiment.diverged or experiment.failed or experiment.stops):
             raise ValueError(f"{experiment.folder} has no finished {'tuning ' * bool(tuning)}run of this experiment")
-        report(experiment, compare(experiment), tuning, in_table)
+        report(experiment, compare(experiment), tuning, earlier)
     if experiment.stops:
         again = "without --restart" if plan.first.restart else "again"
         end(128 + experiment.stops[0], how_to_resume(again), "reproduce.py")

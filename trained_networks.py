@@ -42,7 +42,7 @@ def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLik
         ValueError: a file is damaged, the run is not finished, or the weights are of another network.
     """
     file = Path(results_file)
-    folder = file.parent.parent
+    folder = file.absolute().parent.parent
     run = read_results(file)
     settings = DEFAULTS | run.settings
     if not run.finished:

@@ -9,6 +9,7 @@ from command_line.endings import in_one_line
 from command_line.files import DamagedFileError, write_atomically
 from command_line.flag_types import as_typed
 from command_line.settings import Value
+from experiment.command import ENDING
 from experiment.plan import PlannedRun, plan_runs
 from experiment.tuning import (
     Tuning,
@@ -55,7 +56,7 @@ class Experiment:
 
     def write_command(self) -> Path:
         """Write the command beside the results, by which `find_experiments` finds the experiment; returns the file."""
-        file = self.folder / f"{self.plan.table_name}.txt"
+        file = self.folder / f"{self.plan.table_name}{ENDING}"
         write_atomically(file, f"{self.command}\n".encode())
         return file
 

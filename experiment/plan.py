@@ -37,7 +37,7 @@ class PlannedRun:
 
     Attributes:
         setting: name of its setting.
-        flags: of train.py, without `--path` and `--device`.
+        flags: of train.py, without `--device`.
         settings: what `settings.parse` makes of them, with an absolute path.
         for_tuning: whether it is there to choose a learning rate, not to be compared.
     """
@@ -83,7 +83,7 @@ def make_parser() -> Parser:
     files("--scheduler", action="append", default=[], type=scheduler, help=scheduler_help)
     files("--device", help="device of every run (default: with --jobs, runs share out all GPUs; cpu without any)")
     files("--list", action="store_true", help="print the commands of all runs instead of making them")
-    report_help = "make no runs, only table and figures of the result files in FOLDER (default: results/ below --path)"
+    report_help = "make no runs, only table and figures of those in FOLDER (default: results/ below --path)"
     files("--report", nargs="?", const=False, type=folder, metavar="FOLDER", help=report_help)
     return parser
 

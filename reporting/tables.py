@@ -121,21 +121,20 @@ def write_table(
     return list(contents)
 
 
-def read_table_size(stem: Path, settings: Mapping[str, Value]) -> int:
-    """How many finished runs are in the table STEM.csv, which is of these settings; 0 where there is none.
+def read_table_seeds(stem: Path, settings: Mapping[str, Value]) -> dict[str, int]:
+    """How many finished runs each setting has in the table STEM.csv, whose runs share these; empty without a table.
 
     Raises:
         ValueError: the file is of other settings, or not a table.
     """
     file = stem.with_name(f"{stem.name}.csv")
     if not file.exists():
-        return 0
+        return {}
     lines = read_file(file).decode(errors="replace").splitlines()
     earlier = DEFAULTS | read_header(lines)
     try:
-        finished = sum(
-            int(row["seeds"] or 0) for row in csv.DictReader(line for line in lines if not line.startswith("#"))
-        )
+        rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+        finished = {row["setting"]: int(row["seeds"]) for row in rows if row["seeds"]}
     except (KeyError, TypeError, ValueError, csv.Error):
         raise ValueError(f"{file} is not the table of an experiment, and is kept: give another --name") from None
     found = {name: earlier.get(name) for name in settings}

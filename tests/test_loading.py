@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from command_line.settings import DATASETS
-from image_sets.loading import load_image_set
+from image_sets.loading import ImageSet, load_image_set
 
 SEEDS = {seed: int(hashlib.md5(str(seed).encode()).hexdigest()[-8:], 16) for seed in range(10)}
 
@@ -69,3 +69,14 @@ def test_unknown_data_set():
         FileNotFoundError, match=r"no folder images.mnist, and mnist is none of cifar10, cifar100, digits"
     ):
         load_image_set("mnist")
+
+
+def test_sample_of_a_split():
+    """Where classes come in turn, all of them are in it."""
+    labels = torch.tensor([0, 1, 0, *[0] * 7, *[1] * 5, *[2] * 8])
+    splits = {"mixed": torch.arange(10), "in turn": torch.arange(3, 23)}
+    image_set = ImageSet(torch.zeros(23, 3, 8, 8), labels, splits, ["a", "b", "c"], flip=False)
+    assert image_set.sample("mixed", 4).tolist() == [0, 1, 2, 3]
+    assert image_set.sample("in turn", 9).tolist() == [3, 6, 9, 12, 15, 18, 21]
+    assert image_set.sample("in turn", 4).tolist() == [3, 8, 13, 18]
+    assert image_set.sample("in turn", 30).tolist() == list(range(3, 23))

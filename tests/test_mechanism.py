@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 import mechanism
+from folders import make_folder
 from image_sets.batches import Batches
 from image_sets.loading import load_image_set
 from mechanism import AtInitialization, FirstSteps, measure_first_steps, measure_initialization
@@ -23,6 +24,10 @@ FLAGS = ["--dataset", "digits", "--network", "test_mechanism:small_network", "--
 def small_network(num_classes: int) -> nn.Module:
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, num_classes))
+
+
+def perceptron(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8), nn.Linear(8, num_classes))
 
 
 def construct(bn_weight: float, eps: float = 1e-5) -> nn.Module:
@@ -185,6 +190,8 @@ def test_figures():
         assert panel.get_title() == name
         np.testing.assert_allclose([line.get_xdata() for line in panel.lines], [steps, steps])
         np.testing.assert_allclose([line.get_ydata() for line in panel.lines], [[10, 11, 20], [10, 50, 60]])
+    first = FirstSteps(*(values[:2] for values in (steps, run.running, run.estimated_anew)), {"a": angles["a"][:2]})
+    assert [panel.get_title() for panel in mechanism.draw_rotation({"baseline": first}).axes] == ["after 1 step"]
     panels = mechanism.draw_rotation(runs).axes
     assert [panel.get_title() for panel in panels] == ["after 1 step", "after 5 steps"]
     for panel, expected in zip(panels, ([1, 3], [2, 4]), strict=True):
@@ -224,6 +231,23 @@ def test_command(few_digits, tmp_path, capsys):
         assert image.convert("L").getextrema() == (0, 255)
 
 
+def test_large_images_of_a_folder(tmp_path, capsys):
+    """They are streamed from their files."""
+    make_folder(tmp_path / "images" / "beetles", size=(70, 70))
+    flags = ["--network", "test_mechanism:small_network", "--device", "cpu", "--batch_size", "16"]
+    flags += ["--dataset", "beetles", "--path", str(tmp_path), "--output", str(tmp_path), "--steps", "4", "--seeds"]
+    mechanism.main([*flags, "1", "1-1"])
+    assert capsys.readouterr().out.startswith("test_mechanism:small_network on beetles, seed 1: ")
+
+
+def test_network_without_convolutions(few_digits, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        mechanism.main([*FLAGS, "--network", "test_mechanism:perceptron", "--output", str(tmp_path)])
+    captured = capsys.readouterr()
+    error = "mechanism.py: error: the network has no convolution that is trained, and nothing to look at\n"
+    assert (stop.value.code, captured.err) == (1, error)
+
+
 def test_command_on_a_terminal(few_digits, tmp_path, monkeypatch, capsys):
     """It has a bar over all training steps, and the first table is there before them."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -259,6 +283,7 @@ def test_network_that_cannot_train_on_the_images(tmp_path, capsys):
         ([], "--output"),
         (["--output", "x", "--c=10"], "argument --c: leave it out: baseline and proposed have their own"),
         (["--output", "x", "--seed=2"], "argument --seed: give --seeds"),
+        (["--output", "x", "--compile"], "argument --compile: leave it out: it changes nothing here"),
         (["--output", "x", "--steps", "0"], "argument --steps: must be a whole number of at least 1"),
         (["--output", "x", "--dataset", "nothing"], "argument --dataset: nothing is none of"),
     ],

@@ -212,11 +212,14 @@ def test_files_of_another_experiment_are_left_alone(small_network, no_figures, t
 
 def test_table_is_kept_where_less_would_replace_it(small_network, no_figures, tmp_path, capsys):
     assert run(tmp_path, "--seeds", "1-2") == 0
-    tables = [tmp_path / "results" / f"{EXPERIMENT}.{kind}" for kind in ("csv", "md")]
+    tables = [tmp_path / "results" / f"{EXPERIMENT}{end}" for end in (".csv", ".md", "-command.txt")]
     before = [file.read_bytes() for file in tables]
     capsys.readouterr()
     assert run(tmp_path, "--seeds", "1", "--report") == 0
-    assert "keeps its table of 4 finished runs: remove it" in capsys.readouterr().out
+    less = "keeps its table, which has more runs (2 of baseline, 2 of proposed): remove it"
+    assert less in capsys.readouterr().out
+    assert run(tmp_path, "--seeds", "1-3", "--settings", "baseline", "init") == 0
+    assert "keeps its table, which has more runs (2 of proposed): remove it" in capsys.readouterr().out
     assert run(tmp_path, "--seeds", "8-9", "--report") == 1
     assert "has no finished run of this experiment" in capsys.readouterr().err
     assert [file.read_bytes() for file in tables] == before
@@ -668,7 +671,7 @@ def test_folder_of_one_experiment(flags, no_training, no_figures, tmp_path, caps
     assert run(tmp_path, *how, *flags) == 0
     results = tmp_path / "results"
     [text] = [file.read_text() for file in results.glob("*.md")]
-    assert capsys.readouterr().out.endswith(".txt\n")
+    assert capsys.readouterr().out.endswith("-command.txt\n")
     reproduce.main(["--report", str(results)])
     command, report = capsys.readouterr().out.split("\n", 1)
     given = ["python", "reproduce.py", *FLAGS, *flags, "--scheduler=none", "--report", str(results)]
@@ -687,18 +690,18 @@ def test_folder_of_several_experiments(no_training, no_figures, tmp_path, monkey
     monkeypatch.setattr(reproduce, "make", Mock(side_effect=OSError))  # once an experiment begins
     for flags in (["--name", "mine", "--seeds", "1-3,7"], RATES, ["--seeds", "1"]):  # of the last, there is more
         assert run(tmp_path, *flags) == 1
-    (results / "notes.txt").write_text("python reproduces it, doesn't it?")
+    (results / "notes.txt").write_text("python reproduce.py doesn't")
     capsys.readouterr()
     reproduce.main(["--report", str(results)])
     lines = capsys.readouterr().out.splitlines()
     end = f" --report {results}"
     common = "python reproduce.py " + shlex.join(FLAGS)
     assert lines == [
-        f"{TUNED}: baseline, proposed; seeds 1-15; 0 of 12 tuning runs are finished",
-        f"{common} {shlex.join(RATES)}{end}",
-        "",
         f"{EXPERIMENT}: baseline, proposed; seeds 1-2; 4 of 4 runs are finished",
         f"{common} --seeds 1-2{end}",
+        "",
+        f"{TUNED}: baseline, proposed; seeds 1-15; 0 of 12 tuning runs are finished",
+        f"{common} {shlex.join(RATES)}{end}",
         "",
         "mine: baseline, proposed; seeds 1-3 7; 0 of 8 runs are finished",
         f"{common} --name mine --seeds 1-3,7{end}",

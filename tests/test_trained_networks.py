@@ -124,10 +124,12 @@ def test_weights_in_another_place(small_network, tmp_path):
         load_network(tmp_path / "none.csv")
 
 
-def test_file_without_a_name(small_network, tmp_path):
+def test_file_without_a_name(small_network, tmp_path, monkeypatch):
     file = write_run(tmp_path, name="")
     torch.save(trained_networks.construct_network("", 10, "digits").state_dict(), tmp_path / "networks" / "run-best.pt")
     assert load_network(file)
+    monkeypatch.chdir(file.parent)
+    assert load_network(file.name)
 
 
 @pytest.mark.parametrize("settings", [{"num_epochs": 3}, {"num_epochs": None}])
