@@ -192,11 +192,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             list_runs(experiment)
             return
         earlier = read_table_seeds(experiment.folder / plan.table_name, plan.shared)
-        if plan.report is None:
-            if not plan.scheduler:
-                check_here(plan)
-            if not earlier:  # whose command is the one beside it
-                experiment.write_command()
+        if plan.report is None and not plan.scheduler:
+            check_here(plan)
         make(experiment, plan.tuning_runs)
         tuning = experiment.choose_learning_rates()
         make(experiment, experiment.runs)

@@ -91,6 +91,8 @@ class Experiment:
         name = run.settings.name
         if isinstance(outcome, Results):
             results = self.finished[name] = replace(outcome, select=self.plan.select)
+            if not (self.folder / f"{self.plan.table_name}.csv").exists():  # or else its command is beside it
+                self.write_command()
             if run.for_tuning:
                 return f"{name} val accuracy {results.val_accuracy:.3f} %"
             return f"{name} test accuracy {results.test_accuracy:.3f} %"

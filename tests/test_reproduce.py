@@ -680,15 +680,16 @@ def test_folder_of_one_experiment(flags, no_training, no_figures, tmp_path, caps
 
 
 def test_folder_of_several_experiments(no_training, no_figures, tmp_path, monkeypatch, capsys):
-    """One is finished; of one, learning rates are being chosen; one has begun. Another text says nothing."""
+    """One is finished; of two, a run is finished and the command was killed. Another text says nothing."""
     results = tmp_path / "results"
     with pytest.raises(SystemExit):
         reproduce.main(["--report", str(results)])
     error = capsys.readouterr().err
     assert error == f"reproduce.py: error: {results} has no command of an experiment: give its flags\n"
     assert run(tmp_path, "--seeds", "1-2") == 0
-    monkeypatch.setattr(reproduce, "make", Mock(side_effect=OSError))  # once an experiment begins
-    for flags in (["--name", "mine", "--seeds", "1-3,7"], RATES, ["--seeds", "1"]):  # of the last, there is more
+    assert run(tmp_path, "--seeds", "1") == 0  # of which there is more
+    monkeypatch.setattr(display.Display, "end", Mock(side_effect=OSError))
+    for flags in (["--name", "mine", "--seeds", "1-3,7"], RATES):
         assert run(tmp_path, *flags) == 1
     (results / "notes.txt").write_text("python reproduce.py doesn't")
     capsys.readouterr()
@@ -700,10 +701,10 @@ def test_folder_of_several_experiments(no_training, no_figures, tmp_path, monkey
         f"{EXPERIMENT}: baseline, proposed; seeds 1-2; 4 of 4 runs are finished",
         f"{common} --seeds 1-2{end}",
         "",
-        f"{TUNED}: baseline, proposed; seeds 1-15; 0 of 12 tuning runs are finished",
+        f"{TUNED}: baseline, proposed; seeds 1-15; 1 of 12 tuning runs are finished",
         f"{common} {shlex.join(RATES)}{end}",
         "",
-        "mine: baseline, proposed; seeds 1-3 7; 0 of 8 runs are finished",
+        "mine: baseline, proposed; seeds 1-3 7; 1 of 8 runs are finished",
         f"{common} --name mine --seeds 1-3,7{end}",
         "",
     ]
