@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from command_line import settings as flags
 from command_line.endings import answer_at_once, one_line_endings, say
 from command_line.flag_types import FlagError, Parser, as_typed, folder, is_flag, whole
-from experiment.plan import seed_range
+from experiment.plan import distinct, seed_range
 
 DIGITS = ["--batch_size", "64", "--learning_rate", "0.05"]  # what the README trains digits with
 TRAINED = ("baseline", "proposed")  # the settings whose first steps are looked at
@@ -48,7 +48,7 @@ def make_parser() -> Parser:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags, with the settings of the runs to look at in `runs`, by name. FlagError says what is wrong."""
     args, others = make_parser().parse_known_args(argv)
-    args.seeds = list(dict.fromkeys(chain.from_iterable(args.seeds)))
+    args.seeds = distinct(args.seeds)
     reasons = {name: f"leave it out: {' and '.join(TRAINED)} have their own" for name in flags.COMPARED}
     reasons |= dict.fromkeys(UNUSED, "leave it out: it changes nothing here") | {"seed": "give --seeds"}
     for name, reason in reasons.items():

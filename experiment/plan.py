@@ -6,7 +6,7 @@ Nothing here takes long to import, so that `--help` and a wrong flag are answere
 import argparse
 import itertools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from command_line import settings as flags
@@ -171,8 +171,7 @@ def plan_seeds(args: argparse.Namespace) -> None:
         raise FlagError("argument --tuning_seeds: there is nothing to choose without --learning_rates")
     if args.learning_rates and not args.tuning_seeds:
         args.tuning_seeds = [seed_range("16-20")]
-    args.seeds = list(dict.fromkeys(itertools.chain.from_iterable(args.seeds)))
-    args.tuning_seeds = list(dict.fromkeys(itertools.chain.from_iterable(args.tuning_seeds or [])))
+    args.seeds, args.tuning_seeds = distinct(args.seeds), distinct(args.tuning_seeds or [])
     if both := set(args.seeds) & set(args.tuning_seeds):
         listed = ", ".join(map(str, sorted(both)))
         raise FlagError(
@@ -242,6 +241,11 @@ def seed_range(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"seeds above {MAX_SEED} repeat the draws of smaller ones, not {text!r}")
         numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
     return numbers
+
+
+def distinct(parts: Iterable[Sequence[int]]) -> list[int]:
+    """The seeds that a flag takes in several parts, each of them once."""
+    return list(dict.fromkeys(itertools.chain.from_iterable(parts)))
 
 
 def ranges(seeds: Collection[int]) -> list[str]:

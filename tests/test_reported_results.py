@@ -134,15 +134,16 @@ def check_tuning(table: list[list[str]], tuned: Tuned, settings: Sequence[str]) 
         assert row == [name, *means]
 
 
-def cifar10_small(setting: str, select: Callable = best) -> np.ndarray:
-    """An interim result: of the seeds for which all four settings have a run, those of the tuning aside."""
-    names = ("baseline", "proposed", "input", "logits")
-    runs = {
-        name: read_runs(CIFAR10_TUNED.folder, CIFAR10_TUNED.at(CIFAR10_TUNED.chosen_rate(name)), name) for name in names
-    }
-    seeds = [seed for seed in runs["logits"] if seed < 16 and all(seed in of for of in runs.values())]
+def of_common_seeds(tuned: Tuned, names: Sequence[str], setting: str, select: Callable = best) -> np.ndarray:
+    """An interim result: a setting at its best rate, on the seeds from 1 on for which all of `names` have a run."""
+    runs = {name: read_runs(tuned.folder, tuned.at(tuned.chosen_rate(name)), name) for name in names}
+    seeds = [seed for seed in runs[setting] if seed < 16 and all(seed in of for of in runs.values())]  # not for tuning
     assert seeds == [*range(1, len(seeds) + 1)]
     return np.array([select(runs[setting][seed]) for seed in seeds])
+
+
+cifar10_small: Accuracies = partial(of_common_seeds, CIFAR10_TUNED, ("baseline", "proposed", "input", "logits"))
+cifar10_long: Accuracies = partial(of_common_seeds, CIFAR10_LONG, ("baseline", "proposed"))
 
 
 def test_cifar10():
@@ -244,17 +245,6 @@ def test_more_epochs():
     check_sentences(text, *fragments)
 
 
-def cifar10_long(setting: str, select: Callable = best) -> np.ndarray:
-    """An interim result: of the seeds for which both settings have a run, those of the tuning aside."""
-    runs = {
-        name: read_runs(CIFAR10_LONG.folder, CIFAR10_LONG.at(CIFAR10_LONG.chosen_rate(name)), name)
-        for name in ("baseline", "proposed")
-    }
-    seeds = [*range(1, 7)]
-    assert [seed for seed in runs["baseline"] if seed in runs["proposed"] and seed < 16] == seeds
-    return np.array([select(runs[setting][seed]) for seed in seeds])
-
-
 def cifar10_as_in_the_paper(setting: str) -> pandas.DataFrame:
     """The one run of a setting."""
     [run] = read_runs("cifar10", "cifar10-resnet18-precision=bfloat16-compile", setting).values()
@@ -265,6 +255,7 @@ def test_twenty_epochs_on_cifar10():
     text, settings = lines_of("Twenty epochs on CIFAR-10"), ("baseline", "proposed")
     tuning, (_, *rows) = tables_of(text)
     check_tuning(tuning, CIFAR10_LONG, settings)
+    assert len(cifar10_long("baseline")) == 6
     expected = [["baseline"], ["proposed"]]
     for select in (best, last):
         without, with_method = (cifar10_long(name, select=select) for name in settings)
