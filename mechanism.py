@@ -1,4 +1,4 @@
-"""Why a small initial γ helps: what it changes before the first step of a training, and in the first steps.
+"""What a small initial γ changes before the first step of a training, and in the first steps.
 
     python mechanism.py --output mechanism --dataset digits --seeds 1-5
 
