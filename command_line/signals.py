@@ -45,9 +45,10 @@ def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    earlier = {number: signal.signal(number, first) for number in heard}
+    earlier = {number: handler for number in STOP_SIGNALS if (handler := signal.getsignal(number)) != signal.SIG_IGN}
     try:
+        for number in earlier:
+            signal.signal(number, first)
         yield
     finally:
         for number, handler in earlier.items():  # torchrun stops its other processes as soon as one has ended

@@ -161,6 +161,22 @@ def test_signal_ends_a_command_in_one_line(capsys, number):
     assert capsys.readouterr().err == "x.py: stopped; come again\n"
 
 
+def test_signal_that_arrives_while_it_begins_to_be_handled(monkeypatch):
+    install, stops, earlier = signal.signal, [], [signal.getsignal(number) for number in STOP_SIGNALS]
+
+    def install_late(number, handler):
+        install(number, handler)
+        if handler not in (*earlier, signal.SIG_DFL, signal.SIG_IGN) and not stops:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    monkeypatch.setattr(signal, "signal", install_late)
+    with on_signals(stops.append):
+        pass
+    assert stops == [STOP_SIGNALS[0]]
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == earlier
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no terminals that are closed")
 def test_signal_that_is_ignored_stays_so():
     """As under nohup."""
