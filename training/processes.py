@@ -20,6 +20,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import joblib
 import torch
 import torch.distributed as dist
 import torchvision
@@ -85,8 +86,7 @@ class Processes(World):
         if settings.compile:
             raise FlagError("argument --compile: it is for one process, without torchrun")
         if settings.workers is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            settings.workers = max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"]))
+            settings.workers = max(1, joblib.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]))
         gpu = None
         if settings.device.type == "cuda":
             torch.cuda.set_device(settings.device)
