@@ -222,7 +222,12 @@ def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archiv
     try:
         for setting, run in runs.items():
             of_run = DEFAULTS | run.settings
-            image_set = load(of_run["dataset"], image_size=of_run["image_size"], split_seed=split_seed(of_run))
+            image_set = load(
+                of_run["dataset"],
+                image_size=of_run["image_size"],
+                split_seed=split_seed(of_run),
+                statistics=of_run["input_norm"] == "dataset",
+            )
             measured[setting] = measure_run(run, trained[setting], image_set)
         found.normalized_values.update(measured)
     except (OSError, ValueError) as error:
