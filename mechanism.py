@@ -11,7 +11,7 @@ import copy
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice, repeat
@@ -302,11 +302,6 @@ def tabulate_first_steps(runs: Mapping[str, FirstSteps]) -> str:
     return markdown(rows, list(rows[0]))
 
 
-def give_seed(runs: Mapping[str, argparse.Namespace], seed: int) -> dict[str, argparse.Namespace]:
-    """The settings of runs with this seed."""
-    return {name: changed(settings, seed=seed) for name, settings in runs.items()}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: measure, write and print the numbers, draw; see `one_line_endings` for its exit codes."""
     with one_line_endings("mechanism.py"):
@@ -325,9 +320,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             # without workers, as theirs are of one pass over the images at a time
             return preparation.load_images(changed(runs["baseline"], split_seed=split_seed, workers=0), report=say)
 
-        for seed in args.seeds:
-            with_seed = give_seed(runs, seed)
-            image_set = load(flags.split_seed(vars(with_seed["baseline"])))
+        def by_seed() -> Iterator[tuple[int, dict[str, argparse.Namespace], ImageSet]]:
+            for seed in args.seeds:
+                with_seed = {name: changed(settings, seed=seed) for name, settings in runs.items()}
+                yield seed, with_seed, load(flags.split_seed(vars(with_seed["baseline"])))
+
+        for seed, with_seed, image_set in by_seed():
             for settings in with_seed.values():
                 preparation.check_network(settings, construct(settings, image_set), image_set)
             if seed == args.seeds[0]:
@@ -341,9 +339,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(at_first, "")
         total = len(runs) * len(args.seeds) * args.steps
         with tqdm(total=total, unit="step", disable=not sys.stderr.isatty()) as bar:
-            for seed in args.seeds:
-                with_seed = give_seed(runs, seed)
-                image_set = load(flags.split_seed(vars(with_seed["baseline"])))
+            for seed, with_seed, image_set in by_seed():
                 for name, of_seeds in of_runs.items():
                     bar.set_description(f"{name}, seed {seed}")
                     of_seeds.append(measure_first_steps(with_seed[name], image_set, steps, after_step=bar.update))

@@ -152,7 +152,7 @@ def report(
     texts = tables(comparisons) if experiment.runs else []
     notes = (*note_unsettled(experiment.finished.values()), *tuning, *selection_note(plan.select))
     notes += (*note_missing_checksums(compared),)
-    text = "\n\n".join((*texts, *notes, *experiment.explain_failures()))
+    text = "\n\n".join((*texts, *notes))
     say(text, *mixed_circumstances(compared))
     fewer = [name for name, number in earlier.items() if number > len(runs.get(name, ()))]
     if compared and fewer and not plan.first.restart:

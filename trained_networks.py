@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,19 +73,8 @@ def rebuild_network(run: Results, weights_file: str | os.PathLike) -> nn.Module:
     arguments = {name: settings[name] for name in ("dataset", "input_norm", "stem")}
     first = weights.get("conv1.weight", weights.get("1.conv1.weight"))
     arguments["image_size"] = 32 if first is not None and first.shape[-1] == 3 else 224  # 3×3: for small images
-    construct = partial(construct_network, settings["network"], **arguments)
     with torch.device("cpu"), keep_random_states():  # initial weights are drawn, but nobody sees them
-        num_classes = find_num_classes(settings)
-        network = construct(num_classes or 10)
-        if num_classes is None:
-            initial = network.state_dict()
-            unlike = {
-                value.shape[:1]
-                for name, value in weights.items()
-                if isinstance(value, Tensor) and name in initial and value.shape[:1] != initial[name].shape[:1]
-            }
-            if len(unlike) == 1:  # the last layer alone, which has an output for each class
-                network = construct(*unlike.pop())
+        network = construct_network(settings["network"], find_num_classes(settings), **arguments)
     if settings["equivalent"] == "logits+rates":
         network, _ = equivalent(network, settings["bn_weight"])  # which has another eps
     try:
@@ -99,15 +87,17 @@ def rebuild_network(run: Results, weights_file: str | os.PathLike) -> nn.Module:
     return network.eval()
 
 
-def find_num_classes(settings: Mapping[str, Value]) -> int | None:
-    """The number of classes of a run's data set; None for a folder of images of which an old result file says nothing.
+def find_num_classes(settings: Mapping[str, Value]) -> int:
+    """The number of classes of a run's data set; of a folder of images, by the `ImageSet.numbers` in its result file.
 
-    What a result file says of its images begins like `ImageSet.numbers`.
+    ValueError where they are not in there.
     """
     if settings["dataset"] in DATASETS:
         return DATASETS[settings["dataset"]].num_classes
     said = re.search(r" of ([\d,]+) classes", str(settings.get("images", "")))
-    return int(said[1].replace(",", "")) if said else None
+    if said is None:
+        raise ValueError(f"the result file does not say how many classes the images of {settings['dataset']} have")
+    return int(said[1].replace(",", ""))
 
 
 def load_weights(file: str | os.PathLike) -> dict[str, Tensor]:

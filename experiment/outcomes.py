@@ -7,7 +7,6 @@ from pathlib import Path
 
 from command_line.endings import in_one_line
 from command_line.files import DamagedFileError, write_atomically
-from command_line.flag_types import as_typed
 from command_line.settings import Value
 from experiment.command import ENDING
 from experiment.plan import PlannedRun, plan_runs
@@ -142,20 +141,6 @@ class Experiment:
             if run.settings.name in self.finished:
                 runs[run.setting][run.settings.seed] = self.finished[run.settings.name]
         return runs
-
-    def explain_failures(self) -> list[str]:
-        """A line for each run that has failed, with how many runs of its kind are finished."""
-        lines = []
-        for run in (*self.plan.tuning_runs, *self.runs):
-            if reason := self.failed.get(run.settings.name):
-                rate = run.settings.learning_rate
-                planned = self.plan.tuning_runs if run.for_tuning else self.runs
-                alike = [one.settings for one in planned if one.setting == run.setting]
-                alike = [settings.name for settings in alike if settings.learning_rate == rate]
-                kind = f"{run.setting} at learning rate {as_typed(rate)}" if run.for_tuning else run.setting
-                seeds = f"{len(self.finished.keys() & alike)} of {len(alike)} seeds"
-                lines.append(f"{kind}: {seeds}; seed {run.settings.seed} failed: {reason}")
-        return lines
 
 
 def remove(runs: Sequence[PlannedRun]) -> None:

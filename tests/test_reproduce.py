@@ -196,8 +196,6 @@ def test_one_failure_does_not_stop_the_others(small_network, no_figures, tmp_pat
     table = captured.out.split("\n\n")[0]
     rows = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("|")}
     assert " of 2 " in rows["proposed"] and "interim: 2 of 3" in rows["proposed"]
-    line = "baseline: 2 of 3 seeds; seed 2 failed: FloatingPointError: a loss is not finite\n"
-    assert (tmp_path / "results" / f"{EXPERIMENT}.md").read_text().endswith(f"accuracies say little\n\n{line}")
 
 
 def test_files_of_another_experiment_are_left_alone(small_network, no_figures, tmp_path, capsys):
@@ -633,7 +631,6 @@ def test_nothing_is_chosen_where_a_tuning_run_fails(no_training, tmp_path, monke
     assert run(tmp_path, "--seeds", "1-2", *RATES) == 1
     captured = capsys.readouterr()
     assert "The learning rates are not chosen yet: 2 of 12 tuning runs are left.\n" in captured.out
-    assert "baseline at learning rate 0.1: 1 of 2 seeds; seed 17 failed: OSError: no space left\n" in captured.out
     assert captured.err.count("failed: OSError: no space left") == 2
     assert not list((tmp_path / "results").glob("*-seed[12].csv"))
 

@@ -98,13 +98,6 @@ def test_number_of_classes_is_that_of_the_images(settings, num_classes, tmp_path
     assert loaded(torch.rand(2, 3, 8, 8)).shape == (2, num_classes)
 
 
-def test_number_of_classes_in_older_files(tmp_path):
-    """They do not say it; the last layer's shape does."""
-    trained = construct_network("resnet18", 7, image_size=(70, 70))
-    loaded = load_network(write_run(tmp_path, trained.state_dict(), dataset="flowers"))
-    assert torch.equal(loaded[1].fc.weight, trained[1].fc.weight) and len(loaded[1].fc.weight) == 7
-
-
 def test_built_in_images_made_large(tmp_path):
     """A ResNet has its own first layers then, whatever the size of the images was."""
     trained = construct_network("resnet18", 10, "digits", image_size=(70, 70))
