@@ -244,6 +244,9 @@ def test_titles_say_what_is_shown():
     for run in runs:
         run.settings |= {"num_epochs": 1, "stem": "own", "dataset": "digits"}
     assert figures.describe(runs) == "resnet18 (stem own) on digits, 1 epoch, each setting at its own learning rate"
+    for run in runs:
+        run.settings["split_seed"] = "seed"
+    assert figures.describe(runs).endswith("learning rate, a split for each seed")
 
 
 def test_tables_of_experiments_are_left_out(tmp_path, capsys):
