@@ -57,12 +57,14 @@ class StreamedImages:
         """A batch for each of the `keys`, uint8 (n, 3, H, W), on the CPU.
 
         Raises:
-            ValueError: a file does not hold a whole image.
+            ValueError: a file does not hold a whole image; or another pass has begun, and has the processes now.
             ChildProcessError: a process that decodes was killed.
         """
         self.plan.keys = keys
         try:
             for batch in start(self.loader):
+                if self.loader.num_workers and self.plan.keys is not keys:
+                    raise ValueError("a pass over the images has begun within another one, which needs --workers 0")
                 if isinstance(batch, str):
                     raise ValueError(batch)
                 yield batch

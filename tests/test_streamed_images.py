@@ -105,6 +105,16 @@ def test_damaged_file_is_named(tmp_path, workers):
     assert "\n" not in str(error.value)
 
 
+def test_a_pass_within_another_is_refused(images):
+    """The processes would give the images of one to the labels of the other."""
+    image_set = load(images, workers=2)
+    train_batches, test_batches = (Batches(image_set, split, 4, normalize=False) for split in ("train", "test"))
+    with pytest.raises(ValueError, match="a pass over the images has begun within another one"):
+        for _ in train_batches:
+            next(iter(test_batches))
+    assert len(list(train_batches)) == len(train_batches)
+
+
 def test_killed_process(images):
     image_set = load(images, workers=2)
     before = set(psutil.Process().children())
