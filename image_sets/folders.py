@@ -188,7 +188,7 @@ def own_size(files: Iterable[Path]) -> Size | None:
         try:
             with Image.open(file) as image:
                 width, height = image.size
-                exchanged = find_orientation(image) >= 5
+                exchanged = find_orientation(image) >= 5 and image.format != "TIFF"  # whose size is upright already
         except Exception as error:
             raise unreadable(file, error) from error
         sizes.add((width, height) if exchanged else (height, width))

@@ -1,5 +1,6 @@
 """Mean and standard deviation of an image set, computed and kept."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -43,12 +44,13 @@ def keep_statistics(
 ) -> Statistics:
     """What `compute` returns, computed anew only where the files are others than those it was computed from last.
 
-    It is kept in the folder of the data set, as JSON, with the number of the files of its training images, their size
-    together and their newest change. Where nothing can be written there, `report` is given a line that says so.
+    It is kept in the folder of the data set, as JSON, with a checksum of the names, sizes and times of change of the
+    files of its training images. Where nothing can be written there, `report` is given a line that says so.
     OSError where there is a pipe, a socket or a device in its place.
     """
-    stats = [file.stat() for file in found.files]
-    made_from = {"files": len(stats), "bytes": sum(s.st_size for s in stats), "newest": max(s.st_mtime for s in stats)}
+    files = [(str(file.relative_to(found.folder)), file.stat()) for file in found.files]
+    listed = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    made_from = hashlib.sha256(repr(listed).encode()).hexdigest()
     file = found.folder / f"statistics-{size[0]}x{size[1]}.json"
     check_plain(file)
     with suppress(Exception):  # there may be anything in it, or nothing
