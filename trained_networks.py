@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLik
     settings = DEFAULTS | run.settings
     if not run.finished:
         raise ValueError(f"{file} is not of a finished run")
-    network = rebuild_network(run, weights_file or run_files(folder, settings["name"] or file.stem).best_weights)
+    network = rebuild_network(run, weights_file or run_files(folder, file.stem).best_weights)
     if settings["input_norm"] == "dataset":
         statistics = CIFAR10_STATISTICS
         if "mean" in settings:
@@ -73,7 +74,8 @@ def rebuild_network(run: Results, weights_file: str | os.PathLike) -> nn.Module:
     arguments = {name: settings[name] for name in ("dataset", "input_norm", "stem")}
     first = weights.get("conv1.weight", weights.get("1.conv1.weight"))
     arguments["image_size"] = 32 if first is not None and first.shape[-1] == 3 else 224  # 3×3: for small images
-    with torch.device("cpu"), keep_random_states():  # initial weights are drawn, but nobody sees them
+    ignored = warnings.catch_warnings(action="ignore", category=UserWarning)  # of what initialization discards
+    with ignored, torch.device("cpu"), keep_random_states():  # initial weights are drawn, but nobody sees them
         network = construct_network(settings["network"], find_num_classes(settings), **arguments)
     if settings["equivalent"] == "logits+rates":
         network, _ = equivalent(network, settings["bn_weight"])  # which has another eps

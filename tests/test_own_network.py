@@ -279,7 +279,8 @@ def test_trained_networks_of_torchvision(tmp_path, name):
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.add_(0.01)
-    file = write_run(tmp_path, trained.state_dict(), dataset="flowers", network=name, bn_weight=0.1)
+    settings = {"dataset": "flowers", "images": "9 of 7 classes", "network": name, "bn_weight": 0.1}
+    file = write_run(tmp_path, trained.state_dict(), **settings)
     loaded = load_network(file).state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in trained.state_dict().items())
 
@@ -347,4 +348,4 @@ def test_function_that_has_changed(write_module, few_digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(flags)
     assert stop.value.code == 1
-    assert "-last.pt is of a run with another network: give --restart" in capsys.readouterr().err
+    assert "-last.pt is of a run with another network: remove it to start over" in capsys.readouterr().err

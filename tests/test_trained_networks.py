@@ -17,9 +17,9 @@ COLUMNS = {name: np.array([1.0, 2.0]) for name in ("train_loss", "val_loss", "va
 
 def write_run(folder, weights=None, **settings):
     """The result file of a finished run in `folder`/results, and beside it its weights; returns the result file."""
-    file = folder / "results" / "run.csv"
     settings = {"name": "a run", "dataset": "digits", "num_epochs": 2} | settings
     settings = {name: value for name, value in settings.items() if value is not None}
+    file = folder / "results" / f"{settings['name']}.csv"
     write_results(file, Results(settings, {"epoch": np.array([1, 2]), **COLUMNS}))
     (folder / "networks").mkdir(exist_ok=True)
     if weights is not None:
@@ -117,17 +117,20 @@ def test_weights_in_another_place(small_network, tmp_path):
         load_network(tmp_path / "none.csv")
 
 
-def test_file_without_a_name(small_network, tmp_path, monkeypatch):
-    file = write_run(tmp_path, name="")
-    torch.save(trained_networks.construct_network("", 10, "digits").state_dict(), tmp_path / "networks" / "run-best.pt")
-    assert load_network(file)
-    monkeypatch.chdir(file.parent)
-    assert load_network(file.name)
+def test_renamed_files(small_network, tmp_path, monkeypatch):
+    """It is the name of the file that counts, as of a copy that is kept while the run is made anew."""
+    network = trained_networks.construct_network("", 10, "digits")
+    earlier, later = ({name: value + n for name, value in network.state_dict().items()} for n in (0, 1))
+    write_run(tmp_path, earlier).rename(tmp_path / "results" / "kept.csv")
+    (tmp_path / "networks" / "a run-best.pt").rename(tmp_path / "networks" / "kept-best.pt")
+    assert torch.equal(load_network(write_run(tmp_path, later)).state_dict()["0.weight"], later["0.weight"])
+    monkeypatch.chdir(tmp_path / "results")
+    assert torch.equal(load_network("kept.csv").state_dict()["0.weight"], earlier["0.weight"])
 
 
 @pytest.mark.parametrize("settings", [{"num_epochs": 3}, {"num_epochs": None}])
 def test_unfinished_run(settings, tmp_path):
-    with pytest.raises(ValueError, match=r"run\.csv is not of a finished run"):
+    with pytest.raises(ValueError, match=r"a run\.csv is not of a finished run"):
         load_network(write_run(tmp_path, **settings))
 
 
