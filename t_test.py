@@ -1,6 +1,6 @@
 """The paper's test of significance: a one-sided paired t-test over seeds.
 
-    python t_test.py --proposed results/*-weight0.1-c100-bn-*.csv --baseline results/*-weight1-c1-dataset-*.csv
+    python t_test.py --proposed results/*-weight0.1-c100-bn-seed*.csv --baseline results/*-weight1-c1-dataset-seed*.csv
 
 `evaluate` is the test itself; the rest pairs runs by their seeds, and corrects for the number of comparisons.
 """
@@ -113,6 +113,7 @@ def compare(setting: str, proposed: Mapping[int, float], baseline: Mapping[int, 
 
     `corrected_p_value` is left NaN, because it depends on the other comparisons: see `apply_holm_correction`.
     """
+    proposed, baseline = dict(proposed), dict(baseline)  # which a pandas.Series by seed may be, too
     seeds = sorted(proposed.keys() & baseline.keys())
     ours, theirs = [proposed[seed] for seed in seeds], [baseline[seed] for seed in seeds]
     differences = {seed: a - b for seed, a, b in zip(seeds, ours, theirs, strict=True)}
@@ -120,7 +121,7 @@ def compare(setting: str, proposed: Mapping[int, float], baseline: Mapping[int, 
     if have_spread(list(differences.values())):
         p_value = evaluate(ours, theirs)
         interval = tuple(map(float, ttest_rel(ours, theirs).confidence_interval(0.95)))
-    return Comparison(setting, dict(proposed), differences, interval, p_value)
+    return Comparison(setting, proposed, differences, interval, p_value)
 
 
 def apply_holm_correction(comparisons: Iterable[Comparison]) -> None:

@@ -35,9 +35,9 @@ def read_by_seed(files: Iterable[Path], group: str, select: str = "best") -> dic
             raise ValueError(f"{file} does not say with which seed and num_epochs it was made")
         if not run.finished:
             raise ValueError(f"{file} is of an unfinished run: {run.num_epochs} of {num_epochs} epochs")
+        check_alike(run, next(iter(runs.values()), run), f"{file} and the first file of {group}", apart_from=())
         if seed in runs:
             raise ValueError(f"{file} has seed {seed}, and so has another file of {group}: give one file for each seed")
-        check_alike(run, next(iter(runs.values()), run), f"{file} and the first file of {group}", apart_from=())
         runs[seed] = run
     return runs
 

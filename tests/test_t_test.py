@@ -138,6 +138,10 @@ def test_compare_pairs_by_seed():
     half = stats.t.ppf(0.975, df=3) * np.std(differences, ddof=1) / math.sqrt(4)
     assert comparison.interval == pytest.approx((np.mean(differences) - half, np.mean(differences) + half))
     assert comparison.improved == 3
+    backwards = pd.Series(dict(reversed(proposed.items())))
+    assert compare("new", backwards, pd.Series(baseline)).differences == comparison.differences
+    with pytest.raises(ValueError, match="not a finite number"):
+        compare("new", {**proposed, 1: math.nan}, baseline)
 
 
 @pytest.mark.parametrize(
