@@ -191,7 +191,8 @@ def save_figures(
         "forest": (lambda: forest_plot(comparisons), title),
     }
     if measured:
-        figures["normalized-values"] = lambda: normalized_values(measured), f"{of_seed}; {NUM_MEASURED} test images"
+        of_images = f"{of_seed}; at most {NUM_MEASURED} test images"
+        figures["normalized-values"] = lambda: normalized_values(measured), of_images
     if weights:
         figures["scales-and-shifts"] = lambda: learned_scales_and_shifts(weights, bn_weights), of_seed
     made = []

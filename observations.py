@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,12 +38,18 @@ def batch_norms(weights: Weights) -> Iterator[tuple[int, np.ndarray, np.ndarray]
     layers = [name.removesuffix(".running_mean") for name in weights if name.endswith(".running_mean")]
     layers = [layer for layer in layers if {f"{layer}.weight", f"{layer}.bias"} <= weights.keys()]
     for depth, layer in enumerate(layers, start=first_depth(layers)):
-        yield depth, np.asarray(weights[f"{layer}.weight"]), np.asarray(weights[f"{layer}.bias"])
+        yield depth, as_array(weights[f"{layer}.weight"]), as_array(weights[f"{layer}.bias"])
+
+
+def as_array(values: Any) -> np.ndarray:
+    """A tensor of any floating-point type on any device, or an array, as an array of float32."""
+    return torch.as_tensor(values).detach().float().cpu().numpy()
 
 
 def first_depth(layers: Sequence[str]) -> int:
     """The depth of the first of a network's batch norms, from their names: 0 in front of the network, 1 within it."""
-    return 0 if "0" in layers[:1] else 1
+    first, later = layers[:1], layers[1:]
+    return 0 if first == ["0"] and all(layer.startswith("1.") for layer in later) else 1
 
 
 def initial_scale(depth: int, bn_weight: float) -> float:
@@ -54,7 +61,7 @@ def batch_norm_arrays(weights: Weights) -> dict[str, np.ndarray]:
     """All that belongs to batch norms in a `state_dict`, under the same names, but for their counts of batches."""
     layers = {name.rpartition(".")[0] for name in weights if name.endswith(".running_mean")}
     of_batch_norms = (name for name in weights if name.rpartition(".")[0] in layers)
-    return {name: np.asarray(weights[name]) for name in of_batch_norms if not name.endswith(".num_batches_tracked")}
+    return {name: as_array(weights[name]) for name in of_batch_norms if not name.endswith(".num_batches_tracked")}
 
 
 # --- normalized values ----------------------------------------------------------------------------------------------
@@ -71,7 +78,7 @@ class NormalizedValues(NamedTuple):
 NUM_MEASURED = 128  # test images on which normalized values are measured
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_normalized_values(network: nn.Module, images: Tensor) -> list[NormalizedValues]:
     """How large normalized values get in each batch norm of a network, in the order of computation (Section 3).
 
@@ -83,7 +90,7 @@ def measure_normalized_values(network: nn.Module, images: Tensor) -> list[Normal
     measured, hooks = [], []
 
     def measure(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        statistics = layer.running_mean, layer.running_var
+        statistics = (None if values is None else values.float() for values in (layer.running_mean, layer.running_var))
         of_batch = layer.running_mean is None
         normalized = F.batch_norm(inputs[0].float(), *statistics, training=of_batch, eps=layer.eps).abs()
         share = (normalized > LARGE).float().mean().item()
@@ -97,6 +104,7 @@ def measure_normalized_values(network: nn.Module, images: Tensor) -> list[Normal
     try:
         network(images)
     finally:
+        network.train(modes[network])  # for layers whose own `train` does more
         for module, mode in modes.items():
             module.training = mode
         for hook in hooks:
@@ -231,6 +239,15 @@ def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archiv
             measured[setting] = measure_run(run, trained[setting], image_set)
         found.normalized_values.update(measured)
     except (OSError, ValueError) as error:
+        with suppress(OSError, ValueError):  # what was measured of these very networks is kept
+            weights, measured = load_observations(archive, title)
+            same = (
+                np.array_equal(of.get(name), values)
+                for setting, of in weights.items()
+                for name, values in found.weights[setting].items()
+            )
+            if measured and all(same):
+                return found._replace(normalized_values=measured)
         found.missing.append(f"no normalized values: {reason(error)}")
     save_observations(archive, title, found.weights, found.normalized_values)
     return found
@@ -266,6 +283,8 @@ def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mappin
             (d, np.array((scale, shift)) / initial_scale(d, bn_weights[setting]))
             for d, scale, shift in batch_norms(trained)
         ]
+        if not layers:
+            raise ValueError(f"{setting} has no batch norm with γ, β and running statistics")
         depths = np.array([depth for depth, _ in layers])
         quantiles = np.array([np.quantile(values, (0, 0.05, 0.5, 0.95, 1), axis=1) for _, values in layers])
         found[setting] = depths, quantiles

@@ -4,7 +4,6 @@ The images of a set live once, as one uint8 tensor on the training device, or ar
 are large. A split is a vector of indices into them.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,10 +64,11 @@ class ImageSet:
         return {"images": self.numbers, **{name: " ".join(map(repr, of)) for name, of in statistics.items()}}
 
     def sample(self, split: str, num_images: int) -> Tensor:
-        """Indices of at most so many images of a split: the first ones, or every k-th where classes come in turn."""
+        """Indices of at most so many images of a split: the first ones, or evenly spread where classes come in turn."""
         indices = self.splits[split]
         in_turn = bool((self.labels[indices].diff() >= 0).all())
-        return indices[:: math.ceil(len(indices) / num_images)] if in_turn else indices[:num_images]
+        number = min(num_images, len(indices))
+        return indices[torch.linspace(0, len(indices) - 1, number).long()] if in_turn else indices[:number]
 
     def take(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
         """For each vector of indices its images as they are for evaluation, uint8 (n, 3, H, W), on the device."""

@@ -77,6 +77,6 @@ def test_sample_of_a_split():
     splits = {"mixed": torch.arange(10), "in turn": torch.arange(3, 23)}
     image_set = ImageSet(torch.zeros(23, 3, 8, 8), labels, splits, ["a", "b", "c"], flip=False)
     assert image_set.sample("mixed", 4).tolist() == [0, 1, 2, 3]
-    assert image_set.sample("in turn", 9).tolist() == [3, 6, 9, 12, 15, 18, 21]
-    assert image_set.sample("in turn", 4).tolist() == [3, 8, 13, 18]
+    assert image_set.sample("in turn", 9).tolist() == [3, 5, 7, 10, 12, 14, 17, 19, 22]
+    assert image_set.sample("in turn", 4).tolist() == [3, 9, 15, 22]
     assert image_set.sample("in turn", 30).tolist() == list(range(3, 23))

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -28,8 +30,13 @@ def test_nothing_is_downloaded_for_figures(small_cifar10, tmp_path, monkeypatch)
     weights = trained_networks.construct_network("resnet18", 10, "cifar10").state_dict()
     run = read_results(write_run(tmp_path, weights, dataset="cifar10"))
     networks, archive = tmp_path / "networks", tmp_path / "x.npz"
-    assert observe_runs({"proposed": run}, "a run", networks, archive).normalized_values  # from the images beside it
+    measured = observe_runs({"proposed": run}, "a run", networks, archive).normalized_values
+    assert measured  # from the images beside it
     (small_cifar10 / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"damaged")
+    again = observe_runs({"proposed": run}, "a run", networks, archive)
+    assert again.normalized_values == measured and not again.missing  # kept
+    weights["1.bn1.weight"] += 1  # now, they would be those of another network
+    run = read_results(write_run(tmp_path, weights, dataset="cifar10"))
     [line] = observe_runs({"proposed": run}, "a run", networks, archive).missing
     assert line.startswith("no normalized values: ") and "data_batch_2 is damaged" in line
 
@@ -47,6 +54,10 @@ def test_batch_norms_by_depth():
         for layer, (_, scale, shift) in zip(layers, found, strict=True):
             np.testing.assert_array_equal(scale, layer.weight.detach())
             np.testing.assert_array_equal(shift, layer.bias.detach())
+    begins_with_one = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))  # none in front of it
+    assert [depth for depth, *_ in observations.batch_norms(begins_with_one.state_dict())] == [1, 2]
+    halves = {name: value.bfloat16() for name, value in whole.state_dict().items()}
+    assert [scale.dtype for _, scale, _ in observations.batch_norms(halves)] == [np.float32] * 3
     assert [observations.initial_scale(depth, 0.1) for depth in (0, 1, 2)] == pytest.approx([0.058, 0.1, 0.1])
     names = {f"{layer}.{kind}" for layer in ("0", "1.1", "1.2") for kind in ("weight", "bias", "running_mean")}
     arrays = observations.batch_norm_arrays(whole.state_dict())
@@ -92,6 +103,8 @@ def test_measure_normalized_values():
     network[2].eval()
     measure_normalized_values(network, images)
     assert not network[2].training and network.training and network[0].training  # each keeps its own mode
+    in_double = measure_normalized_values(copy.deepcopy(network).double(), images.double())
+    assert [of.maximum for of in in_double] == pytest.approx([of.maximum for of in measured], rel=1e-5)
     network.eval()
     with torch.no_grad():
         inputs = {"0": images, "2": network[1](network[0](images))}
@@ -109,6 +122,22 @@ def test_measure_normalized_values():
         assert layer.share_beyond_3 == pytest.approx(large / count) and large
         assert layer.maximum == pytest.approx(largest, rel=1e-5)
     assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_measured_network_is_left_as_it_was():
+    """With a lazy layer, and with one whose own `train` does more than to set its mode."""
+
+    class Merging(nn.Linear):
+        merged = False
+
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+
+    network = nn.Sequential(nn.LazyBatchNorm2d(), nn.Flatten(), Merging(12, 2))
+    measure_normalized_values(network, torch.rand(4, 3, 2, 2))
+    assert network[2].training and not network[2].merged
+    network(torch.rand(4, 3, 2, 2)).sum().backward()
 
 
 def test_measure_run_prepares_images_as_in_training(small_network, tmp_path):
