@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batch_norm import check_bn_weight
 from command_line.flag_types import FlagError
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 HOMOGENEOUS = (  # what passes a factor above 0 on, or, with a bias or statistics, can be made to
     *(nn.Conv2d, nn.Linear, _BatchNorm, nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
-    *(nn.Identity, nn.Flatten, nn.Dropout),
+    *(nn.Identity, nn.Sequential, nn.Flatten, nn.Dropout),
 )
 
 Groups = list[dict[str, Any]]
@@ -52,7 +53,8 @@ def equivalent(
         The other network, and its parameter groups for `torch.optim.SGD`.
 
     Raises:
-        ValueError: a layer is not one of `HOMOGENEOUS`, a batch norm lacks γ or β, or there is no linear layer.
+        ValueError: a layer is not one of `HOMOGENEOUS`, a batch norm lacks γ or β, there is no linear layer, or
+            `bn_weight` is not above 0.
     """
     other = copy.deepcopy(network)
     leaves = [module for module in other.modules() if isinstance(module, _BatchNorm) or not list(module.children())]
@@ -61,6 +63,7 @@ def equivalent(
     if unlike:
         raise ValueError(f"there is no equivalent where a layer is not homogeneous: {', '.join(sorted(unlike))}")
     last = last_layer(other)
+    check_bn_weight(bn_weight, last.weight.dtype)
     scales = {last.weight: 1 / bn_weight}
     scaled = False  # whether what a layer takes has the factor
     for layer in leaves:
@@ -85,10 +88,12 @@ def logits_alone(
     """Of all that `equivalent` changes, the last layer alone: a copy of a network, and its parameter groups.
 
     The weights of its last `nn.Linear` are `bn_weight` times as large, and learn as they do there; all else learns as
-    it does in the given network. ValueError where there is no linear layer.
+    it does in the given network. ValueError where there is no linear layer, or `bn_weight` is not above 0.
     """
     other = copy.deepcopy(network)
-    return other, rescale(other, {last_layer(other).weight: 1 / bn_weight}, weight_decay, learning_rate, c)
+    weight = last_layer(other).weight
+    check_bn_weight(bn_weight, weight.dtype)
+    return other, rescale(other, {weight: 1 / bn_weight}, weight_decay, learning_rate, c)
 
 
 def rewrite(network: nn.Module, settings: argparse.Namespace) -> tuple[nn.Module, Groups]:

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -126,6 +128,13 @@ def test_what_has_no_equivalent(layers, message):
     if "weights" in message:
         with pytest.raises(ValueError, match=message):
             logits_alone(nn.Sequential(*layers), 0.1)
+
+
+@pytest.mark.parametrize("bn_weight", [0, -0.1, math.nan])
+@pytest.mark.parametrize("function", [equivalent, logits_alone])
+def test_bad_bn_weight(function, bn_weight):
+    with pytest.raises(ValueError, match="bn_weight must be a finite number above 0"):
+        function(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2)), bn_weight)
 
 
 def test_logits_alone():
