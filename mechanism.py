@@ -312,7 +312,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = {name: preparation.prepare(settings) for name, settings in args.runs.items()}
         first, steps = runs["proposed"], [*(step for step in MEASURED if step < args.steps), args.steps]
         seeds = f"mean of {len(args.seeds)} seeds" if args.seeds[1:] else f"seed {args.seeds[0]}"
-        title = f"{first.network} on {first.dataset}, {seeds}"
+        stem = f" (stem {first.stem})" * (first.stem != flags.DEFAULTS["stem"])
+        title = f"{first.network}{stem} on {first.dataset}, learning rate {as_typed(first.learning_rate)}, {seeds}"
         measured, of_runs = {bn_weight: [] for bn_weight in BN_WEIGHTS}, {name: [] for name in runs}
 
         @lru_cache(1)
@@ -345,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     of_seeds.append(measure_first_steps(with_seed[name], image_set, steps, after_step=bar.update))
         of_runs = {name: mean_over_seeds(of_seeds) for name, of_seeds in of_runs.items()}
         by_step = tabulate_first_steps(of_runs)
-        write_atomically(args.output / "mechanism.md", f"{at_first}\n\n{by_step}\n".encode())
+        write_atomically(args.output / "mechanism.md", f"{title}\n\n{at_first}\n\n{by_step}\n".encode())
         say(by_step, "")
         figures = {"initialization": draw_initialization(measured), "running-statistics": draw_statistics(of_runs)}
         figures["rotation"] = draw_rotation(of_runs)

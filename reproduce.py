@@ -77,9 +77,10 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
     restart = plan.report is None and plan.first.restart
     if not restart:
         experiment.read(planned)
-    left = experiment.left(planned)
+    left, known = experiment.left(planned), experiment.finished | experiment.diverged
+    num_done = sum(run.settings.name in known for run in planned)
     if plan.report is None and planned:
-        say(announce(plan, planned, len(planned) - len(left)))
+        say(announce(plan, planned, num_done))
     if plan.report is not None or stops or not left:
         return
     if restart:
@@ -89,7 +90,7 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
         comparisons = [] if planned[0].for_tuning else [c for c in compare(experiment) if not is_contrast(c)]
         return table(comparisons, NARROW_TABLE_COLUMNS).splitlines() if comparisons else []
 
-    runs, num_done = [run.settings for run in left.values()], len(planned) - len(left)
+    runs = [run.settings for run in left.values()]
     display = Display(left, num_done, rows())
     made = make_runs(runs, stops, plan.jobs, plan.scheduler, plan.device, train_here, display.tell)
     with on_signals(stops.append), closing(display), closing(made):
@@ -151,13 +152,13 @@ def report(
     stem, compared = experiment.folder / plan.table_name, [run for of in runs.values() for run in of.values()]
     texts = tables(comparisons) if experiment.runs else []
     notes = (*note_unsettled(experiment.finished.values()), *tuning, *selection_note(plan.select))
-    notes += (*note_missing_checksums(compared),)
+    notes += (*note_missing_checksums(compared), *mixed_circumstances(compared))
     text = "\n\n".join((*texts, *notes))
-    say(text, *mixed_circumstances(compared))
+    say(text)
     fewer = [name for name, number in earlier.items() if number > len(runs.get(name, ()))]
-    if compared and fewer and not plan.first.restart:
+    if compared and fewer and (plan.report is not None or not plan.first.restart):
         more = ", ".join(f"{earlier[name]} of {name}" for name in fewer)
-        say(f"{stem}.csv keeps its table, which has more runs ({more}): remove it to have this one written")
+        say(f"{stem}.csv keeps its table, which has more runs ({more}): ask for these too, or remove it")
     elif compared:
         rows = [row | experiment.tuning_of(row["setting"]) for row in table_rows(comparisons, plan.settings)]
         written = [*write_table(stem, plan.shared, rows, text), experiment.write_command()]
@@ -200,7 +201,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if experiment.stops:
             handlers.enter_context(on_signals(experiment.stops.append))  # another one is no reason to lose the table
         if not (experiment.finished or experiment.diverged or experiment.failed or experiment.stops):
-            raise ValueError(f"{experiment.folder} has no finished {'tuning ' * bool(tuning)}run of this experiment")
+            kind = "tuning " * bool(tuning)
+            hint = "give --report and the folder alone to see what it has"
+            raise ValueError(f"{experiment.folder} has no finished {kind}run of this experiment: {hint}")
         report(experiment, compare(experiment), tuning, earlier)
     if experiment.stops:
         again = "without --restart" if plan.first.restart else "again"

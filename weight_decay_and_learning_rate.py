@@ -26,7 +26,7 @@ def adjust_weight_decay_and_learning_rate(
 
     In this order, empty ones left out:
 
-    1. biases, the scales of other normalization layers and whatever `skip_list` names: no weight decay, full rate;
+    1. biases, the scales of torch's other normalization layers and what `skip_list` names: no weight decay, full rate;
     2. batch norm scales γ: no weight decay, rate `learning_rate / c`;
     3. the rest (weights of convolutional and linear layers, and what some networks have besides, such as tokens,
        tables of positions and scales of residual branches): `weight_decay`, full rate.
@@ -40,7 +40,7 @@ def adjust_weight_decay_and_learning_rate(
     that sets the rates needs those of the groups: `OneCycleLR(optimizer, max_lr=[g["lr"] for g in groups], ...)`.
 
     Args:
-        network: any module. It is left as it is.
+        network: any module but a scripted or exported one, whose layers have no types. It is left as it is.
         weight_decay: coefficient for the third group.
         learning_rate: rate of the first and third group, before any schedule.
         c: γ learns at 1/c of the rate; 0 or 1 for no reduction.

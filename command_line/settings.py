@@ -106,7 +106,8 @@ def make_parser() -> Parser:
     files("--checkpoint_seconds", default=60.0, type=not_negative, help=seconds_help)
     files("--restart", action="store_true", help="start over, replacing what an earlier run of this name left")
     files("--tensorboard", action="store_true", help="write curves for TensorBoard too")
-    beyond("--stem", default="auto", choices=STEMS, help="first layers of a ResNet: for small images, or its own")
+    stem_help = "first layers of a ResNet: for small images, its own, or by the images' size (default: %(default)s)"
+    beyond("--stem", default="auto", choices=STEMS, help=stem_help)
     beyond("--image_size", type=whole(1), help="height and width in pixels (default: their own if small, else 224)")
     beyond("--no_flip", action="store_true", help="never mirror an image")
     split_help = "seed that draws the validation images, or the word seed for the run's own (default: %(default)s)"
@@ -115,7 +116,7 @@ def make_parser() -> Parser:
     precision_help = "of products and convolutions (default: %(default)s)"
     beyond("--precision", default="float32", choices=PRECISIONS, help=precision_help)
     beyond("--compile", action="store_true", help="compile the network with torch.compile")
-    equivalent_help = "train a network with γ = 1 that starts with the same logits, or also learns the same way"
+    equivalent_help = "train a network with γ = 1 and as small logits, or one that learns the same way (default: no)"
     beyond("--equivalent", default="no", choices=EQUIVALENTS, help=equivalent_help)
     method("--bn_weight", default=0.1, type=positive, help="initial γ of every batch norm (default: %(default)s)")
     method("--c", default=100.0, type=reduction, help="divides the learning rate of γ (default: %(default)g)")

@@ -130,18 +130,19 @@ def read_table_seeds(stem: Path, settings: Mapping[str, Value]) -> dict[str, int
     file = stem.with_name(f"{stem.name}.csv")
     if not file.exists():
         return {}
+    if not is_table(file):
+        raise ValueError(f"{file} is not the table of an experiment: move it away, or give another --name")
     lines = read_file(file).decode(errors="replace").splitlines()
-    earlier = DEFAULTS | read_header(lines)
+    before, now = DEFAULTS | read_header(lines), DEFAULTS | settings
+    unlike = [name for name in before | now if before.get(name) != now.get(name)]
+    if unlike:
+        listed = "; ".join(f"{name} {before.get(name)}, here {now.get(name)}" for name in unlike)
+        raise ValueError(f"{file} is of other settings: {listed}. Move it away, or give another --name")
     try:
         rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-        finished = {row["setting"]: int(row["seeds"]) for row in rows if row["seeds"]}
+        return {row["setting"]: int(row["seeds"]) for row in rows if row["seeds"]}
     except (KeyError, TypeError, ValueError, csv.Error):
-        raise ValueError(f"{file} is not the table of an experiment, and is kept: give another --name") from None
-    found = {name: earlier.get(name) for name in settings}
-    unlike = [f"{name} {found[name]}, here {value}" for name, value in settings.items() if found[name] != value]
-    if unlike:
-        raise ValueError(f"{file} is of other settings, and is kept: {'; '.join(unlike)}. Give another --name")
-    return finished
+        raise ValueError(f"{file} is damaged: remove it") from None
 
 
 def without_tables(files: Sequence[Path]) -> tuple[list[Path], list[str]]:

@@ -22,7 +22,7 @@ from saved_runs.results import Results, format_results, read_results, write_resu
 from seeds import keep_random_states, set_random_states
 
 FORMAT = 1  # raise it when a change makes older checkpoints useless
-REMEDY = "give --restart to start over, or another --name"
+REMEDY = "remove it to start over, or give another --name"
 
 
 def save_run(files: RunFiles, state: dict[str, Any]) -> None:
@@ -114,8 +114,8 @@ def recover_run(files: RunFiles, settings: argparse.Namespace) -> tuple[Results 
         results = read_finished(files.results, settings)
         if results is None and files.results.exists():
             raise FileExistsError(
-                f"{files.results} has fewer than {settings.num_epochs} epochs, but there is no {files.checkpoint} to"
-                f" resume from: {REMEDY}"
+                f"there is no {files.checkpoint} to resume from, and {files.results} has fewer than"
+                f" {settings.num_epochs} epochs: {REMEDY}"
             )
         return results, None
     try:
@@ -148,7 +148,7 @@ def read_finished(file: Path, settings: argparse.Namespace) -> Results | None:
     try:
         results = read_results(file)
     except DamagedFileError as error:
-        raise DamagedFileError(f"{error}: remove it or {REMEDY}") from None
+        raise DamagedFileError(f"{error}: {REMEDY}") from None
     check_settings(file, results, settings)
     return results if results.has_made(settings.num_epochs) else None
 

@@ -123,7 +123,8 @@ class Run:
         for name, note in notes.items():
             if (before := earlier.get(name, note)) != note:
                 changed = f"the images of {self.settings.dataset} have changed since {self.settings.name} was stopped"
-                raise ValueError(f"{changed}: {name} were {before}, now {note}: {REMEDY}")
+                remedy = "give --restart to start over, or another --name"
+                raise ValueError(f"{changed}: {name} were {before}, now {note}: {remedy}")
         self.notes.update(notes)
 
     def steps(self, batches: Iterable[Any]) -> Iterator[Any]:

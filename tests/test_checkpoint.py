@@ -470,7 +470,7 @@ def test_changed_result_file_without_its_checkpoint(tmp_path, fails):
     changed = file.read_text().replace("# momentum: 0.9\n", "# momentum: 0.8\n")
     file.write_text(changed)
     line = fails(tmp_path, "--num_epochs", "2", "--momentum", "0.8")
-    assert "x.csv was changed after it was written" in line and "remove it or give --restart to start over" in line
+    assert "x.csv was changed after it was written" in line and "remove it to start over" in line
     assert file.read_text() == changed
 
 
@@ -478,7 +478,7 @@ def test_result_file_without_its_checkpoint(tmp_path, monkeypatch, fails):
     run_into_stop(3, monkeypatch, tmp_path)
     (tmp_path / "networks" / "x-last.pt").unlink()
     line = fails(tmp_path)
-    assert "x.csv has fewer than 4 epochs, but there is no" in line and "--restart" in line
+    assert "x.csv has fewer than 4 epochs: remove it to start over" in line
 
 
 def test_finished_result_file_from_another_place(alone, tmp_path, monkeypatch, capsys):
@@ -552,7 +552,7 @@ def test_damaged_result_file_without_its_checkpoint(tmp_path, fails):
     run(tmp_path, "--num_epochs", "1")
     (tmp_path / "results" / "x.csv").write_text("something else\n")
     line = fails(tmp_path, "--num_epochs", "1")
-    assert "x.csv is not a result file, or damaged, at line 1" in line and "--restart" in line
+    assert "x.csv is not a result file, or damaged, at line 1: remove it to start over" in line
 
 
 def test_run_that_goes_on_elsewhere_names_both_places(tmp_path, monkeypatch):
@@ -735,7 +735,7 @@ def test_checkpoint_cut_at_any_length(small_checkpoint):
     whole = small_checkpoint.read_bytes()
     for length in [0, 1, 31, 32, 33, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 50)]:
         small_checkpoint.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"x-last\.pt is cut short, damaged .* --restart"):
+        with pytest.raises(ValueError, match=r"x-last\.pt is cut short, damaged .*: remove it to start over"):
             load_checkpoint(small_checkpoint)
 
 
@@ -782,7 +782,7 @@ def test_checkpoint_with_a_wrong_part(tmp_path, monkeypatch, fails):
             checkpoint.save_with_digest({**{k: v for k, v in state.items() if k != name}, **part}, files.checkpoint)
             before = [file.read_bytes() for file in files]
             line = fails(tmp_path)
-            assert "x-last.pt" in line and "--restart" in line, (name, value)
+            assert "x-last.pt" in line and "remove it to start over" in line, (name, value)
             assert [file.read_bytes() for file in files] == before, (name, value)
     checkpoint.save_with_digest(state, files.checkpoint)
     run(tmp_path)
@@ -797,7 +797,7 @@ def test_checkpoint_of_another_program(tmp_path, recwarn):
         file = tmp_path / "x-last.pt"
         file.write_bytes(content + hashlib.sha256(content).digest())
         recwarn.clear()
-        with pytest.raises(ValueError, match=r"x-last\.pt does not hold the state of a run: give --restart"):
+        with pytest.raises(ValueError, match=r"x-last\.pt does not hold the state of a run: remove it"):
             load_checkpoint(file)
         with pytest.raises(ValueError, match=r"x-last\.pt is damaged, or does not hold the weights of a network"):
             load_weights(file)

@@ -206,8 +206,9 @@ def test_command(few_digits, tmp_path, capsys):
     begin, at_first, by_step, files = captured.out.split("\n\n")
     assert captured.err == ""
     what = "one batch before training, then 4 steps of baseline and of proposed"
-    assert begin == f"test_mechanism:small_network on digits, mean of 2 seeds: {what}"
-    assert (tmp_path / "mechanism.md").read_text() == f"{at_first}\n\n{by_step}\n"
+    assert begin == f"test_mechanism:small_network on digits, learning rate 0.05, mean of 2 seeds: {what}"
+    title = begin.removesuffix(f": {what}")
+    assert (tmp_path / "mechanism.md").read_text() == f"{title}\n\n{at_first}\n\n{by_step}\n"
     assert [line.split()[1] for line in at_first.splitlines()[2:]] == ["0.01", "0.03", "0.1", "0.3", "1"]
     image_sets = {seed: load_image_set("digits", split_seed=seed) for seed in (1, 2)}
     for line in at_first.splitlines()[2:]:
@@ -237,7 +238,7 @@ def test_large_images_of_a_folder(tmp_path, capsys):
     flags = ["--network", "test_mechanism:small_network", "--device", "cpu", "--batch_size", "16"]
     flags += ["--dataset", "beetles", "--path", str(tmp_path), "--output", str(tmp_path), "--steps", "4", "--seeds"]
     mechanism.main([*flags, "1", "1-1"])
-    assert capsys.readouterr().out.startswith("test_mechanism:small_network on beetles, seed 1: ")
+    assert capsys.readouterr().out.startswith("test_mechanism:small_network on beetles, learning rate 0.1, seed 1: ")
 
 
 def test_network_without_convolutions(few_digits, tmp_path, capsys):

@@ -201,7 +201,10 @@ def test_one_failure_does_not_stop_the_others(small_network, no_figures, tmp_pat
 def test_files_of_another_experiment_are_left_alone(small_network, no_figures, tmp_path, capsys):
     assert run(tmp_path, "--seeds", "1", "--name", "mine") == 0
     assert run(tmp_path, "--seeds", "1", "--name", "mine", "--momentum", "0.5") == 1
-    assert "mine.csv is of other settings, and is kept: momentum 0.9, here 0.5" in capsys.readouterr().err
+    assert (
+        "mine.csv is of other settings: momentum 0.9, here 0.5. Move it away, or give another --name"
+        in capsys.readouterr().err
+    )
     (tmp_path / "results" / "mine.csv").unlink()
     assert run(tmp_path, "--seeds", "1", "--name", "mine", "--momentum", "0.5") == 1
     assert "momentum was 0.9, now 0.5" in capsys.readouterr().err
@@ -214,10 +217,10 @@ def test_table_is_kept_where_less_would_replace_it(small_network, no_figures, tm
     before = [file.read_bytes() for file in tables]
     capsys.readouterr()
     assert run(tmp_path, "--seeds", "1", "--report") == 0
-    less = "keeps its table, which has more runs (2 of baseline, 2 of proposed): remove it"
+    less = "keeps its table, which has more runs (2 of baseline, 2 of proposed): ask for these too"
     assert less in capsys.readouterr().out
     assert run(tmp_path, "--seeds", "1-3", "--settings", "baseline", "init") == 0
-    assert "keeps its table, which has more runs (2 of proposed): remove it" in capsys.readouterr().out
+    assert "keeps its table, which has more runs (2 of proposed): ask for these too" in capsys.readouterr().out
     assert run(tmp_path, "--seeds", "8-9", "--report") == 1
     assert "has no finished run of this experiment" in capsys.readouterr().err
     assert [file.read_bytes() for file in tables] == before
@@ -231,7 +234,7 @@ def test_table_does_not_replace_a_run(small_network, no_figures, tmp_path, capsy
     capsys.readouterr()
     assert run(tmp_path, "--seeds", "1", "--name", "exp") == 1
     error = capsys.readouterr().err
-    assert "exp.csv is not the table of an experiment, and is kept: give another --name" in error
+    assert "exp.csv is not the table of an experiment: move it away, or give another --name" in error
     assert (tmp_path / "results" / "exp.csv").read_bytes() == before
     assert not list((tmp_path / "results").glob("*seed*"))
 
@@ -282,7 +285,7 @@ def test_changed_result_file(small_network, no_figures, tmp_path, monkeypatch, c
     assert run(tmp_path, *flags) == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and f"{file} was changed after it was written" in captured.err
-    assert "remove it or give --restart" in captured.err and "interim: 1 of 2" in captured.out
+    assert "remove it to start over" in captured.err and "interim: 1 of 2" in captured.out
     assert file.read_text() == changed
 
 
@@ -509,7 +512,7 @@ def test_other_tuning_seeds_do_not_replace_the_table(no_training, tmp_path, caps
     assert run(tmp_path, "--seeds", "1", *RATES) == 0
     before = (tmp_path / "results" / f"{TUNED}.md").read_bytes()
     assert run(tmp_path, "--seeds", "1", *RATES, "--tuning_seeds", "18") == 1
-    assert "is of other settings, and is kept: tuning_seeds 16 17, here 18" in capsys.readouterr().err
+    assert "is of other settings: tuning_seeds 16 17, here 18. Move it away" in capsys.readouterr().err
     assert (tmp_path / "results" / f"{TUNED}.md").read_bytes() == before
 
 

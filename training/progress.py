@@ -79,9 +79,9 @@ class Progress:
 def introduce(run: Run, network: nn.Module, train_batches: Batches) -> list[str]:
     """What a run does, in a line, with a second one where it is resumed and one where its first accuracies mislead."""
     settings = run.settings
-    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    size = sum(parameter.numel() for parameter in network.parameters())
     images = f"{settings.dataset}, {train_batches.image_set.numbers}"
-    what = f"{settings.network}, {millions:.1f} million parameters; {images}"
+    what = f"{settings.network}, {size:,} parameters; {images}"
     lines = [f"{what}; {settings.device}, {settings.precision}"]
     if run.results:
         lines.append(f"{settings.name} resumes at epoch {run.epochs[0]} of {settings.num_epochs}")
