@@ -92,6 +92,12 @@ class Tuned:
 DIGITS_TUNED = Tuned(
     "digits-fair-rates", f"{DIGITS}{{}}", ("0.005", "0.01", "0.02", "0.05", "0.1", "0.2"), range(16, 21)
 )
+DIGITS_SMALL_START = Tuned(
+    "digits-small-start",
+    DIGITS_TUNED.experiment.replace("resnet18", "small_start.resnet18"),
+    DIGITS_TUNED.rates,
+    DIGITS_TUNED.seeds,
+)
 CIFAR10_TUNED = Tuned(
     "cifar10-own-stem", "cifar10-resnet18-num_epochs=5{}-stem=own", ("0.01", "0.03", "0.1", "0.3"), range(16, 18)
 )

@@ -22,6 +22,7 @@ from reported import (
     CIFAR10_LONG,
     CIFAR10_TUNED,
     DIGITS,
+    DIGITS_SMALL_START,
     DIGITS_TUNED,
     RESULTS,
     SETTINGS,
@@ -237,6 +238,27 @@ def test_fair_rates_of_digits():
         f"`logits` gains {between(gain(fair, best, 'logits', 'input'))},",
         f"ahead of `init` by {between(gain(fair, best, 'proposed', 'init'))};",
         "the validation accuracy of `proposed` is {:.2f} %, that of the baseline {:.2f} %.".format(*at_02),
+    )
+
+
+def test_small_start():
+    [_, tuning], [_, *comparisons] = tables_of(lines_of("A small start alone"))
+    small = DIGITS_SMALL_START.accuracies
+    means = [f"{DIGITS_SMALL_START.mean_val_accuracy(rate, 'input'):.2f}" for rate in DIGITS_SMALL_START.rates]
+    assert (means[1], DIGITS_SMALL_START.chosen_rate("input")) == ("97.08", "0.01")
+    assert tuning == ["small start", means[0], f"**{means[1]}**", *means[2:]]
+    expected = {"small start vs input": [], "logits vs small start": []}
+    for select in (best, last):
+        of_input, of_logits = (fair(name, select=select) for name in ("input", "logits"))
+        differences = dict(
+            zip(expected, (small("input", select) - of_input, of_logits - small("input", select)), strict=True)
+        )
+        for name, p in corrected(differences).items():
+            expected[name] += [between(differences[name], "+"), p]
+    assert comparisons == [[name, *cells] for name, cells in expected.items()]
+    check_sentences(
+        lines_of("A small start alone"),
+        f"of {spread(small('input'))} %, at the last epoch of {spread(small('input', last))} %.",
     )
 
 
@@ -550,7 +572,7 @@ def test_first_screen():
     text = " ".join(FIRST_SCREEN.split())
     assert f"it is {gain(why).mean():.2f} with 5 epochs and {gain(long).mean():.2f} with 20;" in text
     at_the_end = (gain(of, last).mean() for of in (why, long))
-    assert "in place of the best validation epoch, {:.2f} and {:.2f}.".format(*at_the_end) in text
+    assert "at the last epoch instead of the best, {:.2f} and {:.2f}.".format(*at_the_end) in text
     assert f"the gain over the first six of 15 seeds is {between(gain(cifar10_long))}." in text
     of_pair = [best(cifar10_as_in_the_paper(name)) for name in ("proposed", "baseline")]
     assert "it is {:.2f} ({:.2f} and {:.2f} %).".format(of_pair[0] - of_pair[1], *of_pair) in text
@@ -560,3 +582,5 @@ def test_first_screen():
     assert f"and the input layer alone {small['input']}." in text
     of_digits = f"{between(gain(fair, setting='logits'))}, where the method has {gain(fair).mean():.2f}."
     assert f"the gain on digits is {of_digits}" in text
+    low, high = interval(DIGITS_SMALL_START.accuracies("input") - fair("baseline"))
+    assert low < 0 < high < 0.5 and "A factor at the start alone gains nothing on digits." in text
