@@ -246,7 +246,7 @@ def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archiv
                 for setting, of in weights.items()
                 for name, values in found.weights[setting].items()
             )
-            if measured and all(same):
+            if weights.keys() == measured.keys() == found.weights.keys() and all(same):
                 return found._replace(normalized_values=measured)
         found.missing.append(f"no normalized values: {reason(error)}")
     save_observations(archive, title, found.weights, found.normalized_values)

@@ -118,7 +118,8 @@ def compare(setting: str, proposed: Mapping[int, float], baseline: Mapping[int, 
     ours, theirs = [proposed[seed] for seed in seeds], [baseline[seed] for seed in seeds]
     differences = {seed: a - b for seed, a, b in zip(seeds, ours, theirs, strict=True)}
     interval, p_value = (nan, nan), nan
-    if have_spread(list(differences.values())):
+    values = list(differences.values())
+    if have_spread(values) or np.isnan(values).any():  # which `evaluate` refuses
         p_value = evaluate(ours, theirs)
         interval = tuple(map(float, ttest_rel(ours, theirs).confidence_interval(0.95)))
     return Comparison(setting, proposed, differences, interval, p_value)

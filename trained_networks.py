@@ -39,7 +39,8 @@ def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLik
 
     Raises:
         FileNotFoundError: one of the files is missing.
-        ValueError: a file is damaged, the run is not finished, or the weights are of another network.
+        ValueError: a file is damaged, or does not say how many classes there are; the run is not finished; or the
+            weights are of another network.
     """
     file = Path(results_file)
     folder = file.absolute().parent.parent
@@ -67,7 +68,7 @@ def rebuild_network(run: Results, weights_file: str | os.PathLike) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no `weights_file`.
-        ValueError: the weights are damaged, or of another network.
+        ValueError: the weights are damaged, or of another network; or `run` does not say how many classes there are.
     """
     settings = DEFAULTS | run.settings
     weights = load_weights(weights_file)

@@ -31,7 +31,7 @@ class Batches:
         share: gives, of what there is for each image of a batch, that of the images to take: all, by default.
 
     Raises:
-        ValueError: `split` is none of these.
+        ValueError: `split` is none of these, or the set has no statistics to normalize with.
     """
 
     def __init__(

@@ -63,17 +63,22 @@ class StreamedImages:
         self.plan.keys = keys
         try:
             for batch in start(self.loader):
-                if self.loader.num_workers and self.plan.keys is not keys:
-                    raise ValueError("a pass over the images has begun within another one, which needs --workers 0")
+                self.check_alone(keys)
                 if isinstance(batch, str):
                     raise ValueError(batch)
                 yield batch
+            self.check_alone(keys)
         except (RuntimeError, ConnectionError, EOFError) as error:
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise ChildProcessError(
                 f"a process that decodes images was lost ({in_one_line(error)}); fewer --workers take less memory"
             ) from error
+
+    def check_alone(self, keys: Iterable[Sequence[Key]]) -> None:
+        """ValueError where the processes have gone on to the keys of another pass."""
+        if self.loader.num_workers and self.plan.keys is not keys:
+            raise ValueError("a pass over the images has begun within another one, which needs --workers 0")
 
 
 class Decoder(Dataset):

@@ -20,7 +20,7 @@ SIGN_FLIPS = 2**18  # all of up to 18 pairs, a sample of them beyond
 
 def have_spread(differences: Sequence[float]) -> bool:
     """Whether there are two differences that are not equal: without spread, a test would claim anything."""
-    return len(differences) > 1 and not np.ptp(differences) <= 1e-9
+    return len(differences) > 1 and bool(np.ptp(differences) > 1e-9)
 
 
 def sign_flip_p_value(differences: Sequence[float]) -> float:

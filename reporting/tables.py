@@ -130,9 +130,9 @@ def read_table_seeds(stem: Path, settings: Mapping[str, Value]) -> dict[str, int
     file = stem.with_name(f"{stem.name}.csv")
     if not file.exists():
         return {}
+    lines = read_file(file).decode(errors="replace").splitlines()
     if not is_table(file):
         raise ValueError(f"{file} is not the table of an experiment: move it away, or give another --name")
-    lines = read_file(file).decode(errors="replace").splitlines()
     before, now = DEFAULTS | read_header(lines), DEFAULTS | settings
     unlike = [name for name in before | now if before.get(name) != now.get(name)]
     if unlike:

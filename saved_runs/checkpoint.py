@@ -23,6 +23,7 @@ from seeds import keep_random_states, set_random_states
 
 FORMAT = 1  # raise it when a change makes older checkpoints useless
 REMEDY = "remove it to start over, or give another --name"
+REMOVE_BOTH = "remove it and the result file of its run to start over, or give another --name"
 
 
 def save_run(files: RunFiles, state: dict[str, Any]) -> None:
@@ -68,16 +69,16 @@ def load_checkpoint(file: str | os.PathLike) -> dict[str, Any]:
     """
     content = read_file(file)
     if not has_digest(content):
-        raise ValueError(f"the checkpoint {file} is cut short, damaged or none of this program's: {REMEDY}")
+        raise ValueError(f"the checkpoint {file} is cut short, damaged or none of this program's: {REMOVE_BOTH}")
     try:
         state = load_saved(content)
         other_format = state["format"] != FORMAT
         if not other_format:
             check_state(state)
     except Exception as error:  # which one depends on what is missing, or of another type
-        raise ValueError(f"the checkpoint {file} does not hold the state of a run: {REMEDY}") from error
+        raise ValueError(f"the checkpoint {file} does not hold the state of a run: {REMOVE_BOTH}") from error
     if other_format:
-        raise ValueError(f"the checkpoint {file} was written by another version of this program: {REMEDY}")
+        raise ValueError(f"the checkpoint {file} was written by another version of this program: {REMOVE_BOTH}")
     return state
 
 
@@ -114,8 +115,8 @@ def recover_run(files: RunFiles, settings: argparse.Namespace) -> tuple[Results 
         results = read_finished(files.results, settings)
         if results is None and files.results.exists():
             raise FileExistsError(
-                f"there is no {files.checkpoint} to resume from, and {files.results} has fewer than"
-                f" {settings.num_epochs} epochs: {REMEDY}"
+                f"{files.results} has fewer than {settings.num_epochs} epochs, and no {files.checkpoint} to resume"
+                f" from: {REMEDY}"
             )
         return results, None
     try:

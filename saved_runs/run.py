@@ -16,7 +16,7 @@ from command_line.settings import DATASETS, Value
 from command_line.signals import on_signals, until_stopped
 from saved_runs.checkpoint import (
     FORMAT,
-    REMEDY,
+    REMOVE_BOTH,
     read_finished,
     recover_run,
     save_run,
@@ -107,7 +107,9 @@ class Run:
                 try:
                     part.load_state_dict(self.state[name])
                 except Exception:  # which one depends on what differs; of weights, it has a line for each
-                    raise ValueError(f"{self.files.checkpoint} is of a run with another {name}: {REMEDY}") from None
+                    raise ValueError(
+                        f"{self.files.checkpoint} is of a run with another {name}: {REMOVE_BOTH}"
+                    ) from None
             for group in optimizer.param_groups:  # this goes with the device, which may be another one now
                 group["fused"] = optimizer.defaults["fused"]
             set_random_states(self.state["random"])

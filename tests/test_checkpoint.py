@@ -478,7 +478,7 @@ def test_result_file_without_its_checkpoint(tmp_path, monkeypatch, fails):
     run_into_stop(3, monkeypatch, tmp_path)
     (tmp_path / "networks" / "x-last.pt").unlink()
     line = fails(tmp_path)
-    assert "x.csv has fewer than 4 epochs: remove it to start over" in line
+    assert "x.csv has fewer than 4 epochs, and no " in line and "remove it to start over" in line
 
 
 def test_finished_result_file_from_another_place(alone, tmp_path, monkeypatch, capsys):
@@ -735,7 +735,7 @@ def test_checkpoint_cut_at_any_length(small_checkpoint):
     whole = small_checkpoint.read_bytes()
     for length in [0, 1, 31, 32, 33, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 50)]:
         small_checkpoint.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"x-last\.pt is cut short, damaged .*: remove it to start over"):
+        with pytest.raises(ValueError, match=r"x-last\.pt is cut short, damaged .*: remove it and the result file"):
             load_checkpoint(small_checkpoint)
 
 
@@ -782,7 +782,7 @@ def test_checkpoint_with_a_wrong_part(tmp_path, monkeypatch, fails):
             checkpoint.save_with_digest({**{k: v for k, v in state.items() if k != name}, **part}, files.checkpoint)
             before = [file.read_bytes() for file in files]
             line = fails(tmp_path)
-            assert "x-last.pt" in line and "remove it to start over" in line, (name, value)
+            assert "x-last.pt" in line and "remove it and the result file" in line, (name, value)
             assert [file.read_bytes() for file in files] == before, (name, value)
     checkpoint.save_with_digest(state, files.checkpoint)
     run(tmp_path)

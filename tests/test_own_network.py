@@ -348,4 +348,4 @@ def test_function_that_has_changed(write_module, few_digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(flags)
     assert stop.value.code == 1
-    assert "-last.pt is of a run with another network: remove it to start over" in capsys.readouterr().err
+    assert "-last.pt is of a run with another network: remove it and the result file" in capsys.readouterr().err

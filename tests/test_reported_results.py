@@ -576,11 +576,11 @@ def test_first_screen():
     assert f"the gain over the first six of 15 seeds is {between(gain(cifar10_long))}." in text
     of_pair = [best(cifar10_as_in_the_paper(name)) for name in ("proposed", "baseline")]
     assert "it is {:.2f} ({:.2f} and {:.2f} %).".format(of_pair[0] - of_pair[1], *of_pair) in text
-    assert f"the gain is {gain(first).mean():.2f} where this one has {gain(why).mean():.2f};" in text
+    assert f"whose gain at 0.05 is {gain(first).mean():.2f} instead of {gain(why).mean():.2f};" in text
     small = {name: between(gain(cifar10_fair, setting=name)) for name in ("logits", "input")}
     assert f"it is {small['logits']}, where the method has {gain(cifar10_fair).mean():.2f}," in text
     assert f"and the input layer alone {small['input']}." in text
     of_digits = f"{between(gain(fair, setting='logits'))}, where the method has {gain(fair).mean():.2f}."
     assert f"the gain on digits is {of_digits}" in text
     low, high = interval(DIGITS_SMALL_START.accuracies("input") - fair("baseline"))
-    assert low < 0 < high < 0.5 and "A factor at the start alone gains nothing on digits." in text
+    assert low < 0 < high < 0.5 and "A factor at the start alone has no measurable gain on digits." in text

@@ -109,9 +109,10 @@ def test_a_pass_within_another_is_refused(images):
     """The processes would give the images of one to the labels of the other."""
     image_set = load(images, workers=2)
     train_batches, test_batches = (Batches(image_set, split, 4, normalize=False) for split in ("train", "test"))
-    with pytest.raises(ValueError, match="a pass over the images has begun within another one"):
-        for _ in train_batches:
-            next(iter(test_batches))
+    for other in (lambda: next(iter(test_batches)), lambda: list(test_batches)):
+        with pytest.raises(ValueError, match="a pass over the images has begun within another one"):
+            for _ in train_batches:
+                other()
     assert len(list(train_batches)) == len(train_batches)
 
 
