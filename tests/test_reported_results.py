@@ -198,7 +198,7 @@ def test_small_logits_on_cifar10():
 def test_best_epoch_is_the_last_on_cifar10():
     assert "In all runs of five epochs on CIFAR-10, the best epoch is the last." in " ".join(MORE.split())
     for experiment in map(CIFAR10_TUNED.at, CIFAR10_TUNED.rates):
-        for setting in ("baseline", "proposed", "input", "logits"):
+        for setting in SETTINGS:
             assert all(
                 run["val_accuracy"].idxmax() == 4 for run in read_runs("cifar10-own-stem", experiment, setting).values()
             )
