@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 import train
 from saved_runs import checkpoint
@@ -17,8 +18,13 @@ FLAGS = ["--dataset", "digits", "--batch_size", "16", "--learning_rate", "0.05",
 
 
 @pytest.fixture
-def make_run(small_network, tmp_path):
-    """Make a run of five epochs, or what is left of it."""
+def make_run(small_network, tmp_path, monkeypatch):
+    """Make a run of five epochs, or what is left of it.
+
+    Files of one second are read in the order of a number in their names, as text: 10 before 9. As in a process of a
+    run's own, it begins at 0.
+    """
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
     def make(*flags: str, tensorboard: bool = True) -> None:
         train.main([*FLAGS, "--num_epochs", "5", "--path", str(tmp_path), *["--tensorboard"] * tensorboard, *flags])

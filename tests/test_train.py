@@ -155,7 +155,7 @@ def test_what_a_run_leaves_behind(few_digits, tmp_path, capsys):
     assert err == ""
     first, about_accuracies, *lines, last = out.splitlines()
     images = "digits, 144 training, 16 validation and 40 test images of 10 classes"
-    assert first == f"resnet18, 11,173,962 parameters; {images}; cpu, float32"
+    assert first == f"resnet18, 11,173,968 parameters; {images}; cpu, float32"
     assert about_accuracies.startswith("an epoch has 3 steps: for about 100 steps, batch norm's running statistics")
     assert all(re.search(r", [\d,]+ images/s$", line) for line in lines)
     assert [line.split(":")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
