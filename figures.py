@@ -13,7 +13,7 @@ from pathlib import Path
 
 from command_line.endings import answer_at_once, one_line_endings, say, warn
 from command_line.flag_types import Parser, as_typed, folder
-from command_line.settings import DEFAULTS, NAMED, OWN_SEED, PAPER, compared
+from command_line.settings import DEFAULTS, NAMED, OWN_SEED, PAPER, compared, describe_network
 
 
 def make_parser() -> Parser:
@@ -151,11 +151,10 @@ def describe(runs: Iterable[Results]) -> str:
     """What all these runs are of: network, data set, epochs, learning rate and whether each seed has its own split."""
     all_settings = [DEFAULTS | run.settings for run in runs]
     first, rates = all_settings[0], {settings["learning_rate"] for settings in all_settings}
-    stem = f" (stem {first['stem']})" * (first["stem"] != DEFAULTS["stem"])
     epochs = f"{first['num_epochs']} epoch{'s' * (first['num_epochs'] != 1)}"
     rate = f"learning rate {as_typed(*rates)}" if len(rates) == 1 else "each setting at its own learning rate"
     split = ", a split for each seed" * (first["split_seed"] == OWN_SEED)
-    return f"{first['network']}{stem} on {first['dataset']}, {epochs}, {rate}{split}"
+    return f"{describe_network(first)}, {epochs}, {rate}{split}"
 
 
 def save_figures(

@@ -312,8 +312,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = {name: preparation.prepare(settings) for name, settings in args.runs.items()}
         first, steps = runs["proposed"], [*(step for step in MEASURED if step < args.steps), args.steps]
         seeds = f"mean of {len(args.seeds)} seeds" if args.seeds[1:] else f"seed {args.seeds[0]}"
-        stem = f" (stem {first.stem})" * (first.stem != flags.DEFAULTS["stem"])
-        title = f"{first.network}{stem} on {first.dataset}, learning rate {as_typed(first.learning_rate)}, {seeds}"
+        rate = f"learning rate {as_typed(first.learning_rate)}"
+        title = f"{flags.describe_network(vars(first))}, {rate}, {seeds}"
         measured, of_runs = {bn_weight: [] for bn_weight in BN_WEIGHTS}, {name: [] for name in runs}
 
         @lru_cache(1)

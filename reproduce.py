@@ -74,16 +74,14 @@ def compare(experiment: Experiment) -> list[Comparison]:
 def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
     """Find what has come of runs, and make the others unless only a report is asked for or a signal has arrived."""
     plan, stops = experiment.plan, experiment.stops
-    restart = plan.report is None and plan.first.restart
-    if not restart:
+    if not experiment.restarts:
         experiment.read(planned)
-    left, known = experiment.left(planned), experiment.finished | experiment.diverged
-    num_done = sum(run.settings.name in known for run in planned)
+    left, num_done = experiment.left(planned), experiment.num_done(planned)
     if plan.report is None and planned:
         say(announce(plan, planned, num_done))
     if plan.report is not None or stops or not left:
         return
-    if restart:
+    if experiment.restarts:
         remove(list(left.values()))
 
     def rows() -> list[str]:
@@ -123,8 +121,8 @@ def list_experiments(found: Mapping[str, argparse.Namespace]) -> None:
         experiment.read(plan.tuning_runs)
         experiment.choose_learning_rates()
         experiment.read(experiment.runs)
-        planned, known = experiment.runs or plan.tuning_runs, experiment.finished | experiment.diverged
-        num_done = sum(run.settings.name in known for run in planned)
+        planned = experiment.runs or plan.tuning_runs
+        num_done = experiment.num_done(planned)
         kind = "runs" if experiment.runs else "tuning runs"
         what = f"{', '.join(plan.settings)}; seeds {' '.join(ranges(plan.seeds))}"
         done = f"{num_done} of {len(planned)} {kind} are finished"
@@ -156,7 +154,7 @@ def report(
     text = "\n\n".join((*texts, *notes))
     say(text)
     fewer = [name for name, number in earlier.items() if number > len(runs.get(name, ()))]
-    if compared and fewer and (plan.report is not None or not plan.first.restart):
+    if compared and fewer and not experiment.restarts:
         more = ", ".join(f"{earlier[name]} of {name}" for name in fewer)
         say(f"{stem}.csv keeps its table, which has more runs ({more}): ask for these too, or remove it")
     elif compared:

@@ -170,6 +170,12 @@ def determining(settings: argparse.Namespace) -> dict[str, Value]:
     return {name: value for name, value in vars(settings).items() if name not in WITHOUT_EFFECT}
 
 
+def describe_network(settings: Mapping[str, Value]) -> str:
+    """What is trained on what, as titles say it."""
+    stem = f" (stem {settings['stem']})" * (settings["stem"] != DEFAULTS["stem"])
+    return f"{settings['network']}{stem} on {settings['dataset']}"
+
+
 def setting_name(settings: argparse.Namespace) -> str:
     """The part of a default name that stands for what the paper compares."""
     name = f"weight{as_typed(settings.bn_weight)}-c{as_typed(settings.c)}-{settings.input_norm}"

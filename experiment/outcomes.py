@@ -85,6 +85,16 @@ class Experiment:
         known = self.finished | self.failed | self.diverged
         return {run.settings.name: run for run in planned if run.settings.name not in known}
 
+    def num_done(self, planned: Sequence[PlannedRun]) -> int:
+        """How many of these runs are finished, or have diverged in the tuning."""
+        known = self.finished | self.diverged
+        return sum(run.settings.name in known for run in planned)
+
+    @property
+    def restarts(self) -> bool:
+        """Whether its runs are made anew: with --restart, unless only a report is asked for."""
+        return self.plan.report is None and self.plan.first.restart
+
     def note(self, run: PlannedRun, outcome: Results | Exception) -> str:
         """Note what has come of a run that was made; returns a line on it."""
         name = run.settings.name
@@ -120,8 +130,7 @@ class Experiment:
         """Choose them where they are tuned, once all tuning runs are there, and plan `runs`. Returns lines on it."""
         if not self.plan.tuning_runs:
             return []
-        known = self.finished | self.diverged
-        left = sum(run.settings.name not in known for run in self.plan.tuning_runs)
+        left = len(self.plan.tuning_runs) - self.num_done(self.plan.tuning_runs)
         if not left:
             self.learning_rates = choose_learning_rates(self.tuning)
             self.runs = plan_runs(self.plan, self.learning_rates)

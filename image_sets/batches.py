@@ -44,9 +44,9 @@ class Batches:
         self.training = split == "train"
         self.batch_size = batch_size
         self.normalize, self.share = normalize, share or (lambda of_batch: of_batch)
-        if normalize and image_set.mean is None:
-            raise ValueError("there are no statistics to normalize with: load the images with statistics=True")
         if normalize:
+            if image_set.mean is None:
+                raise ValueError("there are no statistics to normalize with: load the images with statistics=True")
             statistics = torch.tensor([image_set.mean, image_set.std], dtype=torch.float32, device=self.indices.device)
             self.mean, self.std = statistics.view(2, 3, 1, 1)
         # a DataLoader of positions whose one batch is the whole order

@@ -22,13 +22,14 @@ SETTINGS = {  # as in the names of files
 SWEEP = {
     f"bn_weight {weight}": f"weight{weight}-c100-bn" for weight in ("0.01", "0.05", "0.1", "0.25", "0.5", "0.75", "1")
 }
+SMALL_START = {"small start": SETTINGS["input"]}  # of another network
 DIGITS = "digits-resnet18-batch_size=64-num_epochs=5"
 
 
 @cache
 def read_runs(folder: str, experiment: str, setting: str) -> dict[int, pandas.DataFrame]:
     """The tables of a setting's result files, by seed."""
-    files = (RESULTS / folder).glob(f"{experiment}-{(SETTINGS | SWEEP)[setting]}-seed*.csv")
+    files = (RESULTS / folder).glob(f"{experiment}-{(SETTINGS | SWEEP | SMALL_START)[setting]}-seed*.csv")
     runs = {int(re.search(r"seed(\d+)$", file.stem)[1]): file for file in files}
     return {seed: pandas.read_csv(runs[seed], comment="#") for seed in sorted(runs)}
 
@@ -84,9 +85,17 @@ class Tuned:
         """The rate with the best mean validation accuracy, the smallest one on a tie."""
         return max(self.rates, key=lambda rate: round(self.mean_val_accuracy(rate, setting), 9))
 
+    def at_chosen_rate(self, setting: str) -> str:
+        """How the names of a setting's runs at its own rate begin."""
+        return self.at(self.chosen_rate(setting))
+
+    def leads(self, setting: str, other: str) -> list[float]:
+        """At each rate, by how much the mean validation accuracy of a setting is above that of another one."""
+        return [self.mean_val_accuracy(rate, setting) - self.mean_val_accuracy(rate, other) for rate in self.rates]
+
     def accuracies(self, setting: str, select=best) -> np.ndarray:
         """Test accuracies of a setting at its chosen rate."""
-        return accuracies(self.folder, self.at(self.chosen_rate(setting)), setting, select)
+        return accuracies(self.folder, self.at_chosen_rate(setting), setting, select)
 
 
 DIGITS_TUNED = Tuned(
