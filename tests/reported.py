@@ -131,8 +131,3 @@ def p_value(differences: np.ndarray) -> float:
 def spread(values: np.ndarray) -> str:
     """Mean and sample standard deviation, as the README prints them."""
     return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
-
-
-def power(size: float, num_seeds: int) -> float:
-    """Of the one-sided t-test at 0.05, for a mean of so many standard deviations."""
-    return stats.nct.sf(stats.t.ppf(0.95, num_seeds - 1), num_seeds - 1, size * num_seeds**0.5)
