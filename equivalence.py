@@ -1,6 +1,5 @@
 """The paper's method as a network with γ = 1 that starts with smaller logits, and learns at other rates."""
 
-import argparse
 import copy
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +9,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batch_norm import check_bn_weight
-from command_line.flag_types import FlagError
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 HOMOGENEOUS = (  # what passes a factor above 0 on, or, with a bias or statistics, can be made to
@@ -41,6 +39,7 @@ def equivalent(
       and β. What `forward` does besides is homogeneous too, such as sums, concatenations and means.
     - The first batch norm, in the order of `network.modules()`, is computed first, and all later layers with a bias or
       statistics depend on the images only through batch norms.
+    - No layer is used twice, and no two share weights.
     - A schedule multiplies all learning rates by the same factor, which `CosineAnnealingLR` does with `eta_min` = 0.
 
     Args:
@@ -94,19 +93,6 @@ def logits_alone(
     weight = last_layer(other).weight
     check_bn_weight(bn_weight, weight.dtype)
     return other, rescale(other, {weight: 1 / bn_weight}, weight_decay, learning_rate, c)
-
-
-def rewrite(network: nn.Module, settings: argparse.Namespace) -> tuple[nn.Module, Groups]:
-    """The network that `--equivalent` asks to train in place of that of a run, and its parameter groups.
-
-    Its γ start at 1, but for the input layer's. FlagError where there is no such network.
-    """
-    functions = {"logits": logits_alone, "logits+rates": equivalent}
-    rates = settings.weight_decay, settings.learning_rate, settings.c
-    try:
-        return functions[settings.equivalent](network, settings.bn_weight, *rates)
-    except ValueError as error:
-        raise FlagError(f"argument --equivalent: {settings.network}: {error}") from error
 
 
 def last_layer(network: nn.Module) -> nn.Linear:

@@ -34,7 +34,10 @@ NORMALIZED = ".normalized"  # ends the names of normalized values in an archive
 
 
 def batch_norms(weights: Weights) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Depth, γ (C,) and β (C,) of every batch norm in a `state_dict`, in its order; see `first_depth`."""
+    """Depth, γ (C,) and β (C,) of every batch norm that has both, in the order of the `state_dict` of a network.
+
+    The network has no wrapper such as `nn.DataParallel`: the depth of the first follows from its name.
+    """
     layers = [name.removesuffix(".running_mean") for name in weights if name.endswith(".running_mean")]
     layers = [layer for layer in layers if {f"{layer}.weight", f"{layer}.bias"} <= weights.keys()]
     for depth, layer in enumerate(layers, start=first_depth(layers)):

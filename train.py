@@ -26,13 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from equivalence import rewrite
 from image_sets.batches import Batch, Batches
 from saved_runs.paths import run_files
 from saved_runs.results import Results
 from seeds import make_deterministic
 from training.devices import use_precision
-from training.preparation import check_network, construct, load_images, parse
+from training.preparation import check_network, construct, load_images, parse, rewrite
 from training.progress import Progress, Report
 from training.world import ALONE, World, join
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate

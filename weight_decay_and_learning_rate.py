@@ -36,8 +36,9 @@ def adjust_weight_decay_and_learning_rate(
     parameters (`requires_grad` is False) are left out, and one that several modules share appears once, in the group of
     the first.
 
-    A schedule that multiplies the rate of each group keeps the ratio c, as `LinearLR` and `CosineAnnealingLR` do. One
-    that sets the rates needs those of the groups: `OneCycleLR(optimizer, max_lr=[g["lr"] for g in groups], ...)`.
+    A schedule that multiplies all rates by one factor keeps the ratio c, as `LinearLR` and, with `eta_min` = 0,
+    `CosineAnnealingLR` do. One that sets the rates needs those of the groups: `OneCycleLR(optimizer, max_lr=[g["lr"]
+    for g in groups], ...)`.
 
     Args:
         network: any module but a scripted or exported one, whose layers have no types. It is left as it is.
@@ -61,6 +62,7 @@ def adjust_weight_decay_and_learning_rate(
             raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
     if not (c == 0 or 1 <= c < math.inf):
         raise ValueError(f"c must be 0 or 1 (no reduction) or above 1, not {c!r}")
+    weight_decay, learning_rate, c = map(float, (weight_decay, learning_rate, c))  # torch.load refuses an np.float64
     if isinstance(skip_list, str):
         raise TypeError(f"skip_list must be a list of names, not the text {skip_list!r}")
     by_name = dict(network.named_parameters(remove_duplicate=False))
@@ -70,7 +72,7 @@ def adjust_weight_decay_and_learning_rate(
         raise ValueError(f"skip_list names what is no parameter of the network: {', '.join(sorted(unknown))}")
     skipped = {by_name[name] for name in skip_list}
 
-    no_decay, batch_norm_scales, decay = [], [], []
+    no_decay, batch_norm_scales, decay = [], [], []  # biases are also called in_proj_bias, bias_hh_l0
     modules = dict(network.named_modules())
     for path, parameter in network.named_parameters():
         module, name = owner(modules, path)
@@ -78,7 +80,7 @@ def adjust_weight_decay_and_learning_rate(
             continue
         if isinstance(module, _BatchNorm) and re.fullmatch("weight(_orig|_g|_v)?", name):  # pruned, weight-normed
             batch_norm_scales.append(parameter)
-        elif is_bias(name) or isinstance(module, NORMALIZATIONS) or parameter in skipped:
+        elif re.search("^bias|bias$", name) or isinstance(module, NORMALIZATIONS) or parameter in skipped:
             no_decay.append(parameter)
         else:
             decay.append(parameter)
@@ -99,9 +101,3 @@ def owner(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
         return modules[within[1] or ""], within[2]
     module, _, name = path.rpartition(".")
     return modules[module], name
-
-
-def is_bias(name: str) -> bool:
-    """Whether a module calls this parameter a bias: `bias`, or as in attention and recurrent layers `in_proj_bias`,
-    `bias_hh_l0`."""
-    return name.startswith("bias") or name.endswith("bias")

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 import train
 from command_line.flag_types import FlagError
-from equivalence import equivalent, logits_alone, rewrite
+from equivalence import equivalent, logits_alone
 from image_sets.batches import Batches
 from image_sets.loading import load_image_set
 from networks import construct_network
@@ -182,7 +182,7 @@ def test_logits_start_smaller_and_nothing_else():
         make_deterministic(1)
         networks.append(preparation.construct(of_run, 10, (8, 8)))
     usual, given = networks
-    network, _ = rewrite(given, settings[1])
+    network, _ = preparation.rewrite(given, settings[1])
     weights = usual.state_dict()
     for name, value in network.state_dict().items():
         torch.testing.assert_close(value, weights[name] * (0.1 if name.endswith("last.weight") else 1))

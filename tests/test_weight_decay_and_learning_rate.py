@@ -1,4 +1,5 @@
 import copy
+import io
 from functools import partial
 
 import numpy as np
@@ -127,7 +128,9 @@ def test_number_that_is_no_rate(name, value):
 
 def test_numbers_of_numpy_and_zeros():
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    _, scales, weights = adjust_weight_decay_and_learning_rate(network, 0, np.float32(0.5), np.int64(2))
+    groups = adjust_weight_decay_and_learning_rate(network, 0, np.float32(0.5), np.int64(2))
+    torch.save(torch.optim.SGD(groups).state_dict(), saved := io.BytesIO())
+    _, scales, weights = torch.load(io.BytesIO(saved.getvalue()))["param_groups"]
     assert (scales["lr"], weights["lr"], weights["weight_decay"]) == (0.25, 0.5, 0)
     assert all(group["lr"] == 0 for group in adjust_weight_decay_and_learning_rate(network, learning_rate=0))
 

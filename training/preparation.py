@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from command_line import settings as flags
 from command_line.endings import in_one_line
 from command_line.flag_types import FlagError
-from equivalence import rewrite
+from equivalence import Groups, equivalent, logits_alone
 from image_sets.folders import Size, class_names, find_parts
 from image_sets.loading import ImageSet, load_image_set
 from networks import construct_network
@@ -93,6 +93,19 @@ def construct(
     for warning in caught:
         report(f"{settings.network}: {warning.message}")
     return network
+
+
+def rewrite(network: nn.Module, settings: argparse.Namespace) -> tuple[nn.Module, Groups]:
+    """The network that `--equivalent` asks to train in place of that of a run, and its parameter groups.
+
+    Its γ start at 1, but for the input layer's. FlagError where there is no such network.
+    """
+    functions = {"logits": logits_alone, "logits+rates": equivalent}
+    rates = settings.weight_decay, settings.learning_rate, settings.c
+    try:
+        return functions[settings.equivalent](network, settings.bn_weight, *rates)
+    except ValueError as error:
+        raise FlagError(f"argument --equivalent: {settings.network}: {error}") from error
 
 
 def check_network(settings: argparse.Namespace, network: nn.Module, image_set: ImageSet) -> None:
