@@ -33,6 +33,7 @@ from reporting.tables import (
     table,
     table_rows,
     tables,
+    values_of,
     write_table,
 )
 from saved_runs.by_seed import mixed_circumstances, note_missing_checksums, note_unsettled
@@ -135,16 +136,15 @@ def report_command(command: str, plan: argparse.Namespace) -> str:
     return f"{command} --report {shlex.quote(str(plan.report))}"
 
 
-def report(
-    experiment: Experiment, comparisons: Sequence[Comparison], tuning: Sequence[str], earlier: Mapping[str, int]
-) -> None:
+def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Sequence[str]) -> None:
     """Print what has come of an experiment, and write its table and figures.
+
+    An earlier table is not replaced by one that lacks some of its runs.
 
     Args:
         experiment: of which there is something to report.
         comparisons: of its runs.
         tuning: the report of the choice of the learning rates.
-        earlier: how many runs each setting has in an earlier table; it is not replaced by one that lacks some.
     """
     plan, runs = experiment.plan, experiment.runs_by_setting
     stem, compared = experiment.folder / plan.table_name, [run for of in runs.values() for run in of.values()]
@@ -153,10 +153,11 @@ def report(
     notes += (*note_missing_checksums(compared), *mixed_circumstances(compared))
     text = "\n\n".join((*texts, *notes))
     say(text)
-    fewer = [name for name, number in earlier.items() if number > len(runs.get(name, ()))]
+    now = {values_of(plan.settings[name]): len(of) for name, of in runs.items()}
+    earlier = read_table_seeds(stem, plan.shared).items()  # another command may have written it in the meantime
+    fewer = [f"{number} of {name}" for values, (name, number) in earlier if number > now.get(values, 0)]
     if compared and fewer and not experiment.restarts:
-        more = ", ".join(f"{earlier[name]} of {name}" for name in fewer)
-        say(f"{stem}.csv keeps its table, which has more runs ({more}): ask for these too, or remove it")
+        say(f"{stem}.csv keeps its table, which has more runs ({', '.join(fewer)}): ask for these too, or remove it")
     elif compared:
         rows = [row | experiment.tuning_of(row["setting"]) for row in table_rows(comparisons, plan.settings)]
         written = [*write_table(stem, plan.shared, rows, text), experiment.write_command()]
@@ -190,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if plan.list:
             list_runs(experiment)
             return
-        earlier = read_table_seeds(experiment.folder / plan.table_name, plan.shared)
+        read_table_seeds(experiment.folder / plan.table_name, plan.shared)  # which refuses a table of other settings
         if plan.report is None and not plan.scheduler:
             check_here(plan)
         make(experiment, plan.tuning_runs)
@@ -202,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             kind = "tuning " * bool(tuning)
             hint = "give --report and the folder alone to see what it has"
             raise ValueError(f"{experiment.folder} has no finished {kind}run of this experiment: {hint}")
-        report(experiment, compare(experiment), tuning, earlier)
+        report(experiment, compare(experiment), tuning)
     if experiment.stops:
         again = "without --restart" if plan.first.restart else "again"
         end(128 + experiment.stops[0], how_to_resume(again), "reproduce.py")

@@ -129,9 +129,9 @@ def apply_holm_correction(comparisons: Iterable[Comparison]) -> None:
     """Set each `corrected_p_value`, by Holm's step-down correction for the number of comparisons.
 
     Of m comparisons, the one with the k-th smallest p-value has it multiplied by m + 1 - k; it becomes at most 1 and
-    at least the corrected value before it. Comparisons with fewer than two pairs do not count.
+    at least the corrected value before it. One that has no p-value as yet counts as if it were 1.
     """
-    tested = [c for c in comparisons if len(c.differences) > 1]
+    tested = [c for c in comparisons if c.reference is not None]
     largest = 0.0
     for rank, comparison in enumerate(sorted(tested, key=lambda c: np.nan_to_num(c.p_value, nan=1.0))):
         largest = max(largest, min(1.0, (len(tested) - rank) * comparison.p_value))
@@ -141,7 +141,7 @@ def apply_holm_correction(comparisons: Iterable[Comparison]) -> None:
 def compare_all(
     runs: Mapping[str, Mapping[int, Results]], planned: int = 0, contrasts: Iterable[Sequence[str]] = ()
 ) -> list[Comparison]:
-    """Compare every setting with the one called 'baseline', and what else is asked for.
+    """Compare every setting with the one called 'baseline', if it is there, and what else is asked for.
 
     The p-values are corrected for the number of all these comparisons, contrasts included.
 
@@ -151,17 +151,17 @@ def compare_all(
         contrasts: pairs of settings, of which the first is tested to be better than the second.
 
     Returns:
-        A comparison for each setting, in the same order, then one for each contrast. The baseline's own has no pairs.
+        A comparison for each setting, in the same order, then one for each contrast. That of the baseline has no pairs.
     """
     accuracies = {name: accuracy_by_seed(seeds) for name, seeds in runs.items()}
-    baseline = accuracies.get("baseline", {})
-    comparisons = [compare(name, ours, {} if name == "baseline" else baseline) for name, ours in accuracies.items()]
+    comparisons = []
+    for name, ours in accuracies.items():
+        other = None if name == "baseline" or "baseline" not in accuracies else "baseline"
+        comparisons.append(replace(compare(name, ours, accuracies.get(other, {})), planned=planned, reference=other))
     for one, other in contrasts:
         contrast = compare(f"{one} vs {other}", accuracies[one], accuracies[other])
-        comparisons.append(replace(contrast, accuracies={}, reference=other))
+        comparisons.append(replace(contrast, accuracies={}, planned=planned, reference=other))
     apply_holm_correction(comparisons)
-    for comparison in comparisons:
-        comparison.planned = planned
     return comparisons
 
 

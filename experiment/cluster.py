@@ -9,7 +9,7 @@ import signal
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -78,12 +78,13 @@ def make_runs_on_cluster(
                 told = True
             if not known and not alive and time.monotonic() > deadline:
                 raise ClusterError(f"{scheduler} has no workers: start some with dask worker")
-            if new := alive - known:
-                problem = find_problem(client, new, runs[0].path)
-                if problem and not known:  # one that joins later and is of no use is left alone
+            new, join_later = alive - known, bool(known)
+            for worker in new:
+                problem = find_problem(client, worker, runs[0].path)
+                if problem and not join_later:
                     raise ClusterError(problem)
-                usable |= set() if problem else new
-                known |= new
+                usable |= set() if problem else {worker}  # one that joins later and is of no use is left alone
+            known |= new
             for address in (usable & alive) - running.keys():
                 if waiting and not stops:
                     arguments = (make_run_in_worker, waiting[0], device, experiment)
@@ -152,8 +153,8 @@ def connect(scheduler: str, stops: list[int]) -> "Iterator[Client]":
         raise ClusterError(f"the Dask scheduler at {scheduler} does not answer any more: {again} ({reason})") from error
 
 
-def find_problem(client: "Client", workers: Collection[str], path: Path) -> str | None:
-    """Why some of the workers cannot make runs whose files belong below `path`, and what to change."""
+def find_problem(client: "Client", worker: str, path: Path) -> str | None:
+    """Why a worker cannot make runs whose files belong below `path`, and what to change."""
     probe = path / f"probe-{uuid.uuid4().hex}.tmp"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -161,15 +162,15 @@ def find_problem(client: "Client", workers: Collection[str], path: Path) -> str 
     except OSError as error:
         return in_one_line(error)
     try:
-        seen = client.run(Path.exists, probe, workers=list(workers), on_error="return")
+        [sees] = client.run(Path.exists, probe, workers=[worker], on_error="return").values()
     finally:
         probe.unlink(missing_ok=True)
-    if failed := [f"{address}: {in_one_line(sees)}" for address, sees in seen.items() if isinstance(sees, Exception)]:
-        return f"whether all workers share {path} cannot be seen: {'; '.join(failed)}"
-    if blind := [address for address, sees in seen.items() if not sees]:
-        return f"{path} must be a folder that all workers share; not so for {', '.join(blind)}"
+    if isinstance(sees, Exception):
+        return f"whether all workers share {path} cannot be seen: {worker}: {in_one_line(sees)}"
+    if not sees:
+        return f"{path} must be a folder that all workers share; not so for {worker}"
     folder, module = Path(__file__).parent.parent, __package__
-    found = client.run(find_spec, module, workers=list(workers), on_error="return")
+    found = client.run(find_spec, module, workers=[worker], on_error="return")
     found[client.scheduler.address] = client.run_on_scheduler(find_spec, module)
     if lost := [address for address, spec in found.items() if getattr(spec, "loader", None) is None]:
         return f"start scheduler and workers with PYTHONPATH={folder}: {', '.join(lost)} cannot import {module}"

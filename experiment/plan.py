@@ -153,16 +153,15 @@ def name_table(args: argparse.Namespace) -> None:
 
 
 def check_contrasts(args: argparse.Namespace) -> None:
-    """FlagError where a contrast is not one of two settings, or is asked for twice."""
-    for number, (one, other) in enumerate(args.contrast):
+    """Keep every contrast once. FlagError where one is not of two settings."""
+    args.contrast = list(dict.fromkeys(map(tuple, args.contrast)))
+    for one, other in args.contrast:
         for name in (one, other):
             if name not in args.settings:
                 raise FlagError(f"argument --contrast: {name!r} is none of {', '.join(args.settings)}: see --settings")
         if one == other or other == "baseline":
             why = "every setting is compared with it anyway" if one != other else "there is nothing to compare"
             raise FlagError(f"argument --contrast: {one} and {other}: {why}")
-        if [one, other] in args.contrast[:number]:
-            raise FlagError(f"argument --contrast: {one} and {other} are given twice")
 
 
 def plan_seeds(args: argparse.Namespace) -> None:

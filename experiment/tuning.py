@@ -57,7 +57,7 @@ def explain_choice(tuning: Tuning, seeds: Sequence[int], left: int) -> list[str]
         return [f"The learning rates are not chosen yet: {left} of {num_runs} tuning runs are left."]
     any_diverged = any(None in accuracies.values() for rates in tuning.values() for accuracies in rates.values())
     lines = [
-        "The rates are chosen by the mean validation accuracy over the seeds"
+        "The rates are chosen by the mean of the best validation accuracies over the seeds"
         f" {', '.join(map(str, seeds))}; a tie goes to the smaller one."
     ]
     return lines + ["A tuning run that diverged counts as 0 %."] * any_diverged

@@ -23,7 +23,7 @@ class Comparison:
         corrected_p_value: the p-value after Holm's correction for all comparisons made together; NaN until
             `t_test.apply_holm_correction` sets it.
         planned: how many pairs are planned; 0 where it is not known.
-        reference: the other setting.
+        reference: the other setting; None where it is compared with nothing.
     """
 
     setting: str
@@ -33,7 +33,7 @@ class Comparison:
     p_value: float
     corrected_p_value: float = nan
     planned: int = 0
-    reference: str = "baseline"
+    reference: str | None = "baseline"
 
     @property
     def mean(self) -> float:
@@ -89,4 +89,4 @@ class Comparison:
 
 def is_contrast(c: Comparison) -> bool:
     """Whether it is of two settings that were asked for beside the comparisons with the baseline."""
-    return c.reference != "baseline"
+    return c.reference not in ("baseline", None)

@@ -22,16 +22,16 @@ def tables(comparisons: Sequence[Comparison]) -> list[str]:
     contrasts = [c for c in comparisons if is_contrast(c)]
     texts = [table([c for c in comparisons if not is_contrast(c)])]
     texts += [table(contrasts, CONTRAST_COLUMNS)] if contrasts else []
-    return texts + ([certainty_table(comparisons)] if any(c.setting != c.reference for c in comparisons) else [])
+    return texts + ([certainty_table(comparisons)] if any(c.reference is not None for c in comparisons) else [])
 
 
 def table(comparisons: Sequence[Comparison], columns: Sequence[str] = TABLE_COLUMNS) -> str:
-    """The comparisons as a Markdown table with aligned columns. The baseline is compared with nothing."""
+    """The comparisons as a Markdown table with aligned columns."""
     rows = []
     for c in comparisons:
         row = {"setting": c.setting, "seeds": f"{len(c.accuracies)}"}
         row["accuracy (%)"] = f"{c.mean:.2f} ± {c.deviation:.2f}".replace("nan", "–")
-        if c.setting != c.reference:
+        if c.reference is not None:
             numbers = {"difference": f"{c.difference:+.2f}", "interval": "({:+.2f} to {:+.2f})".format(*c.interval)}
             numbers |= {"p": f"{c.p_value:.2g}", "p (Holm)": f"{c.corrected_p_value:.2g}"}
             row |= {name: "–" if "nan" in number else number for name, number in numbers.items()}
@@ -45,7 +45,7 @@ def certainty_table(comparisons: Sequence[Comparison]) -> str:
     """What `power` says of the comparisons, as a Markdown table."""
     rows = []
     for c in comparisons:
-        if c.setting != c.reference:
+        if c.reference is not None:
             row = {"setting": c.setting, "p (sign flips)": f"{c.sign_flip_p_value:.2g}", "d_z": f"{c.effect_size:.2f}"}
             row[f"seeds for a power of {POWER}"] = f"{c.seeds_needed or nan}"
             pairs = c.planned or len(c.differences)
@@ -82,7 +82,7 @@ def table_rows(
         if not is_contrast(c):
             row |= {**compared(settings[c.setting]), "seeds": len(c.accuracies), "mean": c.mean}
             row |= {"standard_deviation": c.deviation}
-        if c.setting != c.reference:
+        if c.reference is not None:
             row |= {"pairs": len(c.differences), "difference": c.difference, "lower": c.interval[0]}
             row |= {"upper": c.interval[1], "p_value": c.p_value, "corrected_p_value": c.corrected_p_value}
             row |= {"improved": c.improved, "verdict": c.verdict, "sign_flip_p_value": c.sign_flip_p_value}
@@ -121,8 +121,11 @@ def write_table(
     return list(contents)
 
 
-def read_table_seeds(stem: Path, settings: Mapping[str, Value]) -> dict[str, int]:
-    """How many finished runs each setting has in the table STEM.csv, whose runs share these; empty without a table.
+def read_table_seeds(stem: Path, settings: Mapping[str, Value]) -> dict[tuple[str, ...], tuple[str, int]]:
+    """What the table STEM.csv has, whose runs share these settings; empty without a table.
+
+    Returns:
+        By `values_of` a setting, its name and how many finished runs it has.
 
     Raises:
         ValueError: the file is of other settings, or not a table.
@@ -140,9 +143,14 @@ def read_table_seeds(stem: Path, settings: Mapping[str, Value]) -> dict[str, int
         raise ValueError(f"{file} is of other settings: {listed}. Move it away, or give another --name")
     try:
         rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-        return {row["setting"]: int(row["seeds"]) for row in rows if row["seeds"]}
+        return {values_of(row): (row["setting"], int(row["seeds"])) for row in rows if row["seeds"]}
     except (KeyError, TypeError, ValueError, csv.Error):
         raise ValueError(f"{file} is damaged: remove it") from None
+
+
+def values_of(settings: Mapping[str, Value]) -> tuple[str, ...]:
+    """The values of `COMPARED`, as text, by which a setting is known whatever it is called."""
+    return tuple(map(str, compared(settings).values()))
 
 
 def without_tables(files: Sequence[Path]) -> tuple[list[Path], list[str]]:

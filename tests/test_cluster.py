@@ -86,6 +86,20 @@ def test_worker_without_the_project(shared_cluster, tmp_path):
     worker.kill()
 
 
+def test_worker_that_joins_beside_one_without_the_project(tmp_path):
+    with cluster(tmp_path) as started:
+        first = started.add_worker()
+        made = make_runs([light_run(name, tmp_path) for name in "ab"], [], scheduler=started.address)
+        next(made)
+        started.add_worker(PYTHONPATH="")
+        started.add_worker()
+        started.workers(3)
+        first.kill()
+        _, outcome = next(made)
+        assert isinstance(outcome, Results)
+        made.close()
+
+
 @pytest.fixture
 def logged() -> Iterator[list[logging.LogRecord]]:
     """What Dask's client would log, on standard error as a rule."""

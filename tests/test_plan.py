@@ -121,7 +121,6 @@ def test_experiment_under_way():
         (["--contrast", "init", "proposed"], "'init' is none of baseline, proposed: see --settings"),
         (["--contrast", "baseline", "baseline"], "baseline and baseline: there is nothing to compare"),
         (["--contrast", "proposed", "baseline"], "proposed and baseline: every setting is compared with it anyway"),
-        (["--contrast", "baseline", "proposed"] * 2, "baseline and proposed are given twice"),
         (["--select", "first"], "argument --select: invalid choice: 'first'"),
         (["--learning_rates", "0"], "argument --learning_rates: must be a number from 1e-30"),
         (["--learning_rates", "0.1", "--learning_rate", "0.2"], "--learning_rates has the rates: leave it out"),

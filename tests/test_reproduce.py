@@ -228,6 +228,28 @@ def test_table_is_kept_where_less_would_replace_it(small_network, no_figures, tm
     assert [file.read_bytes() for file in tables] != before
 
 
+def test_table_written_in_the_meantime_is_kept(small_network, no_figures, tmp_path, monkeypatch, capsys):
+    """Another command is done while this one makes its runs."""
+    make, others = reproduce.make_runs, []
+
+    def make_runs(*arguments, **options):
+        monkeypatch.setattr(reproduce, "make_runs", make)
+        others.append(run(tmp_path, "--seeds", "1-2"))
+        yield from make(*arguments, **options)
+
+    monkeypatch.setattr(reproduce, "make_runs", make_runs)
+    assert run(tmp_path, "--seeds", "1", "--settings", "baseline", "init") == 0 and others == [0]
+    assert "keeps its table, which has more runs (2 of baseline, 2 of proposed)" in capsys.readouterr().out
+
+
+def test_table_of_other_values_under_the_same_name_is_kept(small_network, no_figures, tmp_path, capsys):
+    assert run(tmp_path, "--seeds", "1", "--settings", "mine:bn_weight=0.2") == 0
+    assert run(tmp_path, "--seeds", "1", "--settings", "mine:bn_weight=0.3") == 0
+    assert "keeps its table, which has more runs (1 of mine)" in capsys.readouterr().out
+    assert run(tmp_path, "--seeds", "1", "--settings", "mine:bn_weight=0.3", "same:bn_weight=0.2") == 0
+    assert "keeps its table" not in capsys.readouterr().out
+
+
 def test_table_does_not_replace_a_run(small_network, no_figures, tmp_path, capsys):
     train.main([*FLAGS, "--path", str(tmp_path), "--device", "cpu", "--name", "exp"])
     before = (tmp_path / "results" / "exp.csv").read_bytes()

@@ -175,12 +175,12 @@ def holm(p_values: list[float]) -> list[float]:
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8, unique=True))
 def test_holm_correction(p_values):
     comparisons = [Comparison(str(p), {}, {1: 1.0, 2: 1.0}, (0.0, 0.0), p) for p in p_values]
-    too_few = compare("too few", {}, {})
-    apply_holm_correction([too_few, *comparisons])
+    baseline = Comparison("baseline", {}, {}, (math.nan, math.nan), math.nan, reference=None)
+    apply_holm_correction([baseline, *comparisons])  # which is not compared
     assert [c.corrected_p_value for c in comparisons] == pytest.approx(holm(p_values))
-    equal = compare("equal", {1: 1.0, 2: 2.0}, {1: 0.0, 2: 1.0})
-    apply_holm_correction([equal, *comparisons])  # it was compared, and found nothing
-    assert [c.corrected_p_value for c in comparisons] == pytest.approx(holm([*p_values, 1.0])[:-1])
+    equal, too_few = compare("equal", {1: 1.0, 2: 2.0}, {1: 0.0, 2: 1.0}), compare("too few", {}, {})
+    apply_holm_correction([equal, *comparisons, too_few])  # which are compared, though there is no p-value
+    assert [c.corrected_p_value for c in comparisons] == pytest.approx(holm([*p_values, 1.0, 1.0])[:-2])
     assert math.isnan(too_few.corrected_p_value) and math.isnan(equal.corrected_p_value)
 
 
@@ -316,12 +316,21 @@ def test_contrasts_are_compared_and_corrected_with_the_others():
     pairs = [(PROPOSED, BASELINE), (BASELINE[::-1], BASELINE), (PROPOSED, BASELINE[::-1])]
     p_values = [by_hand(*pair) for pair in pairs]
     assert [c.p_value for c in (*comparisons[1:3], ours)] == pytest.approx(p_values)
-    assert [c.corrected_p_value for c in (*comparisons[1:3], ours)] == pytest.approx(holm(p_values))
+    corrected = holm([*p_values, 1.0, 1.0])[:3]  # for "none" and "init vs none", too
+    assert [c.corrected_p_value for c in (*comparisons[1:3], ours)] == pytest.approx(corrected)
     differences = np.subtract(PROPOSED, BASELINE[::-1])
     assert ours.interval == pytest.approx(stats.t.interval(0.95, 4, differences.mean(), stats.sem(differences)))
     assert nothing.verdict == "interim: 0 of 5"
     nothing.planned = 0
     assert nothing.verdict == "no test: under 2 pairs"
+
+
+def test_without_a_baseline_contrasts_alone_are_compared():
+    proposed, init, contrast = compare_all(
+        {"proposed": runs(PROPOSED), "init": runs(BASELINE)}, 5, [("proposed", "init")]
+    )
+    assert (proposed.reference, init.reference) == (None, None) and proposed.accuracies == dict(enumerate(PROPOSED, 1))
+    assert contrast.corrected_p_value == contrast.p_value == pytest.approx(by_hand(PROPOSED, BASELINE))
 
 
 @pytest.mark.parametrize("flags", [[], ["--proposed", "a"], ["--prop", "a", "--base", "b"]])
