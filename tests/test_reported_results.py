@@ -283,7 +283,13 @@ def test_twenty_epochs_on_cifar10():
         expected[0] += [spread(without), "", ""]
         expected[1] += [spread(with_method), between(differences, "+"), f"{p_value(differences):.2g}"]
     assert [row + [""] * (7 - len(row)) for row in rows] == expected
-    check_sentences(text, f"the gain at fair rates is {gain(cifar10_fair).mean():.2f}:")
+    [beyond] = read_runs(CIFAR10_LONG.folder, CIFAR10_LONG.at("1").removesuffix("-compile"), "baseline").values()
+    assert (beyond["train_loss"] > np.log(10)).all() and "at 1 it learns nothing." in " ".join(FIRST_SCREEN.split())
+    check_sentences(
+        text,
+        f"the gain at fair rates is {gain(cifar10_fair).mean():.2f}:",
+        f"its best validation accuracy is {beyond['val_accuracy'].max():.2f} %.",
+    )
 
 
 def test_the_papers_own_training():
