@@ -126,7 +126,7 @@ def is_trained(layer: _BatchNorm) -> bool:
     """Whether a batch norm has seen batches, or its γ or running variances are not all the same."""
     state = (layer.num_batches_tracked, layer.weight, layer.running_var)
     known = [tensor for tensor in state if tensor is not None and not tensor.is_meta]
-    return any(tensor > 0 if tensor.dim() == 0 else tensor.min() != tensor.max() for tensor in known)
+    return any(tensor > 0 if tensor.dim() == 0 else (tensor != tensor[:1]).any() for tensor in known)
 
 
 def check_plain(layer: nn.Module, layer_name: str, name: str) -> None:
@@ -155,7 +155,7 @@ def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int |
 
     Its γ starts at `bn_weight` · σ_act, as if the images were rectified activations of a layer before; its β is frozen
     at 0. It is made on the device and of the type of the network's first floating-point parameter, and in its mode.
-    Call `initialize_scales` before: it would set this γ, too.
+    Call `initialize_scales` before this, not after: it would set this γ, too.
 
     Args:
         network: any module.

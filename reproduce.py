@@ -139,7 +139,7 @@ def report_command(command: str, plan: argparse.Namespace) -> str:
 def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Sequence[str]) -> None:
     """Print what has come of an experiment, and write its table and figures.
 
-    An earlier table is not replaced by one that lacks some of its runs.
+    Without --restart, an earlier table is not replaced by one that lacks some of its runs.
 
     Args:
         experiment: of which there is something to report.
@@ -153,12 +153,16 @@ def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Se
     notes += (*note_missing_checksums(compared), *mixed_circumstances(compared))
     text = "\n\n".join((*texts, *notes))
     say(text)
+    for name, reason in experiment.failed.items():
+        warn(f"{name} failed: {reason}", "reproduce.py")
+    if not compared:
+        return
     now = {values_of(plan.settings[name]): len(of) for name, of in runs.items()}
-    earlier = read_table_seeds(stem, plan.shared).items()  # another command may have written it in the meantime
+    earlier = read_table_seeds(stem, plan.shared).items()  # which another command may have written by now
     fewer = [f"{number} of {name}" for values, (name, number) in earlier if number > now.get(values, 0)]
-    if compared and fewer and not experiment.restarts:
+    if fewer and not experiment.restarts:
         say(f"{stem}.csv keeps its table, which has more runs ({', '.join(fewer)}): ask for these too, or remove it")
-    elif compared:
+    else:
         rows = [row | experiment.tuning_of(row["setting"]) for row in table_rows(comparisons, plan.settings)]
         written = [*write_table(stem, plan.shared, rows, text), experiment.write_command()]
         if not experiment.stops:
@@ -168,8 +172,6 @@ def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Se
             say(*missing)
             written += made
         say("", *(f"written: {file}" for file in written))
-    for name, reason in experiment.failed.items():
-        warn(f"{name} failed: {reason}", "reproduce.py")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

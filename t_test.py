@@ -129,7 +129,7 @@ def apply_holm_correction(comparisons: Iterable[Comparison]) -> None:
     """Set each `corrected_p_value`, by Holm's step-down correction for the number of comparisons.
 
     Of m comparisons, the one with the k-th smallest p-value has it multiplied by m + 1 - k; it becomes at most 1 and
-    at least the corrected value before it. One that has no p-value as yet counts as if it were 1.
+    at least the corrected value before it. One without a p-value counts as if it were 1.
     """
     tested = [c for c in comparisons if c.reference is not None]
     largest = 0.0
@@ -151,7 +151,8 @@ def compare_all(
         contrasts: pairs of settings, of which the first is tested to be better than the second.
 
     Returns:
-        A comparison for each setting, in the same order, then one for each contrast. That of the baseline has no pairs.
+        A comparison for each setting, in the same order, then one for each contrast. `reference` is
+        None where there is nothing to compare with.
     """
     accuracies = {name: accuracy_by_seed(seeds) for name, seeds in runs.items()}
     comparisons = []

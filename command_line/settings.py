@@ -112,7 +112,7 @@ def make_parser() -> Parser:
     beyond("--no_flip", action="store_true", help="never mirror an image")
     split_help = "seed that draws the validation images, or the word seed for the run's own (default: %(default)s)"
     beyond("--split_seed", default=0, type=seed_of_split, help=split_help)
-    files("--workers", type=whole(0), help="processes that decode large images (default: the cores)")
+    files("--workers", type=whole(0), help="processes that decode large images (default: the run's threads)")
     precision_help = "of products and convolutions (default: %(default)s)"
     beyond("--precision", default="float32", choices=PRECISIONS, help=precision_help)
     beyond("--compile", action="store_true", help="compile the network with torch.compile")

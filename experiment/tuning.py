@@ -26,7 +26,7 @@ def mean_accuracy(accuracies: Accuracies) -> float:
 
 
 def choose_learning_rates(tuning: Tuning) -> dict[str, float]:
-    """For each setting, the rate with the best mean validation accuracy over the seeds; the smallest one on a tie."""
+    """For each setting, the rate with the highest mean of the best validation accuracies, the smallest on a tie."""
     means = {setting: {rate: mean_accuracy(of) for rate, of in rates.items()} for setting, rates in tuning.items()}
     return {setting: max(sorted(rates), key=rates.get) for setting, rates in means.items()}
 

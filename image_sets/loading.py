@@ -109,7 +109,7 @@ def load_image_set(
         flip: whether training images may be mirrored left to right. Digits never are.
         split_seed: seed with which the validation images are drawn; of 'digits', the test images too. The paper's is 0.
         workers: how many threads decode the images that are kept, or processes those that are streamed; by default as
-            many as there are cores.
+            many as torch has threads.
         download: whether to download CIFAR into `folder` where it, or a file of it, is missing or damaged.
         statistics: whether mean and standard deviation are needed. For a folder they are kept in a file, see
             `keep_statistics`.

@@ -82,7 +82,7 @@ class Tuned:
         return np.mean([runs[seed]["val_accuracy"].max() for seed in self.seeds])
 
     def chosen_rate(self, setting: str) -> str:
-        """The rate with the best mean validation accuracy, the smallest one on a tie."""
+        """The rate with the highest mean of the best validation accuracies, the smallest one on a tie."""
         return max(self.rates, key=lambda rate: round(self.mean_val_accuracy(rate, setting), 9))
 
     def at_chosen_rate(self, setting: str) -> str:

@@ -115,6 +115,10 @@ def test_experiment_under_way():
     assert name == "cifar10-resnet18-num_epochs=5-stem=own-weight1-c1-dataset-seed1"
 
 
+def test_contrast_that_is_given_twice_is_made_once():
+    assert parse([*FLAGS, *["--contrast", "baseline", "proposed"] * 2]).contrast == [("baseline", "proposed")]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

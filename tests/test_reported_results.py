@@ -194,7 +194,7 @@ def test_small_logits_on_cifar10():
 
 def test_best_epoch_is_the_last_on_cifar10():
     assert "In all runs of five epochs on CIFAR-10, the best epoch is the last." in " ".join(MORE.split())
-    for experiment in map(CIFAR10_TUNED.at, CIFAR10_TUNED.rates):
+    for experiment in map(CIFAR10_TUNED.at, (*CIFAR10_TUNED.rates, "1")):
         for setting in SETTINGS:
             assert all(
                 run["val_accuracy"].idxmax() == 4 for run in read_runs("cifar10-own-stem", experiment, setting).values()
@@ -284,7 +284,7 @@ def test_twenty_epochs_on_cifar10():
         expected[1] += [spread(with_method), between(differences, "+"), f"{p_value(differences):.2g}"]
     assert [row + [""] * (7 - len(row)) for row in rows] == expected
     [beyond] = read_runs(CIFAR10_LONG.folder, CIFAR10_LONG.at("1").removesuffix("-compile"), "baseline").values()
-    assert (beyond["train_loss"] > np.log(10)).all() and "at 1 it learns nothing." in " ".join(FIRST_SCREEN.split())
+    assert (beyond["train_loss"] > np.log(10)).all() and "at 1 it learns nothing," in " ".join(FIRST_SCREEN.split())
     check_sentences(
         text,
         f"the gain at fair rates is {gain(cifar10_fair).mean():.2f}:",
@@ -563,7 +563,7 @@ def test_first_screen():
     assert f"it is {gain(why).mean():.2f} with 5 epochs and {gain(long).mean():.2f} with 20;" in text
     at_the_end = (gain(of, last).mean() for of in (why, long))
     assert "at the last epoch instead of the best, {:.2f} and {:.2f}.".format(*at_the_end) in text
-    assert f"the gain over the first six of 15 seeds is {between(gain(cifar10_long))}." in text
+    assert f"the gain is so far {between(gain(cifar10_long))}, over six of the eight pairs" in text
     of_pair = [best(cifar10_as_in_the_paper(name)) for name in ("proposed", "baseline")]
     assert "it is {:.2f} ({:.2f} and {:.2f} %).".format(of_pair[0] - of_pair[1], *of_pair) in text
     assert f"whose gain at 0.05 is {gain(first).mean():.2f} instead of {gain(why).mean():.2f}." in text

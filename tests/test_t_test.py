@@ -4,6 +4,7 @@ import math
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -272,7 +273,7 @@ def test_other_files_are_refused(tmp_path, fails):
 
 def test_tables_of_experiments_are_left_out(tmp_path, fails, capsys):
     runs = write_runs(tmp_path, PROPOSED)
-    rows = table_rows([compare("baseline", {1: 95.0}, {})], {"baseline": NAMED["baseline"]})
+    rows = table_rows([replace(compare("baseline", {1: 95.0}, {}), reference=None)], {"baseline": NAMED["baseline"]})
     write_table(tmp_path / "digits", {"dataset": "digits"}, rows, "")
     the_table = str(tmp_path / "digits.csv")
     main(["--proposed", *runs, "--baseline", the_table, *runs])
