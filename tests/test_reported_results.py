@@ -192,6 +192,21 @@ def test_small_logits_on_cifar10():
     )
 
 
+def test_parts_on_cifar10():
+    text, settings = lines_of("The parts on CIFAR-10"), list(SETTINGS)[:5]
+    of = {name: cifar10(name, num_seeds=8) for name in settings}
+    [[_, *rows]] = tables_of(text)
+    expected = [["baseline", spread(of["baseline"])]]
+    expected += [[name, spread(of[name]), between(of[name] - of["baseline"], "+")] for name in settings[1:]]
+    assert [[cell for cell in row if cell] for row in rows] == expected
+    check_sentences(
+        text,
+        f"`proposed` minus `init` is {between(of['proposed'] - of['init'])},",
+        f"`init` minus `input` {between(of['init'] - of['input'])},",
+        f"`rate` minus `input` {between(of['rate'] - of['input'])}.",
+    )
+
+
 def test_best_epoch_is_the_last_on_cifar10():
     assert "In all runs of five epochs on CIFAR-10, the best epoch is the last." in " ".join(MORE.split())
     for experiment in map(CIFAR10_TUNED.at, (*CIFAR10_TUNED.rates, "1")):
