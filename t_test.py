@@ -151,8 +151,8 @@ def compare_all(
         contrasts: pairs of settings, of which the first is tested to be better than the second.
 
     Returns:
-        A comparison for each setting, in the same order, then one for each contrast. `reference` is
-        None where there is nothing to compare with.
+        A comparison for each setting, in the same order, then one for each contrast. `reference` is None where
+        there is nothing to compare with.
     """
     accuracies = {name: accuracy_by_seed(seeds) for name, seeds in runs.items()}
     comparisons = []

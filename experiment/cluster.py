@@ -9,7 +9,7 @@ import signal
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -78,13 +78,12 @@ def make_runs_on_cluster(
                 told = True
             if not known and not alive and time.monotonic() > deadline:
                 raise ClusterError(f"{scheduler} has no workers: start some with dask worker")
-            new, join_later = alive - known, bool(known)
-            for worker in new:
-                problem = find_problem(client, worker, runs[0].path)
-                if problem and not join_later:
-                    raise ClusterError(problem)
-                usable |= set() if problem else {worker}  # one that joins later and is of no use is left alone
-            known |= new
+            if new := alive - known:
+                problems = find_problems(client, new, runs[0].path)
+                if problems and not known:  # those that join later and are of no use are left alone
+                    raise ClusterError("; ".join(dict.fromkeys(problems.values())))
+                usable |= new - problems.keys()
+                known |= new
             for address in (usable & alive) - running.keys():
                 if waiting and not stops:
                     arguments = (make_run_in_worker, waiting[0], device, experiment)
@@ -153,25 +152,31 @@ def connect(scheduler: str, stops: list[int]) -> "Iterator[Client]":
         raise ClusterError(f"the Dask scheduler at {scheduler} does not answer any more: {again} ({reason})") from error
 
 
-def find_problem(client: "Client", worker: str, path: Path) -> str | None:
-    """Why a worker cannot make runs whose files belong below `path`, and what to change."""
+def find_problems(client: "Client", workers: Collection[str], path: Path) -> dict[str, str]:
+    """Why workers cannot make runs whose files belong below `path`, and what to change, by their addresses."""
     probe = path / f"probe-{uuid.uuid4().hex}.tmp"
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.touch()
     except OSError as error:
-        return in_one_line(error)
+        return dict.fromkeys(workers, in_one_line(error))
     try:
-        [sees] = client.run(Path.exists, probe, workers=[worker], on_error="return").values()
+        seen = client.run(Path.exists, probe, workers=list(workers), on_error="return")
     finally:
         probe.unlink(missing_ok=True)
-    if isinstance(sees, Exception):
-        return f"whether all workers share {path} cannot be seen: {worker}: {in_one_line(sees)}"
-    if not sees:
-        return f"{path} must be a folder that all workers share; not so for {worker}"
     folder, module = Path(__file__).parent.parent, __package__
-    found = client.run(find_spec, module, workers=[worker], on_error="return")
-    found[client.scheduler.address] = client.run_on_scheduler(find_spec, module)
-    if lost := [address for address, spec in found.items() if getattr(spec, "loader", None) is None]:
-        return f"start scheduler and workers with PYTHONPATH={folder}: {', '.join(lost)} cannot import {module}"
-    return None
+    found = client.run(find_spec, module, workers=list(workers), on_error="return")
+    of_scheduler = {client.scheduler.address: client.run_on_scheduler(find_spec, module)}
+    problems = {}
+    for worker, sees in seen.items():
+        specs = {worker: found.get(worker)} | of_scheduler
+        lost = [address for address, spec in specs.items() if getattr(spec, "loader", None) is None]
+        if isinstance(sees, Exception):
+            problems[worker] = f"whether all workers share {path} cannot be seen: {worker}: {in_one_line(sees)}"
+        elif not sees:
+            problems[worker] = f"{path} must be a folder that all workers share; not so for {worker}"
+        elif lost:
+            problems[worker] = (
+                f"start scheduler and workers with PYTHONPATH={folder}: {', '.join(lost)} cannot import {module}"
+            )
+    return problems
