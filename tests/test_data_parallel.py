@@ -65,6 +65,7 @@ ENDING = {  # what ends a run of several processes
     "other settings": {"flags": DIGITS, "1": ["--momentum", "0.5"], "small": True},
     "other flags": {"flags": DIGITS, "1": ["--momenta", "0.5"], "small": True},
     "other torch": {"flags": DIGITS, "torch 1": "2.0.0", "small": True},
+    "other images": {"flags": [*FOLDER, "--dataset", "small"], "1": ["--path", "elsewhere"]},
     "compiled": {"flags": [*DIGITS, "--compile"], "small": True},
     "no statistics": {"flags": [*FOLDER, "--dataset", "small", "--network", "shared_out_networks:without_statistics"]},
 }
@@ -91,6 +92,7 @@ def seen(folder) -> Seen:
     """What 3 processes saw, then this process, which also went on with one of their runs."""
     (folder / "shared_out_networks.py").write_text(NETWORKS)
     make_folder(folder / "images" / "small", size=(12, 12))
+    make_folder(folder / "elsewhere" / "images" / "small", num_train=63, size=(12, 12))
     make_folder(folder / "images" / "large", size=(70, 80))
 
     def jobs(number: int, epochs: int, ending: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,6 +190,7 @@ def test_run_goes_on_with_another_number_of_processes(seen, folder):
         ),
         ("other flags", 2, "unrecognized arguments: --momenta 0.5"),
         ("other torch", 2, r"the processes differ: torch is .* in the first one, 2\.0\.0 in process 1; start them .*"),
+        ("other images", 2, "the processes differ: images is .* in the first one, .* in process 1; start them all .*"),
         ("compiled", 2, "argument --compile: it is for one process, without torchrun"),
         ("no statistics", 2, "argument --network: batch norm '1.0' has no running statistics, so that it can be .*"),
     ],

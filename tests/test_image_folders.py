@@ -1,6 +1,7 @@
 import json
 import os
 import runpy
+import shutil
 import struct
 import warnings
 from pathlib import Path
@@ -47,7 +48,9 @@ def test_files_classes_and_labels(tmp_path):
 
 def test_val_in_place_of_test(tmp_path):
     folder = make_folder(tmp_path / "beetles", num_train=4, num_test=3)
-    (folder / "test").rename(folder / "val")
+    shutil.copytree(folder / "test", folder / "val")
+    assert [file.parts[-3] for file in find_images(folder).images[4:]] == ["test"] * 3
+    shutil.rmtree(folder / "test")
     assert [file.parts[-3] for file in find_images(folder).images[4:]] == ["val"] * 3
 
 

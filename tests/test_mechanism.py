@@ -98,9 +98,15 @@ def settings():
     return preparation.parse([*FLAGS, "--seed", "3", "--learning_rate", "0.2", "--bn_weight", "0.5"])
 
 
-def test_first_steps(settings, few_digits):
+def test_first_steps(settings, few_digits, monkeypatch):
     """Beside a plain loop, over more than an epoch: 144 images are three batches."""
-    image_set = load_image_set("digits")
+    image_set, of_statistics, estimate = load_image_set("digits"), [], mechanism.estimate_statistics
+
+    def noted(network, batches):
+        of_statistics.append([(images, labels) for images, labels in batches])
+        return estimate(network, of_statistics[-1])
+
+    monkeypatch.setattr(mechanism, "estimate_statistics", noted)
     found = measure_first_steps(settings, image_set, [0, 1, 5])
     assert found.steps.tolist() == [0, 1, 5]
 
@@ -135,9 +141,11 @@ def test_first_steps(settings, few_digits):
     np.testing.assert_allclose(np.transpose(list(found.angles.values())).ravel(), angles, rtol=1e-3, atol=1e-4)
     assert found.angles["1.0"][0] == 0 and found.angles["1.0"][2] > 0.5
 
-    alone = measure_first_steps(
-        settings, image_set, [5], num_images=20
-    )  # nothing that is measured changes the training
+    for batches in of_statistics:  # of all training images
+        labels = torch.cat([labels for _, labels in batches])
+        assert labels.bincount().tolist() == image_set.labels[image_set.splits["train"]].bincount().tolist()
+
+    alone = measure_first_steps(settings, image_set, [5], num_images=20)  # what is measured changes no training
     assert [alone.angles[name][0] for name in found.angles] == [angles[-1] for angles in found.angles.values()]
     assert not np.allclose(found.estimated_anew, found.running)
 
@@ -175,6 +183,19 @@ def test_mean_over_seeds():
 
 
 # --- figures and the command ----------------------------------------------------------------------------------------
+
+
+def test_tables():
+    at = AtInitialization({"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}, 0.5, 2.25)
+    head, _, row = mechanism.tabulate_initialization({0.1: at}).splitlines()
+    cells = ["initial γ", "logits", "loss", "gradient, first", "gradient, middle", "gradient, last"]
+    assert [cell.strip() for cell in head.strip("|").split("|")] == cells
+    assert row.strip("|").split() == ["0.1", "|", "0.5", "|", "2.250", "|", "1", "|", "3", "|", "4"]
+    run = FirstSteps(np.array([7]), np.array([10.0]), np.array([20.0]), {"a": [1.0], "b": [2.0], "c": [9.0]})
+    head, _, row = mechanism.tabulate_first_steps({"x": run}).splitlines()
+    cells = ["setting", "step", "running (%)", "estimated anew (%)", "median angle"]
+    assert [cell.strip() for cell in head.strip("|").split("|")] == cells
+    assert row.strip("|").split() == ["x", "|", "7", "|", "10.0", "|", "20.0", "|", "2.00°"]
 
 
 def test_figures():

@@ -106,15 +106,6 @@ def test_what_all_runs_of_a_table_share():
     assert (tuned["learning_rates"], tuned["tuning_seeds"], tuned["select"]) == ("0.02+0.1", "28 29", "last")
 
 
-def test_experiment_under_way():
-    """Its command finds the runs that are committed, which were made at the default rate."""
-    flags = "--stem own --num_epochs 5 --learning_rates 0.01 0.03 0.1 0.3 --tuning_seeds 16-17 --seeds 1-15"
-    args = parse(flags.split())
-    assert len(args.tuning_runs) == 16
-    name = plan_runs(args, {"baseline": 0.1, "proposed": 0.3})[0].settings.name
-    assert name == "cifar10-resnet18-num_epochs=5-stem=own-weight1-c1-dataset-seed1"
-
-
 def test_contrast_that_is_given_twice_is_made_once():
     assert parse([*FLAGS, *["--contrast", "baseline", "proposed"] * 2]).contrast == [("baseline", "proposed")]
 

@@ -83,6 +83,8 @@ def test_network_that_starts_with_nan():
 
 def test_last_batch_of_one():
     check(Picky(), 7, 7, batch_size=3, num_train=8)
+    without_batch_norm = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    check(without_batch_norm, 7, 7, batch_size=3, num_train=7)  # it can train on one
     with pytest.raises(
         FlagError, match=r"--batch_size: 3 leaves a last batch of one .* cannot train on one: ValueError: one image"
     ):

@@ -76,6 +76,27 @@ def test_commands_for_another_machine(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("flags", "where"),
+    [
+        (["--jobs", "3", "--device", "cuda:1"], (3, None, "cuda:1")),
+        (["--scheduler", "tcp://127.0.0.1:1"], (1, "tcp://127.0.0.1:1", None)),
+    ],
+)
+def test_where_runs_are_made(flags, where, tmp_path, monkeypatch):
+    asked = []
+
+    def make_runs(runs, stops, *arguments):
+        asked.append((len(runs), arguments[:3]))
+        yield from ()
+
+    monkeypatch.setattr(reproduce, "make_runs", make_runs)
+    monkeypatch.setattr(reproduce, "check_here", lambda plan: None)
+    with suppress(SystemExit):  # as there is nothing to report
+        reproduce.main([*FLAGS, "--path", str(tmp_path), "--seeds", "1-2", *flags])
+    assert asked == [(4, where)]
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--settings", "nonsense"], "'nonsense' is none of baseline"),
@@ -769,6 +790,20 @@ def test_restarted_experiment_goes_on_without_the_flag(small_network, no_figures
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 2  # what was there before is gone
     assert run(tmp_path, "--seeds", "1-3") == 0
     assert capsys.readouterr().out.startswith("6 runs of 2 epochs, 1 at a time; 2 are finished\n")
+
+
+def test_time_left(monkeypatch, capsys):
+    """Two runs at a time, of 100 and 120 s; a third has begun 20 s ago, and three are left."""
+    now = 0.0
+    monkeypatch.setattr(display, "time", argparse.Namespace(monotonic=lambda: now))
+    a, b, c, *_ = runs = [argparse.Namespace(name=name) for name in "abcdef"]
+    shown = display.Display({run.name: None for run in runs}, 2, [])
+    shown.tell(a, ""), shown.tell(b, "")
+    now = 100.0
+    shown.end("a", "has ended", [], failed=False), shown.tell(c, "")
+    now = 120.0
+    shown.end("b", "has ended", [], failed=False)
+    assert capsys.readouterr().out.endswith("4/8 has ended (about 03:30 left)\n")  # (110 - 20 + 3 · 110) / 2 s
 
 
 def test_terminal_shows_all_that_moves(no_training, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 import datetime
 import itertools
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -228,9 +229,11 @@ def test_files(tmp_path, capsys):
     proposed = write_runs(tmp_path, PROPOSED, bn_weight=0.1, c=100.0, input_norm="bn", device="cuda:1")
     settings = {"bn_weight": 1.0, "c": 1.0, "input_norm": "dataset", "device": "cuda:0", "torch": "2.11"}
     baseline = write_runs(tmp_path, BASELINE[:4], **settings)
+    older = Path(proposed[0])
+    older.write_text(re.sub("# sha256: .*\n", "", older.read_text()))
     main(["--proposed", *reversed(proposed), "--baseline", *baseline])
     lines = capsys.readouterr().out.splitlines()
-    *_, line, short, versions, alone = lines
+    *_, line, short, checksums, versions, alone = lines
     assert max(map(len, lines)) <= 120
     differences = np.subtract(PROPOSED[:4], BASELINE[:4])
     effect = differences.mean() / differences.std(ddof=1)
@@ -243,6 +246,7 @@ def test_files(tmp_path, capsys):
     assert fields[:3] == ["proposed", "5", f"{np.mean(PROPOSED):.2f} ± {np.std(PROPOSED, ddof=1):.2f}"]
     assert fields[4] == f"{by_hand(PROPOSED[:4], BASELINE[:4]):.2g}"
     assert short.startswith("runs of 42 steps: for about 100 steps, batch norm's running statistics have not settled")
+    assert checksums == "1 of 9 result files have no checksum to compare their numbers with"
     assert versions == "not all runs have the same torch: 2.11; None"
     assert alone == "seeds without a partner, which do not count: 5"
 

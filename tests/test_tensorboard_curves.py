@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 
 import train
@@ -66,7 +67,10 @@ def test_a_run_is_shown(make_run, tmp_path):
             assert (found.num, found.min, found.max) == (len(values), values.min(), values.max())
             assert found.sum == pytest.approx(values.sum().item())
     content = curves.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    assert b"bn_weight" in content and b"learning_rate" in content
+    shown_settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    numbers = {"bn_weight": 0.1, "c": 100, "learning_rate": 0.05, "batch_size": 16, "num_epochs": 5, "seed": 1}
+    assert {name: shown_settings[name].number_value for name in numbers} == numbers
+    assert (shown_settings["dataset"].string_value, shown_settings["scheduler"].string_value) == ("digits", "none")
 
 
 def test_a_run_that_goes_on(make_run, tmp_path, monkeypatch):

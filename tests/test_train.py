@@ -1,9 +1,7 @@
 import copy
 import hashlib
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,11 +25,23 @@ from small import silent_progress
 from training import preparation
 from training.devices import speed_up
 
-ROOT = Path(__file__).parent.parent
 QUICK = ["--dataset", "digits", "--num_epochs", "2", "--batch_size", "48", "--device", "cpu"]
 
 
-def plain_loop(folder: Path, num_epochs: int, batch_size: int, bn_weight: float, c: float, input_norm: str, seed: int):
+NUM_EPOCHS, BATCH_SIZE = 2, 32
+
+
+def plain_loop(
+    folder: Path,
+    seed: int,
+    bn_weight: float = 0.1,
+    c: float = 100,
+    input_norm: str = "bn",
+    learning_rate: float = 0.1,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    stem: str = "small",
+):
     """The method as a user would write it from its description, with nothing of this project: an image at a time."""
     complex_seed, split_seed = (int(hashlib.md5(str(n).encode()).hexdigest()[-8:], 16) for n in (seed, 0))
     np.random.seed(complex_seed)
@@ -51,13 +61,14 @@ def plain_loop(folder: Path, num_epochs: int, batch_size: int, bn_weight: float,
     train_part, val_part = train_test_split(
         np.arange(len(complete_train)), test_size=0.1, stratify=complete_train.targets, random_state=split_seed
     )
-    train_loader = DataLoader(Subset(complete_train, train_part), batch_size, shuffle=True)
-    val_loader = DataLoader(Subset(complete_val, val_part), batch_size)
-    test_loader = DataLoader(test, batch_size)
+    train_loader = DataLoader(Subset(complete_train, train_part), BATCH_SIZE, shuffle=True)
+    val_loader = DataLoader(Subset(complete_val, val_part), BATCH_SIZE)
+    test_loader = DataLoader(test, BATCH_SIZE)
 
     network = torchvision.models.resnet18(num_classes=10)
-    network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    network.maxpool = nn.Identity()
+    if stem == "small":
+        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -76,16 +87,16 @@ def plain_loop(folder: Path, num_epochs: int, batch_size: int, bn_weight: float,
     optimizer = torch.optim.SGD(
         [
             {"params": [p for name, p in named if name.endswith("bias")]},
-            {"params": [p for name, p in named if name.endswith("weight") and p.dim() == 1], "lr": 0.1 / c},
-            {"params": [p for name, p in named if p.dim() > 1], "weight_decay": 1e-4},
+            {"params": [p for name, p in named if name.endswith("weight") and p.dim() == 1], "lr": learning_rate / c},
+            {"params": [p for name, p in named if p.dim() > 1], "weight_decay": weight_decay},
         ],
-        lr=0.1,
-        momentum=0.9,
+        lr=learning_rate,
+        momentum=momentum,
     )
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_epochs, eta_min=1e-8)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_EPOCHS, eta_min=1e-8)
 
     rows, best_accuracy, best_weights = [], -1, None
-    for epoch in range(1, num_epochs + 1):
+    for epoch in range(1, NUM_EPOCHS + 1):
         network.train()
         train_loss = 0.0
         for images, labels in train_loader:
@@ -112,15 +123,18 @@ def plain_loop(folder: Path, num_epochs: int, batch_size: int, bn_weight: float,
     return rows, best_weights
 
 
-@pytest.mark.parametrize(
-    ("bn_weight", "c", "input_norm", "seed"), [(0.1, 100, "bn", 1), (1, 1, "dataset", 2)], ids=["proposed", "baseline"]
-)
-def test_same_numbers_as_a_plain_loop_digit_for_digit(small_cifar10, bn_weight, c, input_norm, seed):
-    rows, best_weights = plain_loop(small_cifar10, 2, 32, bn_weight, c, input_norm, seed)
+BASELINE = {"bn_weight": 1, "c": 1, "input_norm": "dataset"}
+OTHER_RATES = {"learning_rate": 0.03, "momentum": 0.7, "weight_decay": 0.1, "stem": "own"}
 
-    flags = f"--num_epochs 2 --batch_size 32 --bn_weight {bn_weight} --c {c} --input_norm {input_norm} --seed {seed}"
+
+@pytest.mark.parametrize("settings", [{"seed": 1}, {"seed": 2, **BASELINE, **OTHER_RATES}], ids=["paper", "others"])
+def test_same_numbers_as_a_plain_loop_digit_for_digit(small_cifar10, settings):
+    rows, best_weights = plain_loop(small_cifar10, **settings)
+
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    flags += [f"--num_epochs={NUM_EPOCHS}", f"--batch_size={BATCH_SIZE}", "--name=x", "--device=cpu"]
     path = small_cifar10.parent
-    results = train.main([*flags.split(), "--path", str(path), "--name", "x", "--device", "cpu"])
+    results = train.main([*flags, "--path", str(path)])
     assert list(zip(*(results.columns[name].tolist() for name in results.columns), strict=True)) == rows
     weights = torch.load(path / "networks" / "x-best.pt", weights_only=True)
     assert list(weights) == list(best_weights)
@@ -273,69 +287,37 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
     [
         ("--batch_size", "", WHOLE),
         ("--batch_size", "0", WHOLE),
-        ("--batch_size", "-4", WHOLE),
         ("--batch_size", "12.0", WHOLE),
-        ("--batch_size", "1e3", WHOLE),
         ("--batch_size", "many", WHOLE),
-        ("--batch_size", "nan", WHOLE),
         ("--batch_size", "1294", "digits has 1293 training images, fewer than a batch of 1294"),
-        ("--batch_size", "999999999999", "digits has 1293 training images, fewer"),
-        ("--num_epochs", "", WHOLE),
         ("--num_epochs", "0", WHOLE),
-        ("--num_epochs", "-1", WHOLE),
-        ("--num_epochs", "1.5", WHOLE),
-        ("--num_epochs", "inf", WHOLE),
-        ("--num_epochs", "ten", WHOLE),
         ("--learning_rate", "", POSITIVE),
         ("--learning_rate", "0", POSITIVE),
         ("--learning_rate", "-0.1", POSITIVE),
         ("--learning_rate", "nan", POSITIVE),
         ("--learning_rate", "inf", POSITIVE),
         ("--learning_rate", "1e300", POSITIVE),
-        ("--learning_rate", "0,1", POSITIVE),
         ("--learning_rate", "high", POSITIVE),
-        ("--momentum", "", FRACTION),
         ("--momentum", "1", FRACTION),
         ("--momentum", "-0.9", FRACTION),
         ("--momentum", "nan", FRACTION),
-        ("--momentum", "inf", FRACTION),
-        ("--momentum", "90%", FRACTION),
-        ("--weight_decay", "", NOT_NEGATIVE),
         ("--weight_decay", "-0.1", NOT_NEGATIVE),
         ("--weight_decay", "nan", NOT_NEGATIVE),
-        ("--weight_decay", "inf", NOT_NEGATIVE),
         ("--weight_decay", "1e31", NOT_NEGATIVE),
-        ("--weight_decay", "none", NOT_NEGATIVE),
-        ("--bn_weight", "", POSITIVE),
         ("--bn_weight", "0", POSITIVE),
-        ("--bn_weight", "-0.1", POSITIVE),
-        ("--bn_weight", "nan", POSITIVE),
-        ("--bn_weight", "inf", POSITIVE),
         ("--bn_weight", "1e-60", POSITIVE),
-        ("--bn_weight", "small", POSITIVE),
-        ("--c", "", REDUCTION),
         ("--c", "0.5", REDUCTION),
         ("--c", "-100", REDUCTION),
         ("--c", "nan", REDUCTION),
-        ("--c", "inf", REDUCTION),
         ("--c", "1e40", REDUCTION),
-        ("--c", "hundred", REDUCTION),
-        ("--c", "1,000", REDUCTION),
-        ("--seed", "", "must be a whole number of at least 0, not "),
         ("--seed", "-1", "must be a whole number of at least 0, not "),
         ("--seed", "1.0", "must be a whole number of at least 0, not "),
-        ("--seed", "one", "must be a whole number of at least 0, not "),
         ("--split_seed", "seeds", "must be a whole number of at least 0, not 'seeds', or the word seed"),
         ("--checkpoint_seconds", "-1", NOT_NEGATIVE),
-        ("--checkpoint_seconds", "inf", NOT_NEGATIVE),
-        ("--checkpoint_seconds", "often", NOT_NEGATIVE),
         ("--name", "a/b", NAME),
-        ("--name", "/tmp/x", NAME),
         ("--name", "..", NAME),
         ("--name", ".hidden", NAME),
-        ("--name", "../x", NAME),
         ("--name", "my run", NAME),
-        ("--name", " ", NAME),
         ("--name", "a\nb", NAME),
         ("--name", "x" * 201, NAME),
         ("--name", "\N{GREEK SMALL LETTER GAMMA}" * 150, NAME),
@@ -346,24 +328,16 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
         ("--path", "a\nb", "must be one line of printable text"),
         ("--device", "", "is not one of cpu ("),
         ("--device", "gpu", "is not one of cpu ("),
-        ("--device", "GPU", "is not one of cpu ("),
         ("--device", "cuda:9", "is not one of cpu ("),
         ("--device", "cuda:", "is not one of cpu ("),
-        ("--device", "cuda:-1", "is not one of cpu ("),
-        ("--device", "0", "is not one of cpu ("),
         ("--device", "meta", "is not one of cpu ("),
         ("--device", "xpu", "is not one of cpu ("),
-        ("--device", "hpu", "is not one of cpu ("),
-        ("--device", "mkldnn", "is not one of cpu ("),
         ("--dataset", "", "must be cifar10, cifar100, digits or the name of a folder in images/"),
         ("--dataset", "mnist", "mnist is none of cifar10, cifar100, digits, and there is no "),
-        ("--dataset", "CIFAR10", "CIFAR10 is none of cifar10, cifar100, digits, and there is no "),
         ("--dataset", "../images", "must be at most 200 letters"),
         ("--image_size", "0", "whole number of at least 1"),
-        ("--image_size", "32x32", "whole number of at least 1"),
         ("--workers", "-1", "whole number of at least 0"),
         ("--network", "", "must be the name of a torchvision network or MODULE:FUNCTION, not "),
-        ("--network", "my networks:small", "must be the name of a torchvision network or MODULE:FUNCTION, not "),
         ("--network", "my_networks.small", "must be the name of a torchvision network or MODULE:FUNCTION, not "),
         ("--network", "../x:small", "must be the name of a torchvision network or MODULE:FUNCTION, not "),
         (
@@ -374,16 +348,11 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
         ("--network", "ResNet18", "torchvision has no classification network 'ResNet18': close are resnet18, resnet"),
         ("--network", "vgg16", "vgg16 has no batch norm, which the method is about: take one that has some"),
         ("--network", "my_networks:small", "my_networks cannot be imported: ModuleNotFoundError: No module named"),
-        ("--scheduler", "", "choose from"),
         ("--scheduler", "cosine", "choose from"),
-        ("--input_norm", "", "choose from"),
         ("--input_norm", "layer", "choose from"),
-        ("--precision", "", "choose from"),
         ("--precision", "float16", "choose from"),
         ("--compile", "yes", "unrecognized arguments: yes"),
-        ("--restart", "yes", "unrecognized arguments: yes"),
         ("--bn", "0.1", "unrecognized arguments: --bn 0.1"),
-        ("--epochs", "3", "unrecognized arguments: --epochs 3"),
         ("--batch-size", "3", "unrecognized arguments: --batch-size 3"),
         ("--lr", "0.1", "unrecognized arguments: --lr 0.1"),
         ("digits", "again", "unrecognized arguments: digits again"),
@@ -501,13 +470,6 @@ def test_flag_without_its_value(capsys, flag):
     assert capsys.readouterr().err.endswith(f"error: argument {flag}: expected one argument\n")
 
 
-def test_last_batch_of_one_is_fine_where_the_network_can_train_on_it():
-    assert (
-        preparation.parse(["--dataset", "cifar10", "--batch_size", "11"]).batch_size == 11
-    )  # 45,000 = 4,090 · 11 + 10
-    assert preparation.parse(["--dataset", "cifar10", "--batch_size", "44999"]).batch_size == 44999
-
-
 def test_default_names_differ_where_the_method_differs():
     flags = ["", "--seed 2", "--bn_weight 0.123456789", "--bn_weight 0.12345678", "--c 10", "--input_norm dataset"]
     flags += ["--dataset digits", "--network resnet34", "--batch_size 64", "--num_epochs 5", "--learning_rate 0.05"]
@@ -546,10 +508,12 @@ def test_defaults_of_the_paper():
     assert expected.items() <= settings.items()
 
 
-def test_missing_data_is_one_line(tmp_path):
-    """In a process of its own, as a user runs it, with a proxy that does not answer in place of a network."""
-    command = [sys.executable, ROOT / "train.py", "--path", tmp_path / "new", "--num_epochs", "1", "--device", "cpu"]
-    proxy = dict.fromkeys(["http_proxy", "https_proxy"], "http://127.0.0.1:9")
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **proxy})
-    assert run.returncode == 1
-    assert run.stderr.startswith("train.py: error: CIFAR-10 is not in") and run.stderr.count("\n") == 1
+def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
+    """With a proxy that does not answer in place of a network."""
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--path", str(tmp_path / "new"), "--num_epochs", "1", "--device", "cpu"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert error.startswith("train.py: error: CIFAR-10 is not in") and error.count("\n") == 1

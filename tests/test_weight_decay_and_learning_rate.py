@@ -1,4 +1,3 @@
-import copy
 import io
 from functools import partial
 
@@ -229,30 +228,6 @@ def test_schedules_keep_the_ratio(name):
         rates.append(biases["lr"])
         schedule.step()
     assert len(set(rates)) > 3 and max(rates) <= 0.1 + 1e-12
-
-
-def test_checkpoint_from_before_groups_had_names():
-    """It is loaded, and goes on to the same weights."""
-
-    def train(steps: int, state: dict | None = None) -> tuple[nn.Module, dict]:
-        torch.manual_seed(0)
-        network = small_network()[1][:2]
-        optimizer = optim.SGD(adjust_weight_decay_and_learning_rate(network, c=10), momentum=0.9)
-        if state:
-            network.load_state_dict(state["network"])
-            optimizer.load_state_dict(state["optimizer"])
-        for step in range(4 - steps, 4) if state else range(steps):
-            optimizer.zero_grad()
-            network(torch.full((2, 3, 4, 4), 1.0 + step) * torch.arange(4)).square().sum().backward()
-            optimizer.step()
-        return network, copy.deepcopy({"network": network.state_dict(), "optimizer": optimizer.state_dict()})
-
-    expected, _ = train(4)
-    _, state = train(2)
-    for group in state["optimizer"]["param_groups"]:
-        del group["name"]
-    network, _ = train(2, state)
-    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in network.state_dict().items())
 
 
 def test_skip_list():
