@@ -506,7 +506,10 @@ def test_initialization_of_the_mechanism():
 
 MADE_ALONE = {  # beside the runs of the experiments: whether a rate is better than the largest one planned
     "cifar10-own-stem": {f"{CIFAR10_TUNED.at('1')}-{SETTINGS['logits']}-seed{seed}" for seed in (16, 17)},
-    "cifar10-own-stem-gpu": {f"cifar10-resnet18-num_epochs=20-learning_rate=1-stem=own-{SETTINGS['baseline']}-seed16"},
+    "cifar10-own-stem-gpu": {
+        f"{CIFAR10_LONG.at(rate).removesuffix('-compile')}-{SETTINGS[setting]}-seed{seed}"
+        for setting, rate, seed in (("baseline", "1", 16), ("baseline", "0.3", 7), ("proposed", "0.1", 7))
+    },
 }
 
 
