@@ -256,7 +256,7 @@ def test_command(few_digits, tmp_path, capsys):
 def test_large_images_of_a_folder(tmp_path, capsys):
     """They are streamed from their files."""
     make_folder(tmp_path / "images" / "beetles", size=(70, 70))
-    flags = ["--network", "test_mechanism:small_network", "--device", "cpu", "--batch_size", "16"]
+    flags = ["--network", "test_mechanism:small_network", "--device", "cpu", "--batch_size", "16", "--image_size", "65"]
     flags += ["--dataset", "beetles", "--path", str(tmp_path), "--output", str(tmp_path), "--steps", "4", "--seeds"]
     mechanism.main([*flags, "1", "1-1"])
     assert capsys.readouterr().out.startswith("test_mechanism:small_network on beetles, learning rate 0.1, seed 1: ")
