@@ -141,6 +141,7 @@ def test_first_steps(settings, few_digits, monkeypatch):
     np.testing.assert_allclose(np.transpose(list(found.angles.values())).ravel(), angles, rtol=1e-3, atol=1e-4)
     assert found.angles["1.0"][0] == 0 and found.angles["1.0"][2] > 0.5
 
+    assert len(of_statistics) == 3
     for batches in of_statistics:  # of all training images
         labels = torch.cat([labels for _, labels in batches])
         assert labels.bincount().tolist() == image_set.labels[image_set.splits["train"]].bincount().tolist()

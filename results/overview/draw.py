@@ -18,9 +18,9 @@ from t_test import compare  # noqa: E402
 
 CIFAR10 = "cifar10-own-stem/cifar10-resnet18-num_epochs=5{}-stem=own"
 LONG = "cifar10-own-stem-gpu/cifar10-resnet18-num_epochs=20{}-stem=own{}"
-KINDS = ("-compile", "")  # on a GPU, on a CPU
+KINDS = ("-compile", "")  # on a GPU; on a CPU, whose runs count where there are both
 DIGITS = "/digits-resnet18-batch_size=64-num_epochs="
-ROWS = {  # how the names of the files begin: of the method's, and of the baseline's where that is another learning rate
+ROWS = {  # how the names of the files begin: of the method's, then of the baseline's where it has another learning rate
     "CIFAR-10, 5 epochs,\nthe paper's learning rate": [[CIFAR10.format("")]],
     "CIFAR-10, 5 epochs,\neach at the best of four rates": [
         [CIFAR10.format("")],
