@@ -610,16 +610,17 @@ def test_first_screen():
 
     text = " ".join(FIRST_SCREEN.split())
     photographs = [gain(of).mean() for of in (cifar10_fair, cifar10_long)]
-    assert "the gain is {:.2f} with 5 epochs and {:.2f} with 20".format(*photographs) in text
+    assert "The gain is {:.2f} with 5 epochs and {:.2f} with 20 on CIFAR-10,".format(*photographs) in text
     digits = [gain(of, select).mean() for select in (best, last) for of in (why, long)]
-    at_005 = "on digits, at 0.05, {:.2f} and {:.2f}, at the last epoch instead of the best {:.2f} and {:.2f}."
+    at_005 = "{:.2f} and {:.2f} on digits, at 0.05 ({:.2f} and {:.2f} at the last epoch instead of the best),"
     assert at_005.format(*digits) in text
     of_pair = [best(cifar10_as_in_the_paper(name)) for name in ("proposed", "baseline")]
-    assert "it is {:.2f} ({:.2f} and {:.2f} %).".format(of_pair[0] - of_pair[1], *of_pair) in text
+    assert f"and {of_pair[0] - of_pair[1]:.2f} in the one pair with the paper's 180 epochs." in text
+    assert "in bfloat16 ({:.2f} and {:.2f} %);".format(*of_pair) in text
     assert f"whose gain at 0.05 is {gain(first).mean():.2f} instead of {gain(why).mean():.2f}." in text
     assert f"p-value is {overlapping_splits(best)[1]:.2g}." in text
     small = [(between(gain(of, setting="logits")), gain(of).mean()) for of in (fair, cifar10_fair)]
-    assert "the gain is {} on digits, where the method has {:.2f}, and".format(*small[0]) in text
-    assert "{} on CIFAR-10, where it has {:.2f} (in part on another CPU).".format(*small[1]) in text
+    assert "its gain is {} on digits, where the method has {:.2f}, and".format(*small[0]) in text
+    assert "{} on CIFAR-10, where it has {:.2f}.".format(*small[1]) in text
     low, high = interval(DIGITS_SMALL_START.accuracies("small start") - fair("baseline"))
     assert low < 0 < high < 0.5 and "A factor at the start alone has no measurable gain on digits." in text
