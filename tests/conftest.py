@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side, each with a thread of its own
@@ -15,6 +16,7 @@ from sklearn import datasets
 import small
 import trained_networks
 from command_line.signals import STOP_SIGNALS
+from image_sets import cifar
 from training import preparation
 
 hypothesis.settings.register_profile("machines of any speed", deadline=None)
@@ -68,3 +70,24 @@ def small_cifar100(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(cifar100, "test_list", [small.write_pickle(files / "test", images(4))])
     monkeypatch.setattr(cifar100, "meta", {**cifar100.meta, "md5": small.write_pickle(files / "meta", names)[1]})
     return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every download fails."""
+
+    def fail(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", fail)
+
+
+@pytest.fixture
+def forbidden_network(monkeypatch):
+    """Every attempt to download fails the test."""
+
+    def fail(*_, **__):
+        pytest.fail("there was an attempt to use the network")
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", fail)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)

@@ -14,23 +14,6 @@ from image_sets.loading import load_image_set
 from test_loading import validation_split_of_the_paper
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    def fail(*_, **__):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(cifar, "download_and_extract_archive", fail)
-
-
-@pytest.fixture
-def forbidden_network(monkeypatch):
-    def fail(*_, **__):
-        pytest.fail("there was an attempt to use the network")
-
-    monkeypatch.setattr(cifar, "download_and_extract_archive", fail)
-    monkeypatch.setattr(socket, "getaddrinfo", fail)
-
-
 def test_cifar10(small_cifar10, forbidden_network):
     image_set = load_image_set("cifar10", small_cifar10)
     assert image_set.images.shape == (65, 3, 32, 32) and image_set.images.dtype == torch.uint8

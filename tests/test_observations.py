@@ -8,7 +8,6 @@ from torch import nn
 import observations
 import trained_networks
 from batch_norm import ScaleBatchNorm2d
-from image_sets import cifar
 from image_sets.loading import load_image_set
 from networks import construct_network
 from observations import (
@@ -22,11 +21,7 @@ from saved_runs.results import Results, read_results
 from test_trained_networks import random_states, write_run
 
 
-def test_nothing_is_downloaded_for_figures(small_cifar10, tmp_path, monkeypatch):
-    def download(*_, **__):
-        raise AssertionError("it was to be downloaded")
-
-    monkeypatch.setattr(cifar, "download_and_extract_archive", download)
+def test_nothing_is_downloaded_for_figures(small_cifar10, forbidden_network, tmp_path):
     weights = trained_networks.construct_network("resnet18", 10, "cifar10").state_dict()
     run = read_results(write_run(tmp_path, weights, dataset="cifar10"))
     networks, archive = tmp_path / "networks", tmp_path / "x.npz"

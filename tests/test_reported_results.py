@@ -3,6 +3,7 @@
 import re
 import runpy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -58,6 +59,7 @@ fair: Accuracies = DIGITS_TUNED.accuracies
 cifar10: Accuracies = partial(accuracies, "cifar10-own-stem", CIFAR10_TUNED.at("0.1"))
 cifar10_fair: Accuracies = CIFAR10_TUNED.accuracies
 parts: Accuracies = partial(accuracies, "cifar10-own-stem-parts", CIFAR10_TUNED.at("0.1"), num_seeds=8)
+LONG_ON_CPU = replace(CIFAR10_LONG, experiment=CIFAR10_LONG.experiment.removesuffix("-compile"))
 
 CONTRASTS = {  # beside the comparison of every setting with the baseline
     why: ["proposed vs logits", "proposed vs logits+rates", "proposed vs rate", "init vs input", "logits vs input"],
@@ -77,7 +79,11 @@ def holm(p: float, p_values: Sequence[float]) -> float:
 
 def corrected(differences: Mapping[str, np.ndarray]) -> dict[str, str]:
     """The p-value of each after Holm's correction for all of them, as the tables show it."""
-    p_values = {name: p_value(values) for name, values in differences.items()}
+    return show_corrected({name: p_value(values) for name, values in differences.items()})
+
+
+def show_corrected(p_values: Mapping[str, float]) -> dict[str, str]:
+    """Each after Holm's correction for all of them, as the tables show it."""
     shown = {name: holm(p, list(p_values.values())) for name, p in p_values.items()}
     return {name: f"**{p:.2g}**" if p <= 0.05 else f"{p:.2g}" for name, p in shown.items()}
 
@@ -147,10 +153,8 @@ def check_differences(table: list[list[str]], *differences: Mapping[str, np.ndar
 
 def cifar10_long(setting: str, select: Callable = best) -> np.ndarray:
     """The seeds 1 to 6 on a GPU, 7 and 8 on a CPU."""
-    experiment = CIFAR10_LONG.at_chosen_rate(setting)
-    on_gpu, on_cpu = (
-        read_runs(CIFAR10_LONG.folder, name, setting) for name in (experiment, experiment.removesuffix("-compile"))
-    )
+    rate = CIFAR10_LONG.chosen_rate(setting)
+    on_gpu, on_cpu = (read_runs(of.folder, of.at(rate), setting) for of in (CIFAR10_LONG, LONG_ON_CPU))
     assert [*on_cpu] == [7, 8]
     return np.array([select(run) for run in (*(on_gpu[seed] for seed in range(1, 7)), *on_cpu.values())])
 
@@ -161,9 +165,8 @@ def planned_tests_of_twenty_epochs(select: Callable = best) -> dict[str, list[st
     welch = stats.ttest_ind(at_5, at_20, equal_var=False, alternative="greater").pvalue
     low, high = stats.ttest_ind(at_5, at_20, equal_var=False).confidence_interval()
     decrease = f"{at_5.mean() - at_20.mean():+.2f} ({low:+.2f} to {high:+.2f})"
-    found = {"gain": (between(at_20, "+"), p_value(at_20)), "decrease": (decrease, welch)}
-    shown = {name: (text, holm(p, [p for _, p in found.values()])) for name, (text, p) in found.items()}
-    return {name: [text, f"**{p:.2g}**" if p <= 0.05 else f"{p:.2g}"] for name, (text, p) in shown.items()}
+    p_values = show_corrected({"gain": p_value(at_20), "decrease": welch})
+    return {"gain": [between(at_20, "+"), p_values["gain"]], "decrease": [decrease, p_values["decrease"]]}
 
 
 def test_cifar10():
@@ -308,7 +311,7 @@ def test_twenty_epochs_on_cifar10():
     names = {"gain": "`proposed` over `baseline`, 20 epochs", "decrease": "the gain with 5 epochs over that with 20"}
     assert rows == [[shown, *at_best[name], *at_last[name]] for name, shown in names.items()]
     assert (gain(cifar10_long) > 0).all() and "in all eight pairs" in " ".join(text.split())
-    [beyond] = read_runs(CIFAR10_LONG.folder, CIFAR10_LONG.at("1").removesuffix("-compile"), "baseline").values()
+    [beyond] = read_runs(LONG_ON_CPU.folder, LONG_ON_CPU.at("1"), "baseline").values()
     assert (beyond["train_loss"] > np.log(10)).all() and "at 1 it learns nothing" in " ".join(FIRST_SCREEN.split())
     check_sentences(
         text,
@@ -520,7 +523,7 @@ def test_initialization_of_the_mechanism():
 MADE_ALONE = {  # beside the runs of the experiments: at a rate beyond those planned; two pairs on a CPU
     "cifar10-own-stem": {f"{CIFAR10_TUNED.at('1')}-{SETTINGS['logits']}-seed{seed}" for seed in (16, 17)},
     "cifar10-own-stem-gpu": {
-        f"{CIFAR10_LONG.at(rate).removesuffix('-compile')}-{SETTINGS[setting]}-seed{seed}"
+        f"{LONG_ON_CPU.at(rate)}-{SETTINGS[setting]}-seed{seed}"
         for setting, rate, seeds in (("baseline", "1", (16,)), ("baseline", "0.3", (7, 8)), ("proposed", "0.1", (7, 8)))
         for seed in seeds
     },

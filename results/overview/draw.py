@@ -17,33 +17,41 @@ from saved_runs.by_seed import accuracy_by_seed, read_by_seed  # noqa: E402
 from t_test import compare  # noqa: E402
 
 CIFAR10 = "cifar10-own-stem/cifar10-resnet18-num_epochs=5{}-stem=own"
-LONG = "cifar10-own-stem-gpu/cifar10-resnet18-num_epochs=20{}-stem=own{}"
-KINDS = ("-compile", "")  # on a GPU; on a CPU, whose runs count where there are both
 DIGITS = "/digits-resnet18-batch_size=64-num_epochs="
-ROWS = {  # how the names of the files begin: of the method's, then of the baseline's where it has another learning rate
-    "CIFAR-10, 5 epochs,\nthe paper's learning rate": [[CIFAR10.format("")]],
+SEEDS = range(1, 16)
+
+
+def twenty_epochs(learning_rate: str) -> dict[str, range]:
+    """The runs of 20 epochs on CIFAR-10: six seeds on a GPU, two on a CPU."""
+    name = f"cifar10-own-stem-gpu/cifar10-resnet18-num_epochs=20{learning_rate}-stem=own"
+    return {f"{name}-compile": range(1, 7), name: range(7, 9)}
+
+
+ROWS = {  # the method's runs, then the baseline's where it has another learning rate: beginnings of names, with seeds
+    "CIFAR-10, 5 epochs,\nthe paper's learning rate": [{CIFAR10.format(""): SEEDS}],
     "CIFAR-10, 5 epochs,\neach at the best of four rates": [
-        [CIFAR10.format("")],
-        [CIFAR10.format("-learning_rate=0.03")],
+        {CIFAR10.format(""): SEEDS},
+        {CIFAR10.format("-learning_rate=0.03"): SEEDS},
     ],
     "CIFAR-10, 20 epochs, 8 seeds,\neach at the best of four rates": [
-        [LONG.format("", kind) for kind in KINDS],
-        [LONG.format("-learning_rate=0.3", kind) for kind in KINDS],
+        twenty_epochs(""),
+        twenty_epochs("-learning_rate=0.3"),
     ],
-    "digits, 5 epochs,\nlearning rate 0.05": [[f"digits-why{DIGITS}5-learning_rate=0.05"]],
-    "digits, 5 epochs,\n0.05, 30 splits": [[f"digits-splits{DIGITS}5-learning_rate=0.05-split_seed=seed"]],
-    "digits, 5 epochs,\neach at the best of six rates": [[f"digits-fair-rates{DIGITS}5-learning_rate=0.02"]],
-    "digits, 20 epochs,\nlearning rate 0.05": [[f"digits-20-epochs{DIGITS}20-learning_rate=0.05"]],
+    "digits, 5 epochs,\nlearning rate 0.05": [{f"digits-why{DIGITS}5-learning_rate=0.05": SEEDS}],
+    "digits, 5 epochs,\n0.05, 30 splits": [
+        {f"digits-splits{DIGITS}5-learning_rate=0.05-split_seed=seed": range(1, 31)},
+    ],
+    "digits, 5 epochs,\neach at the best of six rates": [{f"digits-fair-rates{DIGITS}5-learning_rate=0.02": SEEDS}],
+    "digits, 20 epochs,\nlearning rate 0.05": [{f"digits-20-epochs{DIGITS}20-learning_rate=0.05": SEEDS}],
 }
 
 
-def read_accuracies(experiments: list[str], setting: str) -> dict[int, float]:
-    """The test accuracies of a setting, in percent, of the seeds 1 to 15, or with splits 1 to 30, as far as they go."""
+def read_accuracies(experiments: dict[str, range], setting: str) -> dict[int, float]:
+    """The test accuracies of a setting, in percent, by seed."""
     accuracies = {}
-    for experiment in experiments:
-        num_seeds = 30 if "splits" in experiment else 15
-        files = [RESULTS / f"{experiment}-{setting}-seed{seed}.csv" for seed in range(1, num_seeds + 1)]
-        accuracies |= accuracy_by_seed(read_by_seed([file for file in files if file.exists()], experiment))
+    for experiment, seeds in experiments.items():
+        files = [RESULTS / f"{experiment}-{setting}-seed{seed}.csv" for seed in seeds]
+        accuracies |= accuracy_by_seed(read_by_seed(files, experiment))
     return accuracies
 
 
