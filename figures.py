@@ -13,7 +13,7 @@ from pathlib import Path
 
 from command_line.endings import answer_at_once, one_line_endings, say, warn
 from command_line.flag_types import Parser, as_typed, folder
-from command_line.settings import DEFAULTS, NAMED, OWN_SEED, PAPER, compared, describe_network
+from run_settings import DEFAULTS, NAMED, OWN_SEED, PAPER, compared, describe_network
 
 
 def make_parser() -> Parser:
@@ -123,7 +123,7 @@ def accuracy_by_bn_weight(runs: Runs, comparisons: Sequence[Comparison] | None =
     verdicts = {c.setting: c.verdict for c in (compare_all(runs) if comparisons is None else comparisons)}
     points = []
     for setting, seeds in runs.items():
-        values = compared(next(iter(seeds.values())).settings) if seeds else {}
+        values = compared(next(iter(seeds.values())).header) if seeds else {}
         if seeds and values == compared({**PAPER["proposed"], "bn_weight": values["bn_weight"]}):
             c = compare(setting, accuracy_by_seed(seeds), {})
             points.append((values["bn_weight"], c.mean, np.nan_to_num(c.deviation), verdicts.get(setting)))
@@ -149,7 +149,7 @@ def accuracy_by_bn_weight(runs: Runs, comparisons: Sequence[Comparison] | None =
 
 def describe(runs: Iterable[Results]) -> str:
     """What all these runs are of: network, data set, epochs, learning rate and whether each seed has its own split."""
-    all_settings = [DEFAULTS | run.settings for run in runs]
+    all_settings = [DEFAULTS | run.header for run in runs]
     first, rates = all_settings[0], {settings["learning_rate"] for settings in all_settings}
     epochs = f"{first['num_epochs']} epoch{'s' * (first['num_epochs'] != 1)}"
     rate = f"learning rate {as_typed(*rates)}" if len(rates) == 1 else "each setting at its own learning rate"
@@ -178,9 +178,9 @@ def save_figures(
     comparisons = compare_all(runs) if comparisons is None else comparisons
     title = describe(run for seeds in runs.values() for run in seeds.values())
     first_runs = {name: seeds[min(seeds)] for name in SHOWN if (seeds := runs.get(name))}
-    seeds_shown = sorted({run.settings["seed"] for run in first_runs.values()})
+    seeds_shown = sorted({run.header["seed"] for run in first_runs.values()})
     of_seed = f"{title}, seed {' and '.join(map(str, seeds_shown))}"
-    names = "\n".join(str(run.settings.get("name")) for run in first_runs.values())
+    names = "\n".join(str(run.header.get("name")) for run in first_runs.values())
     archive = stem.with_name(f"{stem.name}-scales-and-shifts.npz")
     weights, measured, missing = observe_runs(first_runs, names, networks, archive)
     bn_weights = {setting: PAPER[setting]["bn_weight"] for setting in weights}
@@ -212,7 +212,7 @@ def read_runs(files: Iterable[Path]) -> Runs:
     named = {name: compared(values) for name, values in NAMED.items()}
     groups: dict[str, list[Path]] = {name: [] for name in named}
     for file in files:
-        values = compared(read_results(file).settings)
+        values = compared(read_results(file).header)
         own_name = "γ {bn_weight}, c {c}, {input_norm}".format(**values)
         own_name += f", {values['equivalent']}" * (values["equivalent"] != DEFAULTS["equivalent"])
         groups.setdefault(next((name for name in named if named[name] == values), own_name), []).append(file)

@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import chain, islice, repeat
 from typing import Any, TypeVar
 
-from command_line import settings as flags
+import run_settings
 from command_line.endings import answer_at_once, one_line_endings, say
 from command_line.flag_types import FlagError, Parser, as_typed, folder, is_flag, whole
 from experiment.plan import distinct, seed_range
@@ -38,7 +38,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="mechanism.py", description=__doc__.split("\n")[0], epilog=epilog, allow_abbrev=False)
     flag = parser.add_argument
     flag("--output", type=folder, required=True, help="folder for the numbers and figures")
-    flag("--dataset", default="digits", type=flags.dataset_name, help="as of train.py (default: %(default)s)")
+    flag("--dataset", default="digits", type=run_settings.dataset_name, help="as of train.py (default: %(default)s)")
     seeds_help = "whose mean is taken, such as 1-5 (default: 1)"
     flag("--seeds", nargs="+", default=[[1]], type=seed_range, metavar="SEEDS", help=seeds_help)
     flag("--steps", default=100, type=whole(1), help="training steps to look at (default: %(default)s)")
@@ -49,7 +49,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags, with the settings of the runs to look at in `runs`, by name. FlagError says what is wrong."""
     args, others = make_parser().parse_known_args(argv)
     args.seeds = distinct(args.seeds)
-    reasons = {name: f"leave it out: {' and '.join(TRAINED)} have their own" for name in flags.COMPARED}
+    reasons = {name: f"leave it out: {' and '.join(TRAINED)} have their own" for name in run_settings.COMPARED}
     reasons |= dict.fromkeys(UNUSED, "leave it out: it changes nothing here") | {"seed": "give --seeds"}
     for name, reason in reasons.items():
         if any(is_flag(other, name) for other in others):
@@ -57,8 +57,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     shared = ["--dataset", args.dataset, *(DIGITS if args.dataset == "digits" else []), *others]
     args.runs = {}
     for name in TRAINED:
-        own = [f"--{flag}={as_typed(value)}" for flag, value in flags.PAPER[name].items()]
-        args.runs[name] = flags.parse([*shared, *own])
+        own = [f"--{flag}={as_typed(value)}" for flag, value in run_settings.PAPER[name].items()]
+        args.runs[name] = run_settings.parse([*shared, *own])
     return args
 
 
@@ -313,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         first, steps = runs["proposed"], [*(step for step in MEASURED if step < args.steps), args.steps]
         seeds = f"mean of {len(args.seeds)} seeds" if args.seeds[1:] else f"seed {args.seeds[0]}"
         rate = f"learning rate {as_typed(first.learning_rate)}"
-        title = f"{flags.describe_network(vars(first))}, {rate}, {seeds}"
+        title = f"{run_settings.describe_network(vars(first))}, {rate}, {seeds}"
         measured, of_runs = {bn_weight: [] for bn_weight in BN_WEIGHTS}, {name: [] for name in runs}
 
         @lru_cache(1)
@@ -324,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         def by_seed() -> Iterator[tuple[int, dict[str, argparse.Namespace], ImageSet]]:
             for seed in args.seeds:
                 with_seed = {name: changed(settings, seed=seed) for name, settings in runs.items()}
-                yield seed, with_seed, load(flags.split_seed(vars(with_seed["baseline"])))
+                yield seed, with_seed, load(run_settings.split_seed(vars(with_seed["baseline"])))
 
         for seed, with_seed, image_set in by_seed():
             for settings in with_seed.values():

@@ -15,7 +15,7 @@ from torchvision import models
 
 from batch_norm import check_plain, initialize_scales, prepend_input_norm
 from command_line.endings import in_one_line
-from command_line.settings import DATASETS, INPUT_NORMS, SMALL_IMAGE, STEMS
+from run_settings import DATASETS, INPUT_NORMS, SMALL_IMAGE, STEMS
 
 
 def reinit_network(network: nn.Module, fan: str = "in", activation_function: type[nn.Module] = nn.ReLU) -> None:

@@ -18,9 +18,9 @@ from torchvision.transforms import Normalize
 
 from batch_norm import SIGMA_ACT
 from command_line.files import add_digest, read_file, write_atomically
-from command_line.settings import DEFAULTS, split_seed
 from image_sets.loading import ImageSet, load_image_set
 from reporting.drawing import add_legend, label_axes, line_style, make_axes
+from run_settings import DEFAULTS, split_seed
 from saved_runs.results import Results
 from trained_networks import check_digest, rebuild_network
 
@@ -128,7 +128,7 @@ def measure_run(
     """
     [images] = image_set.take([image_set.sample("test", num_images)])
     images = images.float() / 255
-    if (DEFAULTS | run.settings)["input_norm"] == "dataset":
+    if (DEFAULTS | run.header)["input_norm"] == "dataset":
         images = Normalize(image_set.mean, image_set.std)(images)
     return measure_normalized_values(network, images)
 
@@ -216,7 +216,7 @@ def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archiv
         return found
     try:
         trained = {
-            setting: rebuild_network(run, networks / f"{run.settings.get('name')}-best.pt")
+            setting: rebuild_network(run, networks / f"{run.header.get('name')}-best.pt")
             for setting, run in runs.items()
         }
     except (OSError, ValueError) as error:
@@ -232,7 +232,7 @@ def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archiv
     measured = {}
     try:
         for setting, run in runs.items():
-            of_run = DEFAULTS | run.settings
+            of_run = DEFAULTS | run.header
             image_set = load(
                 of_run["dataset"],
                 image_size=of_run["image_size"],

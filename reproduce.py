@@ -10,12 +10,13 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 from command_line.endings import answer_at_once, end, how_to_resume, one_line_endings, say, warn
-from command_line.settings import DATASETS
 from command_line.signals import on_signals
 from experiment.plan import PlannedRun, parse, ranges
+from run_settings import DATASETS, Settings
 
 if __name__ == "__main__":
     answer_at_once("reproduce.py", parse)  # before torch and scipy are imported, which takes seconds
@@ -55,12 +56,12 @@ def check_here(plan: argparse.Namespace) -> None:
     from training.preparation import prepare  # networks are not needed where another machine makes the runs
 
     for run in {run.setting: run for run in plan.tuning_runs or plan.runs}.values():
-        prepare(argparse.Namespace(**{**vars(run.settings), "device": plan.device}))
+        prepare(replace(run.settings, device=plan.device))
     if plan.first.dataset not in DATASETS:
         find_images(plan.path / "images" / plan.first.dataset)
 
 
-def train_here(settings: argparse.Namespace, stops: list[int]) -> Results:
+def train_here(settings: Settings, stops: list[int]) -> Results:
     """Make a run in this process."""
     import train  # networks are not needed where others make the runs
 
@@ -98,8 +99,8 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
                 if isinstance(outcome, int):
                     stops.append(outcome)
                     continue
-                text = experiment.note(left[settings.name], outcome)
-                display.end(settings.name, text, rows(), failed=not isinstance(outcome, Results))
+                text = experiment.note(left[settings.run_name], outcome)
+                display.end(settings.run_name, text, rows(), failed=not isinstance(outcome, Results))
         except ClusterError as error:
             experiment.failed["the experiment"] = str(error)
 

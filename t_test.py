@@ -11,7 +11,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from command_line import settings
+import run_settings
 from command_line.endings import answer_at_once, one_line, one_line_endings, say
 from command_line.flag_types import Parser
 
@@ -27,7 +27,7 @@ def make_parser() -> Parser:
     flag("--proposed", nargs="+", type=Path, required=True, metavar="FILE", help="result files, one for each seed")
     flag("--baseline", nargs="+", type=Path, required=True, metavar="FILE", help="those to be improved on")
     selection_help = "test accuracy at the epoch of the best validation accuracy, or at the last (default: %(default)s)"
-    flag("--select", default="best", choices=settings.SELECTIONS, help=selection_help)
+    flag("--select", default="best", choices=run_settings.SELECTIONS, help=selection_help)
     return parser
 
 

@@ -3,11 +3,10 @@
     python train.py --dataset cifar10 --bn_weight 0.1 --c 100 --input_norm bn --seed 1
 
 `train` is one whole run from top to bottom: data, network, parameter groups, optimizer, schedule, epochs. The flags are
-in `command_line/settings.py`; what is checked before a run, and what is told, in `training/`; what is saved, and how a
+in `run_settings.py`; what is checked before a run, and what is told, in `training/`; what is saved, and how a
 run is resumed, in `saved_runs/run.py`.
 """
 
-import argparse
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -15,12 +14,13 @@ from contextlib import nullcontext
 from functools import partial, reduce
 from operator import add
 
-from command_line import settings as flags
+import run_settings
 from command_line.endings import answer_at_once, how_to_resume, one_line_endings, say, shows_bar
 from command_line.signals import stop_at_end_of_input
+from run_settings import Settings
 
 if __name__ == "__main__":
-    answer_at_once("train.py", flags.parse)  # before torch is imported, which takes seconds
+    answer_at_once("train.py", run_settings.parse)  # before torch is imported, which takes seconds
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 
 def train(
-    settings: argparse.Namespace,
+    settings: Settings,
     report: Report = lambda line: None,
     show_bar: bool = False,
     stops: list[int] | None = None,
@@ -66,7 +66,7 @@ def train(
     """
     with world.run(settings, stops) as run, use_precision(settings.precision):
         if run.finished:
-            report(f"{settings.name} is finished already")
+            report(f"{settings.run_name} is finished already")
             return run.results
 
         make_deterministic(settings.seed)
@@ -85,7 +85,9 @@ def train(
         )
         if settings.equivalent != "no":
             network, parameters = rewrite(network, settings)
-        optimizer = optim.SGD(parameters, momentum=settings.momentum, fused=settings.device.type == "cuda")
+        optimizer = optim.SGD(
+            parameters, momentum=settings.momentum, fused=torch.device(settings.device).type == "cuda"
+        )
         if settings.scheduler == "cos":
             scheduler = optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.num_epochs, eta_min=1e-8)
         else:
@@ -112,7 +114,7 @@ def train_one_epoch(
     network: nn.Module,
     batches: Iterable[Batch],
     optimizer: optim.Optimizer,
-    settings: argparse.Namespace,
+    settings: Settings,
     progress: Progress,
     world: World = ALONE,
 ) -> float:
@@ -136,7 +138,7 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def measure(
-    network: nn.Module, batches: Iterable[Batch], settings: argparse.Namespace, world: World = ALONE
+    network: nn.Module, batches: Iterable[Batch], settings: Settings, world: World = ALONE
 ) -> tuple[float, float]:
     """Loss (mean over the images) and accuracy (in percent) of a network on every batch, in evaluation mode."""
     network.eval()
@@ -151,7 +153,7 @@ def measure(
     return loss / num_images, num_correct / num_images * 100
 
 
-def compute_logits(network: nn.Module, images: Tensor, settings: argparse.Namespace) -> Tensor:
+def compute_logits(network: nn.Module, images: Tensor, settings: Settings) -> Tensor:
     """The network's outputs (N, classes), in float32 whatever the precision is."""
     short = settings.compile and len(images) != settings.batch_size  # compiling for it would take longer than it saves
     with (
@@ -178,12 +180,12 @@ def main(argv: Sequence[str] | None = None) -> Results:
     with one_line_endings("train.py", stopped), join() as world:
         stop_at_end_of_input()
         settings = world.together(lambda: parse(argv, world))
-        files = run_files(settings.path, settings.name)
+        files = run_files(settings.path, settings.run_name)
         results = train(settings, say, show_bar=world.first and shows_bar(), world=world)
         weights = f", weights in {files.best_weights}" if files.best_weights.exists() else ""
         say(
             f"best epoch {results.best_epoch}: val accuracy {results.val_accuracy:.3f} %,"
-            f" test accuracy {results.test_accuracy:.3f} %, {results.settings.get('seconds')} seconds;"
+            f" test accuracy {results.test_accuracy:.3f} %, {results.header.get('seconds')} seconds;"
             f" numbers in {files.results}{weights}"
         )
     return results

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
 from command_line.files import has_digest, read_file
-from command_line.settings import DATASETS, DEFAULTS, Value, split_seed
 from equivalence import equivalent
 from image_sets.cifar import CIFAR10_STATISTICS
 from image_sets.loading import load_image_set
 from networks import construct_network
+from run_settings import DATASETS, DEFAULTS, Value, split_seed
 from saved_runs.checkpoint import load_saved
 from saved_runs.paths import run_files
 from saved_runs.results import Results, read_results
@@ -45,7 +45,7 @@ def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLik
     file = Path(results_file)
     folder = file.absolute().parent.parent
     run = read_results(file)
-    settings = DEFAULTS | run.settings
+    settings = DEFAULTS | run.header
     if not run.finished:
         raise ValueError(f"{file} is not of a finished run")
     network = rebuild_network(run, weights_file or run_files(folder, file.stem).best_weights)
@@ -70,7 +70,7 @@ def rebuild_network(run: Results, weights_file: str | os.PathLike) -> nn.Module:
         FileNotFoundError: there is no `weights_file`.
         ValueError: the weights are damaged, or of another network; or `run` does not say how many classes there are.
     """
-    settings = DEFAULTS | run.settings
+    settings = DEFAULTS | run.header
     weights = load_weights(weights_file)
     arguments = {name: settings[name] for name in ("dataset", "input_norm", "stem")}
     first = weights.get("conv1.weight", weights.get("1.conv1.weight"))

@@ -42,10 +42,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from command_line.settings import STEMS
 from image_sets.batches import Batch, Batches
 from image_sets.loading import ImageSet
 from networks import construct_network
+from run_settings import STEMS
 from saved_runs.circumstances import machine_name
 from train import train_one_epoch
 from training.devices import speed_up, use_precision

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from command_line.flag_types import FlagError
+from command_line.flag_types import FlagError, SettingError
 from command_line.signals import LAUNCHED, STOP_SIGNALS, interrupt, on_signals
 
 AT_WORK, DIVERGED = 3, 4  # exit codes of what an experiment must tell from other errors
@@ -44,8 +44,8 @@ def answer_at_once(program: str, parse: Callable[[], object]) -> None:
         if LAUNCHED:
             raise FlagError(f"torchrun is for train.py; start {program} without it")
         parse()
-    except FlagError as error:
-        end(2, f"error: {error}", program)
+    except (FlagError, SettingError) as error:
+        end(2, f"error: {in_words(error)}", program)
 
 
 def open_streams() -> None:
@@ -75,6 +75,11 @@ def say(*lines: object) -> None:
 def shows_bar() -> bool:
     """Whether somebody sees progress bars on standard error: a terminal, or the process that has started this one."""
     return sys.stderr.isatty() or SHOW_BAR in os.environ
+
+
+def in_words(error: Exception) -> str:
+    """What an error says to the user of a command: settings are flags there."""
+    return f"argument --{error.name}: {error.problem}" if isinstance(error, SettingError) else str(error)
 
 
 def in_one_line(error: BaseException) -> str:
@@ -128,8 +133,9 @@ def one_line_endings(program: str, stopped: Callable[[], str] = lambda: "stopped
             raise RuntimeError("KeyboardInterrupt was raised, but no signal has arrived") from stop
         end(128 + stop.args[0], stopped(), program)
     except (FloatingPointError, ValueError, OSError) as error:
-        codes = {FlagError: 2, BlockingIOError: AT_WORK, FloatingPointError: DIVERGED}
-        end(next((codes[kind] for kind in codes if isinstance(error, kind)), 1), f"error: {error}", program)
+        codes = {FlagError: 2, SettingError: 2, BlockingIOError: AT_WORK, FloatingPointError: DIVERGED}
+        code = next((codes[kind] for kind in codes if isinstance(error, kind)), 1)
+        end(code, f"error: {in_words(error)}", program)
     except (RuntimeError, MemoryError) as error:
         words = r"out of memory|allocate memory|alloc_failed|create a memory object"  # torch has several ways to say it
         if not isinstance(error, MemoryError) and not re.search(words, str(error), re.IGNORECASE):

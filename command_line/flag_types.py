@@ -12,6 +12,22 @@ class FlagError(ValueError):
     """A flag is wrong; the message names it."""
 
 
+class SettingError(ValueError):
+    """A setting of a run is wrong.
+
+    Args:
+        name: the setting's, which is that of its flag.
+        problem: what is wrong, and what to do.
+    """
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(name, problem)  # so it survives pickle
+        self.name, self.problem = name, problem
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.problem}"
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises FlagError where it would print the list of all flags and end the program."""
 

@@ -3,7 +3,6 @@
 A run that loses its worker goes on from its checkpoint on another one.
 """
 
-import argparse
 import logging
 import signal
 import time
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from command_line.endings import in_one_line
 from experiment.run_process import ATTEMPTS, POLL_SECONDS, Outcome, Tell, make_run_in_process
+from run_settings import Settings
 
 if TYPE_CHECKING:
     from distributed import Client, Future, Worker
@@ -33,7 +33,7 @@ class ClusterError(Exception):
     """A cluster cannot make the runs; the message says in one line what to change."""
 
 
-def make_run_in_worker(run: argparse.Namespace, device: str | None, experiment: str) -> Outcome:
+def make_run_in_worker(run: Settings, device: str | None, experiment: str) -> Outcome:
     """Make a run in a process that a worker starts, until the experiment is stopped; its bar becomes an event."""
     from distributed import get_worker
 
@@ -42,7 +42,7 @@ def make_run_in_worker(run: argparse.Namespace, device: str | None, experiment: 
     def stopped() -> int:
         return int(signal.SIGTERM) if experiment in STOPPED else 0
 
-    return make_run_in_process(run, device, stopped, lambda bar: worker.log_event(experiment, [run.name, bar]))
+    return make_run_in_process(run, device, stopped, lambda bar: worker.log_event(experiment, [run.run_name, bar]))
 
 
 def stop_runs(experiment: str, dask_worker: "Worker") -> set[str]:
@@ -52,19 +52,19 @@ def stop_runs(experiment: str, dask_worker: "Worker") -> set[str]:
 
 
 def make_runs_on_cluster(
-    runs: Sequence[argparse.Namespace],
+    runs: Sequence[Settings],
     stops: list[int],
     scheduler: str,
     device: str | None,
     tell: Tell = lambda run, bar: None,
-) -> Iterator[tuple[argparse.Namespace, Outcome]]:
+) -> Iterator[tuple[Settings, Outcome]]:
     """`make_runs` on the cluster of a scheduler.
 
     A worker is given a run when it is done with the one before, so that its loss costs no other run.
     """
     experiment = uuid.uuid4().hex
     waiting, losses = deque(runs), Counter()
-    running: dict[str, tuple[argparse.Namespace, Future]] = {}  # by address of the worker
+    running: dict[str, tuple[Settings, Future]] = {}  # by address of the worker
     known, usable, told = set(), set(), False  # workers; whether they have been told to stop
     bars: dict[str, str] = {}  # the last one of each run, by its name
     deadline = time.monotonic() + ANSWER_SECONDS
@@ -90,14 +90,14 @@ def make_runs_on_cluster(
                     future = client.submit(*arguments, pure=False, workers=[address])
                     running[address] = waiting.popleft(), future
             for address, (run, future) in list(running.items()):
-                if run.name in bars:
-                    tell(run, bars.pop(run.name))
+                if run.run_name in bars:
+                    tell(run, bars.pop(run.run_name))
                 if not future.done() and address in alive:
                     continue
                 del running[address]
                 outcome = outcome_of(future) if future.done() else None
-                losses[run.name] += outcome is None
-                if losses[run.name] == ATTEMPTS:
+                losses[run.run_name] += outcome is None
+                if losses[run.run_name] == ATTEMPTS:
                     outcome = ChildProcessError(f"its worker was lost {ATTEMPTS} times")
                 if outcome is None:
                     waiting.appendleft(run)

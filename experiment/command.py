@@ -7,8 +7,8 @@ from pathlib import Path
 
 from command_line.files import read_file
 from command_line.flag_types import Parser
-from command_line.settings import DEFAULTS, SCHEDULES, WITHOUT_EFFECT
 from experiment.plan import parse
+from run_settings import DEFAULTS, SCHEDULES, WITHOUT_EFFECT
 
 PROGRAM = ["python", "reproduce.py"]
 ENDING = "-command.txt"  # of the name of the file; it begins as that of the table

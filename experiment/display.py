@@ -44,10 +44,10 @@ class Display:
 
     def tell(self, run: argparse.Namespace, bar: str) -> None:
         """A run has begun, or drawn its bar anew."""
-        if run.name not in self.at_work and not self.on_terminal:
-            say(f"{run.name} begins")
-        began, _ = self.at_work.get(run.name, (time.monotonic(), ""))
-        self.at_work[run.name] = began, bar
+        if run.run_name not in self.at_work and not self.on_terminal:
+            say(f"{run.run_name} begins")
+        began, _ = self.at_work.get(run.run_name, (time.monotonic(), ""))
+        self.at_work[run.run_name] = began, bar
         self.most = max(self.most, len(self.at_work))
 
     def end(self, name: str, text: str, rows: Sequence[str], failed: bool) -> None:

@@ -1,6 +1,5 @@
 """Makes the runs of an experiment: in this process, in processes of this machine, or on a Dask cluster."""
 
-import argparse
 import io
 import re
 import signal
@@ -9,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 
@@ -16,14 +16,15 @@ from command_line.flag_types import FlagError
 from command_line.signals import interrupt, on_signals
 from experiment.cluster import ClusterError, make_runs_on_cluster
 from experiment.run_process import LOCK_SECONDS, Outcome, Tell, make_run_in_process
+from run_settings import Settings
 from saved_runs.results import Results
 
-Made = Iterator[tuple[argparse.Namespace, Outcome]]
+Made = Iterator[tuple[Settings, Outcome]]
 CURSOR_MOVES = re.compile(r"\n*(\x1b\[A)*")  # to where a bar is
 
 
 def make_runs(
-    runs: Sequence[argparse.Namespace],
+    runs: Sequence[Settings],
     stops: list[int],
     jobs: int = 1,
     scheduler: str | None = None,
@@ -68,7 +69,7 @@ def make_runs(
 
 
 def make_runs_here(
-    runs: Sequence[argparse.Namespace],
+    runs: Sequence[Settings],
     stops: list[int],
     device: str | None,
     train: Callable[..., Results],
@@ -86,18 +87,16 @@ def make_runs_here(
             return
 
 
-def make_run_here(
-    run: argparse.Namespace, stops: list[int], device: str | None, train: Callable[..., Results]
-) -> Outcome:
+def make_run_here(run: Settings, stops: list[int], device: str | None, train: Callable[..., Results]) -> Outcome:
     """Make one run in this process, or what is left of it; wait where another process is at work on it."""
     try:
         from training.devices import find_device  # torch takes seconds to import, and nothing else here needs it
 
-        values = {**vars(run), "device": find_device(device), "restart": False}
+        settings = replace(run, device=str(find_device(device)), restart=False)
         while not stops:
             try:
                 with on_signals(interrupt):  # until the training handles signals itself
-                    return train(argparse.Namespace(**values), stops=stops)
+                    return train(settings, stops=stops)
             except BlockingIOError:
                 time.sleep(LOCK_SECONDS)
         return stops[0]
@@ -126,7 +125,7 @@ class BarReader(io.TextIOBase):
 
 
 def make_runs_in_processes(
-    runs: Sequence[argparse.Namespace], stops: list[int], jobs: int, device: str | None, tell: Tell
+    runs: Sequence[Settings], stops: list[int], jobs: int, device: str | None, tell: Tell
 ) -> Made:
     """`make_runs` in processes of this machine, `jobs` at a time."""
     import joblib
@@ -140,7 +139,7 @@ def make_runs_in_processes(
     def stopped() -> int:
         return next(iter(stops or closed), 0)
 
-    def make(run: argparse.Namespace) -> Outcome | None:
+    def make(run: Settings) -> Outcome | None:
         if stopped():
             return None
         free = devices.get()

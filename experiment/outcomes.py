@@ -7,7 +7,6 @@ from pathlib import Path
 
 from command_line.endings import in_one_line
 from command_line.files import DamagedFileError, write_atomically
-from command_line.settings import Value
 from experiment.command import ENDING
 from experiment.plan import PlannedRun, plan_runs
 from experiment.tuning import (
@@ -20,6 +19,7 @@ from experiment.tuning import (
     tuning_columns,
     tuning_table,
 )
+from run_settings import Value
 from saved_runs.checkpoint import read_finished
 from saved_runs.lock import lock_run
 from saved_runs.paths import run_files
@@ -65,7 +65,7 @@ class Experiment:
         A damaged file beside a checkpoint is left to the run itself, which mends it.
         """
         for run in planned:
-            name = run.settings.name
+            name = run.settings.run_name
             checkpoint = run_files(run.settings.path, name).checkpoint
             try:
                 results = read_finished(self.folder / f"{name}.csv", run.settings)
@@ -83,12 +83,12 @@ class Experiment:
     def left(self, planned: Sequence[PlannedRun]) -> dict[str, PlannedRun]:
         """The runs of which nothing has come yet, by name."""
         known = self.finished | self.failed | self.diverged
-        return {run.settings.name: run for run in planned if run.settings.name not in known}
+        return {run.settings.run_name: run for run in planned if run.settings.run_name not in known}
 
     def num_done(self, planned: Sequence[PlannedRun]) -> int:
         """How many of these runs are finished, or have diverged in the tuning."""
         known = self.finished | self.diverged
-        return sum(run.settings.name in known for run in planned)
+        return sum(run.settings.run_name in known for run in planned)
 
     @property
     def restarts(self) -> bool:
@@ -97,7 +97,7 @@ class Experiment:
 
     def note(self, run: PlannedRun, outcome: Results | Exception) -> str:
         """Note what has come of a run that was made; returns a line on it."""
-        name = run.settings.name
+        name = run.settings.run_name
         if isinstance(outcome, Results):
             results = self.finished[name] = replace(outcome, select=self.plan.select)
             if not (self.folder / f"{self.plan.table_name}.csv").exists():  # or else its command is beside it
@@ -119,7 +119,7 @@ class Experiment:
         """The validation accuracies of the runs of the tuning that are there."""
         tuning = {name: {rate: {} for rate in self.plan.learning_rates} for name in self.plan.settings}
         for run in self.plan.tuning_runs:
-            name, accuracies = run.settings.name, tuning[run.setting][run.settings.learning_rate]
+            name, accuracies = run.settings.run_name, tuning[run.setting][run.settings.learning_rate]
             if name in self.finished:
                 accuracies[run.settings.seed] = self.finished[name].val_accuracy
             elif name in self.diverged:
@@ -147,14 +147,14 @@ class Experiment:
         """The finished runs to compare, by setting and seed."""
         runs: dict[str, dict[int, Results]] = {name: {} for name in self.plan.settings}
         for run in self.runs:
-            if run.settings.name in self.finished:
-                runs[run.setting][run.settings.seed] = self.finished[run.settings.name]
+            if run.settings.run_name in self.finished:
+                runs[run.setting][run.settings.seed] = self.finished[run.settings.run_name]
         return runs
 
 
 def remove(runs: Sequence[PlannedRun]) -> None:
     """Remove the files of runs, of all of them or, where another process is at work on one, of none."""
-    all_files = [run_files(run.settings.path, run.settings.name) for run in runs]
+    all_files = [run_files(run.settings.path, run.settings.run_name) for run in runs]
     for files in all_files:  # one after the other, as a process may not have so many files open at a time
         with lock_run(files):
             pass

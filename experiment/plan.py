@@ -7,11 +7,11 @@ import argparse
 import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from command_line import settings as flags
+import run_settings
 from command_line.flag_types import FlagError, Parser, as_typed, file_name, folder, is_flag, whole
-from command_line.settings import (
+from run_settings import (
     COMPARED,
     DEFAULTS,
     EQUIVALENTS,
@@ -21,6 +21,7 @@ from command_line.settings import (
     PAPER,
     SCHEDULES,
     SELECTIONS,
+    Settings,
     Value,
 )
 
@@ -44,7 +45,7 @@ class PlannedRun:
 
     setting: str
     flags: list[str]
-    settings: argparse.Namespace
+    settings: Settings
     for_tuning: bool
 
 
@@ -64,7 +65,12 @@ def make_parser() -> Parser:
     default = [{name: PAPER[name]} for name in ("baseline", "proposed")]
     comparison("--settings", nargs="+", default=default, type=named_setting, metavar="SETTING", help=settings_help)
     comparison(
-        "--bn_weights", nargs="+", default=[], type=flags.positive, metavar="γ", help="proposed, with each of these"
+        "--bn_weights",
+        nargs="+",
+        default=[],
+        type=run_settings.positive,
+        metavar="γ",
+        help="proposed, with each of these",
     )
     comparison("--seeds", nargs="+", default=[seed_range("1-15")], type=seed_range, metavar="SEEDS", help=seeds_help)
     contrast = {"action": "append", "nargs": 2, "default": [], "metavar": ("SETTING", "OTHER")}
@@ -73,7 +79,7 @@ def make_parser() -> Parser:
     )
     selection_help = "test accuracy at the epoch of the best validation accuracy, or at the last (default: %(default)s)"
     comparison("--select", default="best", choices=SELECTIONS, help=selection_help)
-    rates = {"nargs": "+", "default": [], "type": flags.positive, "metavar": "RATE"}
+    rates = {"nargs": "+", "default": [], "type": run_settings.positive, "metavar": "RATE"}
     comparison("--learning_rates", **rates, help="choose each setting's learning rate among these, on the tuning seeds")
     tuning_help = "seeds to choose on, none of --seeds (default: 16-20)"
     comparison("--tuning_seeds", nargs="+", type=seed_range, metavar="SEEDS", help=tuning_help)
@@ -128,16 +134,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.runs = [] if rates else plan_runs(args)
     args.tuning_runs = [plan_run(args, n, seed, x) for seed in args.tuning_seeds for x in rates for n in args.settings]
     first_run = (args.runs or args.tuning_runs)[0]
-    args.first, args.path = first_run.settings, flags.parse(first_run.flags).path
-    args.shared = {k: value for k, value in flags.determining(args.first).items() if k not in (*COMPARED, "seed")}
+    args.first, args.path = first_run.settings, run_settings.parse(first_run.flags).path
+    args.shared = {
+        k: value for k, value in run_settings.determining(args.first).items() if k not in (*COMPARED, "seed")
+    }
     name_table(args)
     return args
 
 
 def name_table(args: argparse.Namespace) -> None:
     """Name the table by what sets it apart from others of the same runs, and put that into `args.shared`, too."""
-    at_default = argparse.Namespace(**{**vars(args.first), "learning_rate": DEFAULTS["learning_rate"]})
-    parts = [args.name or flags.experiment_name(at_default if args.learning_rates else args.first)]
+    at_default = replace(args.first, learning_rate=DEFAULTS["learning_rate"])
+    parts = [args.name or run_settings.experiment_name(at_default if args.learning_rates else args.first)]
     if args.learning_rates:
         del args.shared["learning_rate"]
         args.shared["learning_rates"] = "+".join(map(as_typed, args.learning_rates))
@@ -195,12 +203,12 @@ def plan_run(args: argparse.Namespace, name: str, seed: int, learning_rate: floa
     compared = [text for key, value in args.settings[name].items() for text in (f"--{key}", as_typed(value))]
     arguments = [*args.others, *rate, *compared, "--seed", str(seed)]
     if args.name:
-        settings = flags.parse(arguments)
+        settings = run_settings.parse(arguments)
         unusual = rate and learning_rate != DEFAULTS["learning_rate"]  # as in default names
         parts = [f"learning_rate={rate[1]}"] if unusual else []
-        arguments += ["--name", "-".join((args.name, *parts, flags.setting_name(settings), f"seed{seed}"))]
-    settings = flags.parse(arguments)
-    settings.path = settings.path.absolute()
+        arguments += ["--name", "-".join((args.name, *parts, run_settings.method_name(settings), f"seed{seed}"))]
+    settings = run_settings.parse(arguments)
+    settings = replace(settings, path=settings.path.absolute())
     return PlannedRun(name, arguments, settings, for_tuning=seed in args.tuning_seeds)
 
 

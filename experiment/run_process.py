@@ -1,6 +1,5 @@
 """A run in a process of its own: nothing else draws from its random generators, and nothing else dies with it."""
 
-import argparse
 import os
 import re
 import signal
@@ -9,18 +8,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from command_line.endings import AT_WORK, DIVERGED, SHOW_BAR
 from command_line.flag_types import FlagError
-from command_line.settings import as_arguments
 from command_line.signals import STOP_AT_END_OF_INPUT, STOP_SIGNALS
+from run_settings import Settings, as_arguments
 from saved_runs.paths import run_files
 from saved_runs.results import Results, read_results
 
 Outcome = Results | Exception | int  # of a run: its results, why it failed, or the number of the signal that stopped it
-Tell = Callable[[argparse.Namespace, str], None]  # takes a run at work and its bar
+Tell = Callable[[Settings, str], None]  # takes a run at work and its bar
 
 COMMAND = [sys.executable, str(Path(__file__).parent.parent / "train.py")]
 ERROR = "train.py: error: "  # how its last line begins
@@ -32,7 +32,7 @@ POLL_SECONDS = 0.1
 
 
 def make_run_in_process(
-    run: argparse.Namespace,
+    run: Settings,
     device: str | None,
     stopped: Callable[[], int],
     tell: Callable[[str], None] = lambda bar: None,
@@ -55,8 +55,7 @@ def make_run_in_process(
         name = run.network.removeprefix("__main__:")
         where = f"{run.network} is in the program that starts the runs, and each is a process of its own"
         return FlagError(f"argument --network: {where}: put it into a file, such as my_networks:{name}")
-    values = vars(run) | {"restart": False, "device": device}
-    command = [*COMMAND, *as_arguments(argparse.Namespace(**values))]
+    command = [*COMMAND, *as_arguments(replace(run, restart=False, device=device))]
     killed = 0
     while not stopped():
         code, line = call(command, stopped, tell, environment)
@@ -64,7 +63,7 @@ def make_run_in_process(
         if number in STOP_SIGNALS:
             return stopped() or number
         if code == 0:
-            return read_results(run_files(run.path, run.name).results)
+            return read_results(run_files(run.path, run.run_name).results)
         if code == 2:
             return FlagError(line)
         if code == DIVERGED:

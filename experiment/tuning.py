@@ -4,7 +4,6 @@ A rate is judged by the mean over the tuning seeds of the best validation accura
 none: it counts as 0 %. Test accuracies have no part in it.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from math import nan
 from pathlib import Path
@@ -12,8 +11,8 @@ from statistics import fmean
 
 from command_line.files import read_file, write_atomically
 from command_line.flag_types import as_typed
-from command_line.settings import Value, determining, differences
 from reporting.tables import markdown
+from run_settings import Settings, Value, determining, differences
 from saved_runs.results import header_lines, read_header
 
 Accuracies = Mapping[int, float | None]  # by seed, validation accuracy in percent; None where the run has diverged
@@ -63,18 +62,18 @@ def explain_choice(tuning: Tuning, seeds: Sequence[int], left: int) -> list[str]
     return lines + ["A tuning run that diverged counts as 0 %."] * any_diverged
 
 
-def divergence_file(folder: Path, settings: argparse.Namespace) -> Path:
+def divergence_file(folder: Path, settings: Settings) -> Path:
     """Where it is noted that a run of the tuning has diverged, so that it is not made again."""
-    return folder / f"{settings.name}-diverged.txt"
+    return folder / f"{settings.run_name}-diverged.txt"
 
 
-def note_divergence(folder: Path, settings: argparse.Namespace, reason: str) -> None:
+def note_divergence(folder: Path, settings: Settings, reason: str) -> None:
     """Write why a run has diverged, in one line below the settings that determined it."""
     lines = [*header_lines(determining(settings)), reason, ""]
     write_atomically(divergence_file(folder, settings), "\n".join(lines).encode())
 
 
-def read_divergence(folder: Path, settings: argparse.Namespace) -> str | None:
+def read_divergence(folder: Path, settings: Settings) -> str | None:
     """Why a run has diverged; None where that is not known of a run with these settings. OSError as from reading."""
     file = divergence_file(folder, settings)
     if not file.exists():

@@ -21,8 +21,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from command_line.files import check_plain, read_file
-from command_line.settings import SMALL_IMAGE
 from command_line.signals import until_stopped
+from run_settings import SMALL_IMAGE
 
 try:
     import simplejpeg  # faster than PIL, to the same pixels

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from command_line.settings import DATASETS, LARGE_IMAGE, SMALL_IMAGE
 from image_sets.cifar import find_cifar
 from image_sets.folders import FoundImages, Size, decode_all, find_images, own_size
 from image_sets.statistics import compute_statistics, keep_statistics
 from image_sets.streaming import StreamedImages
+from run_settings import DATASETS, LARGE_IMAGE, SMALL_IMAGE
 from seeds import make_complex
 
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
 
-from command_line.settings import MAX_SEED
+from run_settings import MAX_SEED
 
 LEVEL = 0.05  # a p-value of at most this is called significant
 POWER = 0.8  # how probable it should be to find an effect that is there

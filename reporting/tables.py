@@ -7,9 +7,9 @@ from math import nan
 from pathlib import Path
 
 from command_line.files import read_file, write_atomically
-from command_line.settings import COMPARED, DEFAULTS, Value, compared
 from reporting.comparison import Comparison, is_contrast
 from reporting.power import POWER
+from run_settings import COMPARED, DEFAULTS, Value, compared
 from saved_runs.results import header_lines, read_header
 
 CONTRAST_COLUMNS = ("setting", "difference (95 % CI)", "p", "p (Holm)", "improved", "verdict")

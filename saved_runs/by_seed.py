@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from command_line import settings
+import run_settings
 from saved_runs.results import SETTLED, UNSETTLED, Results, read_results
 
 CIRCUMSTANCES = ("images", "machine", "python", "torch", "torchvision")  # what else may change the numbers
@@ -30,7 +30,7 @@ def read_by_seed(files: Iterable[Path], group: str, select: str = "best") -> dic
     runs: dict[int, Results] = {}
     for file in files:
         run = replace(read_results(file), select=select)
-        seed, num_epochs = run.settings.get("seed"), run.settings.get("num_epochs")
+        seed, num_epochs = run.header.get("seed"), run.header.get("num_epochs")
         if not isinstance(seed, int) or not isinstance(num_epochs, int):
             raise ValueError(f"{file} does not say with which seed and num_epochs it was made")
         if not run.finished:
@@ -42,12 +42,12 @@ def read_by_seed(files: Iterable[Path], group: str, select: str = "best") -> dic
     return runs
 
 
-def check_alike(one: Results, other: Results, which: str, apart_from: Sequence[str] = settings.COMPARED) -> None:
+def check_alike(one: Results, other: Results, which: str, apart_from: Sequence[str] = run_settings.COMPARED) -> None:
     """ValueError, with all that differs, where two runs differ in a setting other than the seed and `apart_from`.
 
     `which` is what the message calls the two runs.
     """
-    unlike = settings.differences(one.settings, other.settings, apart_from=("seed", *apart_from))
+    unlike = run_settings.differences(one.header, other.header, apart_from=("seed", *apart_from))
     if unlike:
         listed = "; ".join(f"{name} {ours} and {theirs}" for name, (ours, theirs) in sorted(unlike.items()))
         more = f" in more than {', '.join(apart_from)}" if apart_from else ""
@@ -57,7 +57,7 @@ def check_alike(one: Results, other: Results, which: str, apart_from: Sequence[s
 def mixed_circumstances(runs: Iterable[Results]) -> list[str]:
     """A line for each of `CIRCUMSTANCES` that is not the same for all runs: the test is sound, but less sharp."""
     runs = list(runs)
-    found = {name: sorted({str(run.settings.get(name)) for run in runs}) for name in CIRCUMSTANCES}
+    found = {name: sorted({str(run.header.get(name)) for run in runs}) for name in CIRCUMSTANCES}
     return [f"not all runs have the same {name}: {'; '.join(values)}" for name, values in found.items() if values[1:]]
 
 

@@ -4,7 +4,6 @@ Checkpoints and weights are what `torch.save` writes, followed by its SHA-256: t
 short, but not a changed byte in a weight. `torch.load` reads them as they are.
 """
 
-import argparse
 import io
 import os
 import warnings
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from command_line.files import DamagedFileError, add_digest, has_digest, read_file, write_atomically
-from command_line.settings import determining, differences
+from run_settings import Settings, determining, differences
 from saved_runs.paths import RunFiles
 from saved_runs.results import Results, format_results, read_results, write_results
 from seeds import keep_random_states, set_random_states
@@ -43,7 +42,7 @@ def write_outcome(files: RunFiles, state: dict[str, Any]) -> None:
     save_with_digest(state["best_weights"], files.best_weights)
     results = results_so_far(state)
     write_results(files.results, results)
-    if results.finished and results.settings["scheduler"] != "none":  # only at a constant rate, more epochs may follow
+    if results.finished and results.header["scheduler"] != "none":  # only at a constant rate, more epochs may follow
         files.checkpoint.unlink(missing_ok=True)
 
 
@@ -92,7 +91,7 @@ def check_state(state: dict[str, Any]) -> None:
     """Raise an error where this cannot be what `Run.record` has made. What is in its networks, `Run.resume` sees."""
     results = results_so_far(state)
     format_results(results)
-    float(results.settings["seconds"])
+    float(results.header["seconds"])
     with keep_random_states():
         set_random_states(state["random"])
     for name in ("best_weights", "network", "optimizer", "scheduler"):
@@ -100,7 +99,7 @@ def check_state(state: dict[str, Any]) -> None:
             raise TypeError(name)
 
 
-def recover_run(files: RunFiles, settings: argparse.Namespace) -> tuple[Results | None, dict[str, Any] | None]:
+def recover_run(files: RunFiles, settings: Settings) -> tuple[Results | None, dict[str, Any] | None]:
     """What an earlier process has left of a run: its results so far, and the state to resume from.
 
     Where the process was killed before it had written all files, best weights and result file are made to agree with
@@ -137,7 +136,7 @@ def recover_run(files: RunFiles, settings: argparse.Namespace) -> tuple[Results 
     return results, state
 
 
-def read_finished(file: Path, settings: argparse.Namespace) -> Results | None:
+def read_finished(file: Path, settings: Settings) -> Results | None:
     """What is in the result file of a run, None where there is no such file or it has not all epochs yet.
 
     Raises:
@@ -154,9 +153,9 @@ def read_finished(file: Path, settings: argparse.Namespace) -> Results | None:
     return results if results.has_made(settings.num_epochs) else None
 
 
-def check_settings(file: Path, earlier: Results, settings: argparse.Namespace) -> None:
+def check_settings(file: Path, earlier: Results, settings: Settings) -> None:
     """ValueError, with what differs, where a run with `settings` would not have had the `earlier` results."""
-    unlike = differences(earlier.settings, determining(settings))
+    unlike = differences(earlier.header, determining(settings))
     constant = "scheduler" not in unlike and settings.scheduler == "none"
     if constant and settings.num_epochs >= earlier.num_epochs:
         unlike.pop("num_epochs", None)  # without a schedule, the epochs so far do not depend on how many follow

@@ -1,6 +1,5 @@
 """What the numbers of a run depend on besides its flags: the code, the machine, the versions of what it uses."""
 
-import argparse
 import hashlib
 import platform
 import subprocess
@@ -11,29 +10,27 @@ from pathlib import Path
 import torch
 import torchvision
 
-from command_line.settings import Value, determining
+from run_settings import Settings, Value, determining
 from saved_runs.results import Results
 
 
-def describe_run(
-    settings: argparse.Namespace, seconds: float, earlier: Results | None, processes: int = 1
-) -> dict[str, Value]:
+def describe_run(settings: Settings, seconds: float, earlier: Results | None, processes: int = 1) -> dict[str, Value]:
     """The settings of a run and what else its numbers depend on, for the result file.
 
     Where a run was resumed in another place, the file names both.
     """
     circumstances = {
         "code": code_version(),
-        "device": str(settings.device),
-        "machine": machine_name(settings.device) + (f", {processes} processes" if processes > 1 else ""),
+        "device": settings.device,
+        "machine": machine_name(torch.device(settings.device)) + (f", {processes} processes" if processes > 1 else ""),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
     for key, value in circumstances.items():
-        places = earlier.settings.get(key, "unknown").split(", then ") if earlier else []
+        places = earlier.header.get(key, "unknown").split(", then ") if earlier else []
         circumstances[key] = ", then ".join(places if places[-1:] == [value] else [*places, value])
-    return {"name": settings.name, **determining(settings), **circumstances, "seconds": round(seconds, 1)}
+    return {"name": settings.run_name, **determining(settings), **circumstances, "seconds": round(seconds, 1)}
 
 
 @cache

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from command_line.files import DamagedFileError, read_file, write_atomically
-from command_line.settings import DATASETS, DEFAULTS, OWN_SEED, WITHOUT_EFFECT, Value
+from run_settings import DATASETS, DEFAULTS, OWN_SEED, WITHOUT_EFFECT, Value
 
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "test_accuracy")
 CHECKSUM = "sha256"  # stands where the name of a setting does
@@ -28,14 +28,14 @@ class Results:
     """What a run has measured.
 
     Attributes:
-        settings: the flags and what else produced the numbers, by name.
+        header: the settings and what else produced the numbers, by name.
         columns: an array for each name in `COLUMNS`, an element an epoch. `epoch` counts from 1; the losses are
             cross-entropies, `train_loss` the mean over batches, `val_loss` over images; the accuracies are in percent.
         select: the epoch of `test_accuracy`: "best" is that of the best validation accuracy, "last" the last one.
         checked: whether the file that they were read from, if any, has a checksum.
     """
 
-    settings: dict[str, Value]
+    header: dict[str, Value]
     columns: dict[str, np.ndarray]
     select: str = "best"
     checked: bool = True
@@ -48,7 +48,7 @@ class Results:
     @property
     def steps_per_epoch(self) -> int | None:
         """The number of training steps of an epoch; None where the settings do not say how many images there are."""
-        settings = DEFAULTS | self.settings
+        settings = DEFAULTS | self.header
         if settings["dataset"] in DATASETS:
             num_train = DATASETS[settings["dataset"]].num_train
         elif noted := re.match(r"([\d,]+) training", str(settings.get("images"))):  # see `ImageSet.numbers`
@@ -60,7 +60,7 @@ class Results:
     @property
     def finished(self) -> bool:
         """Whether the run has made all the epochs it was to make."""
-        return self.has_made(self.settings.get("num_epochs", math.inf))
+        return self.has_made(self.header.get("num_epochs", math.inf))
 
     def has_made(self, num_epochs: float) -> bool:
         """Whether a run of that many epochs would be finished with this."""
@@ -106,13 +106,13 @@ def format_results(results: Results) -> bytes:
     """
     if set(results.columns) != set(COLUMNS):
         raise ValueError(f"columns must be {', '.join(COLUMNS)}, not {', '.join(results.columns)}")
-    for key, value in results.settings.items():
+    for key, value in results.header.items():
         check_setting(key, value)
-    header = [line.encode() for line in header_lines(results.settings)]
+    header = [line.encode() for line in header_lines(results.header)]
     lines = [",".join(COLUMNS).encode()]
     rows = zip(*(results.columns[name].tolist() for name in COLUMNS), strict=True)
     for number, row in enumerate(rows, start=1):
-        check_row(row, number, results.settings)
+        check_row(row, number, results.header)
         lines.append(",".join(map(repr, row)).encode())  # repr: the shortest digits that give the same float back
     lines = [*header, checksum_line([*header, *lines]), *lines]
     return b"".join(line + b"\n" for line in lines)

@@ -1,6 +1,5 @@
 """A run as a thing on disk: locked as long as it lasts, saved whatever ends it, resumed to the last bit."""
 
-import argparse
 import copy
 import math
 import time
@@ -12,8 +11,8 @@ import numpy as np
 from torch import Tensor, nn, optim
 
 from command_line.files import check_plain, remove_temporaries
-from command_line.settings import DATASETS, Value
 from command_line.signals import on_signals, until_stopped
+from run_settings import DATASETS, Settings, Value
 from saved_runs.checkpoint import (
     FORMAT,
     REMOVE_BOTH,
@@ -48,11 +47,11 @@ class Run:
         OSError: a file cannot be read or written.
     """
 
-    def __init__(self, settings: argparse.Namespace, stops: list[int] | None = None) -> None:
+    def __init__(self, settings: Settings, stops: list[int] | None = None) -> None:
         self.settings = settings
         self.stops = [] if stops is None else stops
         self.processes = 1  # that make the run together
-        self.files = run_files(settings.path, settings.name)
+        self.files = run_files(settings.path, settings.run_name)
         self.results: Results | None = None  # the numbers so far
         self.notes: dict[str, Value] = {}  # what else the result file shall say
         self.state: dict[str, Any] | None = None  # all that the epochs so far have led to
@@ -114,17 +113,19 @@ class Run:
                 group["fused"] = optimizer.defaults["fused"]
             set_random_states(self.state["random"])
             self.last_save = self.start
-            self.start -= self.results.settings["seconds"]
+            self.start -= self.results.header["seconds"]
         self.contexts.enter_context(on_signals(self.stops.append))
 
     def note_images(self, notes: dict[str, Value]) -> None:
         """Let the result file say what the images of a folder are like. ValueError where others were resumed with."""
         if self.settings.dataset in DATASETS:
             return
-        earlier = self.results.settings if self.results else {}
+        earlier = self.results.header if self.results else {}
         for name, note in notes.items():
             if (before := earlier.get(name, note)) != note:
-                changed = f"the images of {self.settings.dataset} have changed since {self.settings.name} was stopped"
+                changed = (
+                    f"the images of {self.settings.dataset} have changed since {self.settings.run_name} was stopped"
+                )
                 remedy = "give --restart to start over, or another --name"
                 raise ValueError(f"{changed}: {name} were {before}, now {note}: {remedy}")
         self.notes.update(notes)
@@ -154,7 +155,7 @@ class Run:
             best_weights = self.state["best_weights"]
         self.state = {
             "format": FORMAT,
-            "settings": self.results.settings,
+            "settings": self.results.header,
             "columns": {name: column.tolist() for name, column in columns.items()},
             "best_weights": best_weights,
             **{name: copy.deepcopy(part.state_dict()) for name, part in self.parts.items()},

@@ -1,14 +1,13 @@
 """A live view of a run in TensorBoard: the columns of its result file, its settings, γ and β by layer."""
 
-import argparse
 from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from command_line.flag_types import FlagError
-from command_line.settings import determining
+from command_line.flag_types import SettingError
+from run_settings import Settings, determining
 from saved_runs.results import COLUMNS, Results
 
 METRICS = ("val_accuracy", "test_accuracy")  # what TensorBoard lists beside the settings of each run
@@ -21,9 +20,9 @@ class Curves:
     written nothing, the numbers of its epochs are added, without γ and β, which are not known any more.
     """
 
-    def __init__(self, settings: argparse.Namespace) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.folder = settings.path / "tensorboard" / settings.name
+        self.folder = settings.path / "tensorboard" / settings.run_name
         self.writer: Any = None
 
     def __enter__(self) -> "Curves":
@@ -76,6 +75,6 @@ class Curves:
 
 
 def check_tensorboard() -> None:
-    """FlagError where TensorBoard is not installed."""
+    """SettingError where TensorBoard is not installed."""
     if find_spec("tensorboard") is None:
-        raise FlagError("argument --tensorboard: there is no TensorBoard here: pip install tensorboard")
+        raise SettingError("tensorboard", "there is no TensorBoard here: pip install tensorboard")

@@ -259,7 +259,7 @@ def test_seconds_between_checkpoints(tmp_path, monkeypatch, now):
     monkeypatch.setattr(saved_run, "save_run", noted_save)
     results = run(tmp_path, "--num_epochs", "9", "--checkpoint_seconds", "2.5")
     assert saved == [1, 4, 7, 9]
-    assert results.settings["seconds"] == 9
+    assert results.header["seconds"] == 9
 
 
 def test_result_file_is_finished_only_after_the_weights(tmp_path, monkeypatch):
@@ -332,7 +332,7 @@ def test_finished_run_trains_nothing(tmp_path, monkeypatch, capsys, schedule):
     monkeypatch.setattr(os, "replace", None)  # as on a full disk, or one that can only be read
     again = run(tmp_path, *flags)
     assert capsys.readouterr().out.splitlines() == ["x is finished already", last_line]
-    assert again.settings == first.settings
+    assert again.header == first.header
     assert same(outcome(tmp_path), before)
 
 
@@ -394,7 +394,7 @@ def test_files_of_before_a_flag(alone, tmp_path, monkeypatch, fails):
     assert same(outcome(tmp_path), outcome(alone))
 
     results = read_results(files.results)
-    del results.settings["split_seed"]
+    del results.header["split_seed"]
     write_results(files.results, results)
     assert "split_seed was 0, now seed." in fails(tmp_path, "--split_seed", "seed")
     monkeypatch.setattr(train, "train_one_epoch", None)
@@ -410,7 +410,7 @@ def test_restart_replaces_the_old_run_after_its_first_epoch(tmp_path, monkeypatc
 
     run_into_stop(2, monkeypatch, tmp_path, *other, "--restart")
     results = run(tmp_path, *other)
-    assert results.settings["seed"] == 2
+    assert results.header["seed"] == 2
     run(tmp_path / "new", *other)
     assert same(outcome(tmp_path), outcome(tmp_path / "new"))
 
@@ -433,7 +433,7 @@ def test_restart_that_dies_while_its_first_epoch_is_saved(tmp_path, monkeypatch,
     monkeypatch.setattr(train, "train_one_epoch", lambda *arguments: made.append(1) or whole(*arguments))
     results = run(tmp_path, "--num_epochs", "2", *other)
     assert len(made) == 1  # the second epoch
-    assert results.settings["seed"] == (2 if other else 1) and before
+    assert results.header["seed"] == (2 if other else 1) and before
     run(tmp_path / "alone", "--num_epochs", "2", *other)
     assert same(outcome(tmp_path), outcome(tmp_path / "alone"))
 
@@ -496,7 +496,7 @@ def test_finished_result_file_of_other_settings_beside_a_checkpoint(alone, tmp_p
     run_into_stop(3, monkeypatch, tmp_path)
     file = tmp_path / "results" / "x.csv"
     results = read_results(alone / "results" / "x.csv")
-    results.settings["momentum"] = 0.5
+    results.header["momentum"] = 0.5
     write_results(file, results)
     before = file.read_bytes()
     assert "momentum was 0.5, now 0.9" in fails(tmp_path)
@@ -505,7 +505,7 @@ def test_finished_result_file_of_other_settings_beside_a_checkpoint(alone, tmp_p
 
 def test_result_file_names_the_code(tmp_path, monkeypatch):
     monkeypatch.setattr(circumstances, "code_version", lambda: "v1-dirty")
-    assert run(tmp_path, "--num_epochs", "1", "--scheduler", "none").settings["code"] == "v1-dirty"
+    assert run(tmp_path, "--num_epochs", "1", "--scheduler", "none").header["code"] == "v1-dirty"
     assert load_checkpoint(tmp_path / "networks" / "x-last.pt")["settings"]["code"] == "v1-dirty"
 
 
@@ -558,7 +558,7 @@ def test_damaged_result_file_without_its_checkpoint(tmp_path, fails):
 def test_run_that_goes_on_elsewhere_names_both_places(tmp_path, monkeypatch):
     run_into_stop(2, monkeypatch, tmp_path)
     monkeypatch.setattr(circumstances.platform, "machine", lambda: "another machine")
-    here, there = (results.settings["machine"] for results in (read_results(tmp_path / "results/x.csv"), run(tmp_path)))
+    here, there = (results.header["machine"] for results in (read_results(tmp_path / "results/x.csv"), run(tmp_path)))
     assert there.startswith(f"{here}, then another machine with ")
 
 

@@ -42,7 +42,7 @@ def shared_cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 def test_every_outcome(shared_cluster, tmp_path):
     made = outcomes(tmp_path, "deadly", "a", "diverged", scheduler=shared_cluster.address, device="cuda:7")
-    assert made.pop("a").settings["device"] == "cuda:7"
+    assert made.pop("a").header["device"] == "cuda:7"
     assert {name: f"{type(error).__name__}: {error}" for name, error in made.items()} == {
         "deadly": "ChildProcessError: its process was killed 3 times by SIGKILL",
         "diverged": "FloatingPointError: it is diverged",

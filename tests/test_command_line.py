@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from command_line.endings import one_line_endings
-from command_line.settings import DEFAULTS, WITHOUT_EFFECT, make_parser, parse
 from command_line.signals import STOP_SIGNALS, on_signals
 from experiment import plan
+from run_settings import DEFAULTS, WITHOUT_EFFECT, make_parser, parse
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_SLOW_IMPORTS = """

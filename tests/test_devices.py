@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from command_line.settings import PRECISIONS
+from run_settings import PRECISIONS
 from small import construct_small_network
 from training.devices import speed_up, use_precision
 

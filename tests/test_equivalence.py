@@ -164,7 +164,7 @@ def test_runs_of_the_equivalent(few_digits, tmp_path):
     results = [train.main([*flags, "--equivalent", equivalent]) for equivalent in ("no", "logits+rates")]
     for column in COLUMNS:
         np.testing.assert_allclose(results[1].columns[column], results[0].columns[column], rtol=1e-4)
-    names = [result.settings["name"] for result in results]
+    names = [result.header["name"] for result in results]
     assert names[1] == names[0].replace("-bn-", "-bn-logits+rates-")
     networks = [load_network(tmp_path / "results" / f"{name}.csv") for name in names]
     images = torch.rand(16, 3, 8, 8)

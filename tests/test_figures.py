@@ -12,9 +12,9 @@ from scipy import stats
 
 import figures
 import small
-from command_line.settings import NAMED
 from reporting import drawing
 from reporting.tables import table_rows, write_table
+from run_settings import NAMED
 from saved_runs import results
 from saved_runs.results import Results, write_results
 from t_test import compare_all
@@ -59,7 +59,7 @@ def test_learning_curves():
     assert (error.get_xlabel(), error.get_ylabel(), error.get_yscale()) == ("epoch", "test error (%)", "log")
     assert not error.get_title()  # by default, these are runs on CIFAR-10, whose epochs have 352 steps
     digits = make_run("baseline", 1)
-    digits.settings |= {"dataset": "digits", "batch_size": 64}
+    digits.header |= {"dataset": "digits", "batch_size": 64}
     note = figures.learning_curves({"baseline": {1: digits}}).axes[0].get_title()
     assert note.startswith("An epoch has 21 steps. For about 100 steps, evaluation uses\nrunning statistics")
     with pytest.raises(ValueError, match="there are no runs"):
@@ -154,8 +154,8 @@ def test_files(small_network, tmp_path):
     (tmp_path / "networks").mkdir()
     for setting in ("baseline", "proposed"):
         for run in (make_run(setting, 1), make_run(setting, 2)):
-            run.settings["dataset"] = "digits"
-            write_results(tmp_path / "results" / f"{run.settings['name']}.csv", run)
+            run.header["dataset"] = "digits"
+            write_results(tmp_path / "results" / f"{run.header['name']}.csv", run)
         weights = small.construct_small_network("", 10, "digits", VALUES[setting][0]).state_dict()
         weights["0.bias"] += 0.1
         torch.save(weights, tmp_path / "networks" / f"{setting} 1-best.pt")
@@ -175,7 +175,7 @@ def test_files(small_network, tmp_path):
     for file in (tmp_path / "figures").glob("*.p*"):
         file.unlink()
     run = make_run("proposed", 1)
-    run.settings |= {"dataset": "digits", "c": 1.0, "name": "init 1"}
+    run.header |= {"dataset": "digits", "c": 1.0, "name": "init 1"}
     write_results(tmp_path / "results" / "init 1.csv", run)
     files = list(map(str, (tmp_path / "results").glob("*.csv")))
     figures.main([*files, "--output", str(tmp_path / "figures"), "--networks", str(tmp_path / "none")])
@@ -186,7 +186,7 @@ def test_files(small_network, tmp_path):
 def test_what_is_missing_does_not_keep_the_others_from_being_drawn(tmp_path, capsys):
     folder = tmp_path / "results"
     for run in RUNS["baseline"].values():
-        write_results(folder / f"{run.settings['seed']}.csv", run)
+        write_results(folder / f"{run.header['seed']}.csv", run)
     (tmp_path / "networks").mkdir()
     (tmp_path / "networks" / "baseline 1-best.pt").write_bytes(b"damaged")
     (tmp_path / "out").mkdir()
@@ -229,7 +229,7 @@ def test_read_runs(tmp_path):
     }
     assert next(iter(runs)) == "baseline"
     other = make_run("proposed", 1)
-    other.settings["momentum"] = 0.5
+    other.header["momentum"] = 0.5
     write_results(tmp_path / "other.csv", other)
     with pytest.raises(
         ValueError, match=r"the runs differ in more than bn_weight, c, input_norm, equivalent: momentum 0\.9 and 0\.5"
@@ -240,18 +240,18 @@ def test_read_runs(tmp_path):
 def test_titles_say_what_is_shown():
     runs = [make_run("baseline", 1), make_run("proposed", 2)]
     assert figures.describe(runs) == "resnet18 on cifar10, 3 epochs, learning rate 0.1"
-    runs[1].settings |= {"learning_rate": 0.03}
+    runs[1].header |= {"learning_rate": 0.03}
     for run in runs:
-        run.settings |= {"num_epochs": 1, "stem": "own", "dataset": "digits"}
+        run.header |= {"num_epochs": 1, "stem": "own", "dataset": "digits"}
     assert figures.describe(runs) == "resnet18 (stem own) on digits, 1 epoch, each setting at its own learning rate"
     for run in runs:
-        run.settings["split_seed"] = "seed"
+        run.header["split_seed"] = "seed"
     assert figures.describe(runs).endswith("learning rate, a split for each seed")
 
 
 def test_tables_of_experiments_are_left_out(tmp_path, capsys):
     for run in RUNS["baseline"].values():
-        write_results(tmp_path / f"{run.settings['seed']}.csv", run)
+        write_results(tmp_path / f"{run.header['seed']}.csv", run)
     rows = table_rows(compare_all({"baseline": RUNS["baseline"]}), {"baseline": NAMED["baseline"]})
     write_table(tmp_path / "all", {"dataset": "cifar10"}, rows, "")
     figures.main([*map(str, tmp_path.glob("*.csv")), "--output", str(tmp_path / "out")])
@@ -285,7 +285,7 @@ def test_needs_no_display(tmp_path, monkeypatch, capsys):
     for module in ("tkinter", "matplotlib.backends.backend_tkagg"):
         monkeypatch.setitem(sys.modules, module, None)
     for run in RUNS["baseline"].values():
-        write_results(tmp_path / f"{run.settings['seed']}.csv", run)
+        write_results(tmp_path / f"{run.header['seed']}.csv", run)
     figures.main([*map(str, tmp_path.glob("*.csv")), "--output", str(tmp_path / "out")])
     assert capsys.readouterr().out.splitlines() == [
         str(tmp_path / "out" / f"figure-learning-curves.{kind}") for kind in ("png", "pdf")

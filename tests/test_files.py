@@ -15,10 +15,10 @@ import reproduce
 import t_test
 import train
 from command_line.files import check_plain, read_file, remove_temporaries, write_atomically
-from command_line.settings import PAPER
 from folders import make_folder
 from image_sets.folders import find_images, own_size, read_image
 from image_sets.loading import load_image_set
+from run_settings import PAPER
 from saved_runs.results import COLUMNS, Results, write_results
 
 SPECIAL = {

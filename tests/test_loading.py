@@ -9,8 +9,8 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from command_line.settings import DATASETS
 from image_sets.loading import ImageSet, load_image_set
+from run_settings import DATASETS
 
 SEEDS = {seed: int(hashlib.md5(str(seed).encode()).hexdigest()[-8:], 16) for seed in range(10)}
 

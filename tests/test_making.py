@@ -4,7 +4,6 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,14 +16,15 @@ import pytest
 import torch
 
 import light
+import run_settings
 import train
 from cluster import ENVIRONMENT
-from command_line import settings
 from command_line.flag_types import FlagError
 from experiment import making, run_process
 from experiment.making import make_runs
 from experiment.run_process import Outcome
 from light import begun, light_run, process_of
+from run_settings import Settings
 from saved_runs.checkpoint import load_checkpoint
 from saved_runs.lock import lock_run
 from saved_runs.paths import RunFiles, run_files
@@ -41,12 +41,12 @@ def wait_until(condition: Callable[[], object], seconds: float = 300) -> None:
 # --- in this process ------------------------------------------------------------------------------------------------
 
 
-def small_run(path: Path, *flags: str) -> Namespace:
+def small_run(path: Path, *flags: str) -> Settings:
     """The settings of a run on digits."""
-    return settings.parse(["--dataset", "digits", "--batch_size", "48", "--path", str(path), *flags])
+    return run_settings.parse(["--dataset", "digits", "--batch_size", "48", "--path", str(path), *flags])
 
 
-def make_here(run: Namespace, stops: list[int], device: str = "cpu") -> Outcome:
+def make_here(run: Settings, stops: list[int], device: str = "cpu") -> Outcome:
     """What comes of a run in this process."""
     [(_, outcome)] = make_runs([run], stops, device=device, train=train.train)
     return outcome
@@ -63,14 +63,14 @@ def test_run_does_not_begin_anew(small_network, tmp_path):
 
 
 def test_what_a_run_raises(tmp_path):
-    def fail(run: Namespace, stops: list[int]) -> Results:
+    def fail(run: Settings, stops: list[int]) -> Results:
         raise {"a": FloatingPointError, "b": KeyError, "c": KeyboardInterrupt}[run.name](run.name)
 
     runs = [light_run(name, tmp_path) for name in "abcd"]
     made = [outcome for _, outcome in make_runs(runs[:2], [], train=fail)]
     assert list(map(repr, made)) == ["FloatingPointError('a')", "KeyError('b')"]
 
-    def interrupted(run: Namespace, stops: list[int]) -> Results:
+    def interrupted(run: Settings, stops: list[int]) -> Results:
         raise KeyboardInterrupt(*numbers)
 
     numbers = [signal.SIGINT]
@@ -86,7 +86,7 @@ def test_what_a_run_raises(tmp_path):
 def test_no_run_begins_after_a_stop(tmp_path):
     begun, stops = [], []
 
-    def stopped_in_the_second(run: Namespace, stops: list[int]) -> str:
+    def stopped_in_the_second(run: Settings, stops: list[int]) -> str:
         begun.append(run.name)
         if len(begun) == 2:
             stops.append(signal.SIGTERM)
@@ -147,15 +147,15 @@ def test_arguments_make_the_same_settings():
         "--split_seed 3",
         "--split_seed seed",
     ):
-        run = settings.parse(flags.split())
-        assert settings.parse(settings.as_arguments(run)) == run
+        run = run_settings.parse(flags.split())
+        assert run_settings.parse(run_settings.as_arguments(run)) == run
 
 
 def test_every_outcome(light_runs, tmp_path):
     made = outcomes(tmp_path, "deadly", "full", "broken", "diverged", "busy", "unlucky", jobs=2, device="cpu")
     threads = max(1, joblib.cpu_count() // 2)
     for name in ("busy", "unlucky"):
-        assert made.pop(name).settings == {"device": "cpu", "threads": threads}
+        assert made.pop(name).header == {"device": "cpu", "threads": threads}
     assert {name: f"{type(error).__name__}: {error}" for name, error in made.items()} == {
         "deadly": "ChildProcessError: its process was killed 3 times by SIGKILL",
         "full": "ChildProcessError: it is full",
@@ -175,7 +175,7 @@ def test_processes_share_out_two_gpus(light_runs, tmp_path, monkeypatch):
     """One that takes the place of another takes over its GPU."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     made = outcomes(tmp_path, "unlucky", "patient", "patient-too", jobs=3)
-    assert sorted(run.settings["device"] for run in made.values()) == ["cuda:0", "cuda:0", "cuda:1"]
+    assert sorted(run.header["device"] for run in made.values()) == ["cuda:0", "cuda:0", "cuda:1"]
     assert outcomes(tmp_path, "a", jobs=2, device="cuda:2")["a"].settings["device"] == "cuda:2"
 
 
@@ -275,13 +275,13 @@ RANDOM = [
 ]  # whose numbers follow from the draws of Python's own generator
 
 
-def epochs_of(run: Namespace) -> int:
+def epochs_of(run: Settings) -> int:
     """How many epochs are in the result file of a run."""
     file = run_files(run.path, run.name).results
     return read_results(file).num_epochs if file.exists() else 0
 
 
-def checkpoint(run: Namespace) -> dict:
+def checkpoint(run: Settings) -> dict:
     """The checkpoint of a run, without what it says of time and place."""
     state = load_checkpoint(run_files(run.path, run.name).checkpoint)
     return {name: value for name, value in state.items() if name != "settings"}
@@ -308,10 +308,10 @@ def one_of_two() -> Iterator[None]:
 TRAININGS = """
 import sys
 
-from command_line import settings
+import run_settings
 from experiment.making import make_runs
 
-runs = [settings.parse([*sys.argv[1:], "--seed", seed]) for seed in "12"]
+runs = [run_settings.parse([*sys.argv[1:], "--seed", seed]) for seed in "12"]
 list(make_runs(runs, [], jobs=2, device="cpu"))
 """
 

@@ -157,9 +157,9 @@ def test_observe_runs(small_network, tmp_path):
     assert list(found.weights) == list(found.normalized_values) == ["proposed"] and not found.missing
     kept = archive.read_bytes()
 
-    with_splits = {f"{n}": Results({**runs["proposed"].settings, "split_seed": n}, {}) for n in (3, "seed", 0)}
+    with_splits = {f"{n}": Results({**runs["proposed"].header, "split_seed": n}, {}) for n in (3, "seed", 0)}
     for run in with_splits.values():
-        run.settings["seed"] = 3
+        run.header["seed"] = 3
     measured = observe_runs(with_splits, "a run", networks, tmp_path / "splits.npz").normalized_values
     network = trained_networks.construct_network("", 10, "digits").eval()
     network.load_state_dict(weights)

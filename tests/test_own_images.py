@@ -49,7 +49,7 @@ def test_run_is_not_resumed_with_other_images(beetles, capsys):
     few = flags("--name", "x", "--scheduler", "none", "--num_epochs")
     numbers = "54 training, 6 validation and 9 test images of 3 classes"
     results = train.main([*few, "1"])
-    assert (results.settings["images"], results.steps_per_epoch) == (numbers, 4)
+    assert (results.header["images"], results.steps_per_epoch) == (numbers, 4)
     more = beetles / "train" / "Käfer" / "more.png"
     more.write_bytes((beetles / "train" / "Käfer" / "0.png").read_bytes())
     before = Path("results/x.csv").read_bytes()
@@ -83,7 +83,7 @@ def test_statistics_of_the_images_are_those_of_the_run(beetles, capsys):
     with pytest.raises(SystemExit, match="1"):
         train.main([*few, "2"])
     changed = "train.py: error: the images of beetles have changed since x was stopped: mean were "
-    assert capsys.readouterr().err.startswith(changed + run.settings["mean"] + ", now 0.")
+    assert capsys.readouterr().err.startswith(changed + run.header["mean"] + ", now 0.")
 
 
 def test_experiment_says_that_its_images_have_changed(beetles, capsys, monkeypatch):

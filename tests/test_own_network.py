@@ -218,7 +218,7 @@ def run_and_weights(flags: list[str], path: Path, stop: bool = False) -> tuple[R
             train.train(settings, stop_after_an_epoch)
         torch.rand(7), np.random.rand(7)
     results = train.train(settings)
-    return results, torch.load(path / "networks" / f"{settings.name}-last.pt", weights_only=True)["network"]
+    return results, torch.load(path / "networks" / f"{settings.run_name}-last.pt", weights_only=True)["network"]
 
 
 def check_resumes(flags: list[str], path: Path) -> Results:
@@ -240,11 +240,11 @@ def check_resumes(flags: list[str], path: Path) -> Results:
 def test_run_that_draws_numbers_is_resumed_to_the_last_bit(write_module, few_digits, tmp_path):
     name = write_module(DROPOUT)
     run = check_resumes([*QUICK, "--network", f"{name}:small"], tmp_path)
-    assert run.settings["network"] == f"{name}:small"
-    assert run.settings["name"].startswith(f"digits-{name}.small-batch_size=48-")
+    assert run.header["network"] == f"{name}:small"
+    assert run.header["name"].startswith(f"digits-{name}.small-batch_size=48-")
     other, _ = run_and_weights([*QUICK, "--network", f"{name}:small", "--seed", "2"], tmp_path)
     assert run.columns["train_loss"].tolist() != other.columns["train_loss"].tolist()
-    network = load_network(tmp_path / "once" / "results" / f"{run.settings['name']}.csv")
+    network = load_network(tmp_path / "once" / "results" / f"{run.header['name']}.csv")
     digits = load_image_set("digits")
     test = digits.splits["test"]
     with torch.no_grad():

@@ -1,6 +1,6 @@
 import pytest
 
-from command_line import settings
+import run_settings
 from command_line.flag_types import FlagError
 from experiment.plan import PlannedRun, parse, plan_runs
 
@@ -44,13 +44,13 @@ def test_own_settings_and_sweep():
 
 def test_names_of_runs_are_those_of_train():
     for run in planned("--precision", "bfloat16", "--seeds", "1"):
-        assert run.settings.name == settings.parse(run.flags).name
+        assert run.settings.run_name == run_settings.parse(run.flags).name
     assert (
         parse([*FLAGS, "--precision", "bfloat16"]).table_name
         == "digits-resnet18-batch_size=48-num_epochs=2-precision=bfloat16"
     )
     named = planned("--name", "mine", "--seeds", "1")
-    assert [run.settings.name for run in named] == ["mine-weight1-c1-dataset-seed1", "mine-weight0.1-c100-bn-seed1"]
+    assert [run.settings.run_name for run in named] == ["mine-weight1-c1-dataset-seed1", "mine-weight0.1-c100-bn-seed1"]
 
 
 # --- learning rates to choose from ----------------------------------------------------------------------------------
@@ -73,21 +73,25 @@ def test_runs_at_chosen_rates_come_in_pairs():
     assert [(run.settings.seed, run.setting, run.settings.learning_rate) for run in runs] == expected
     assert not any(run.for_tuning for run in runs)
     # the runs at the default rate are those of the plain experiment
-    assert runs[0].settings.name == planned("--seeds", "1")[0].settings.name == f"{EXPERIMENT}-weight1-c1-dataset-seed1"
-    assert runs[1].settings.name == f"{EXPERIMENT}-learning_rate=0.02-weight0.1-c100-bn-seed1"
+    assert (
+        runs[0].settings.run_name
+        == planned("--seeds", "1")[0].settings.run_name
+        == f"{EXPERIMENT}-weight1-c1-dataset-seed1"
+    )
+    assert runs[1].settings.run_name == f"{EXPERIMENT}-learning_rate=0.02-weight0.1-c100-bn-seed1"
     for run in (*args.tuning_runs, *runs):
-        assert run.settings.name == settings.parse(run.flags).name
+        assert run.settings.run_name == run_settings.parse(run.flags).name
 
 
 def test_names_of_runs_at_rates_with_a_name():
     args = parse([*FLAGS, "--learning_rates", "0.1", "0.02", "--name", "mine", "--tuning_seeds", "29"])
-    assert [run.settings.name for run in args.tuning_runs[1:3]] == [
+    assert [run.settings.run_name for run in args.tuning_runs[1:3]] == [
         "mine-learning_rate=0.02-weight0.1-c100-bn-seed29",
         "mine-weight1-c1-dataset-seed29",
     ]
     assert args.table_name == "mine-learning_rates=0.02+0.1"
     at_default = plan_runs(args, {"baseline": 0.1, "proposed": 0.1})
-    assert [run.settings.name for run in at_default] == [run.settings.name for run in planned("--name", "mine")]
+    assert [run.settings.run_name for run in at_default] == [run.settings.run_name for run in planned("--name", "mine")]
 
 
 def test_every_table_has_a_name_of_its_own():

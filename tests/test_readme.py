@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from command_line import settings
-from command_line.settings import NAMED
+import run_settings
 from experiment import plan
 from folders import make_folder
+from run_settings import NAMED
 from training import preparation
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +94,7 @@ def test_modules_have_the_names_of_now():
     assert set(now) <= modules().keys()
 
 
-@pytest.mark.parametrize("parser", [settings.make_parser(), plan.make_parser()], ids=["train", "reproduce"])
+@pytest.mark.parametrize("parser", [run_settings.make_parser(), plan.make_parser()], ids=["train", "reproduce"])
 def test_every_flag_is_explained(parser):
     section = "The paper's training" if parser.prog == "train.py" else "The paper's experiment"
     text = re.search(rf"^## {section}\n(.*?)^## ", USAGE, re.DOTALL | re.MULTILINE)[1]

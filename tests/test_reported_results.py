@@ -537,7 +537,7 @@ def test_every_run_belongs_to_a_command(folder):
         experiment = Experiment(plan, command)
         experiment.read(plan.tuning_runs)
         experiment.choose_learning_rates()
-        names = {run.settings.name for run in (*plan.tuning_runs, *experiment.runs)}
+        names = {run.settings.run_name for run in (*plan.tuning_runs, *experiment.runs)}
         assert made & names
         planned |= names
     assert made - planned == MADE_ALONE.get(folder.name, set())

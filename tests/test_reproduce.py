@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import figures
 import reproduce
+import run_settings
 import train
-from command_line import settings as run_flags
 from experiment import display, making, outcomes
 from saved_runs.lock import lock_run
 from saved_runs.paths import run_files
@@ -59,7 +59,7 @@ def test_flags_of_train_pass_through(capsys):
     for line, bn_weight in zip(lines, (1, 0.1), strict=True):
         program, script, *arguments = shlex.split(line)
         assert (program, script) == ("python", "train.py")
-        of_run = run_flags.parse(arguments)
+        of_run = run_settings.parse(arguments)
         assert (of_run.momentum, of_run.scheduler, of_run.seed) == (0.8, "none", 5)
         assert (of_run.bn_weight, of_run.path, of_run.num_epochs) == (bn_weight, Path("some where"), 2)
 
@@ -413,8 +413,8 @@ def fake_train(settings: argparse.Namespace, **_: Any) -> Results:
     columns = {"train_loss": [1.0, 0.5], "val_loss": [1.0, 1.0], "val_accuracy": [val_accuracy, 10.0]}
     columns |= {"epoch": [1, 2], "test_accuracy": [test_accuracy, 90 - test_accuracy / 2]}
     columns = {name: np.array(values) for name, values in columns.items()}
-    results = Results({**run_flags.determining(settings), "name": settings.name}, columns)
-    write_results(run_files(settings.path, settings.name).results, results)
+    results = Results({**run_settings.determining(settings), "name": settings.run_name}, columns)
+    write_results(run_files(settings.path, settings.run_name).results, results)
     return results
 
 
@@ -614,11 +614,11 @@ def test_commands_of_a_tuned_experiment(no_training, tmp_path, monkeypatch, caps
     assert captured.out.count("\n") == captured.out.count("python train.py") == 12
     assert captured.err == "reproduce.py: The learning rates are not chosen yet: 12 of 12 tuning runs are left.\n"
     for line in captured.out.splitlines():
-        fake_train(run_flags.parse(shlex.split(line)[2:]))
+        fake_train(run_settings.parse(shlex.split(line)[2:]))
     assert run(tmp_path, *flags, "--list") == 0
     captured = capsys.readouterr()
     assert (captured.out.count("\n"), captured.err) == (16, "")
-    names = [run_flags.parse(shlex.split(line)[2:]).name for line in captured.out.splitlines()[12:]]
+    names = [run_settings.parse(shlex.split(line)[2:]).name for line in captured.out.splitlines()[12:]]
     assert names == [f"{name}-seed{n}" for n in (1, 2) for name in (CHOSEN_BASELINE, CHOSEN_PROPOSED)]
 
 
@@ -692,7 +692,7 @@ def test_figures_of_settings_at_different_rates(small_network, tmp_path, monkeyp
     assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
     made = {file.name for file in (tmp_path / "results").glob("*.png")}
     assert made == {f"{TUNED}-{name}.png" for name in FIGURES}
-    rates = {read_results(file).settings["learning_rate"] for file in (tmp_path / "results").glob("*-seed1.csv")}
+    rates = {read_results(file).header["learning_rate"] for file in (tmp_path / "results").glob("*-seed1.csv")}
     assert rates == {0.1, 0.4}
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from command_line.files import DamagedFileError
-from command_line.settings import DEFAULTS
+from run_settings import DEFAULTS
 from saved_runs.by_seed import note_missing_checksums, note_unsettled
 from saved_runs.results import CHECKSUM, COLUMNS, Results, read_results, write_results
 
@@ -29,8 +29,8 @@ def make_results(**settings) -> Results:
 
 
 def assert_same(ours: Results, expected: Results) -> None:
-    assert ours.settings == expected.settings
-    assert {k: type(v) for k, v in ours.settings.items()} == {k: type(v) for k, v in expected.settings.items()}
+    assert ours.header == expected.header
+    assert {k: type(v) for k, v in ours.header.items()} == {k: type(v) for k, v in expected.header.items()}
     assert list(ours.columns) == list(expected.columns)
     for name, column in expected.columns.items():
         np.testing.assert_array_equal(ours.columns[name], column)
@@ -120,7 +120,7 @@ def test_whatever_is_changed_in_a_file_is_noticed(tmp_path):
             assert str(file) in str(error)
             noticed += "was changed after it was written: it does not fit its checksum" in str(error)
         else:  # the checksum stands elsewhere, or no longer counts as one: what it is about is as it was
-            assert {name: ours.settings[name] for name in results.settings} == results.settings
+            assert {name: ours.header[name] for name in results.header} == results.header
             np.testing.assert_equal(ours.columns, results.columns)
             assert "".join(one) == whole or len(one) != len(whole) or "# sha256: " not in one
     assert noticed > 0.9 * len(changed)

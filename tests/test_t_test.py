@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import t_test
-from command_line.settings import NAMED
 from reporting.comparison import Comparison
 from reporting.tables import table, table_rows, write_table
+from run_settings import NAMED
 from saved_runs.results import Results, write_results
 from t_test import apply_holm_correction, compare, compare_all, evaluate, main
 

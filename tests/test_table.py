@@ -2,9 +2,9 @@ import math
 
 import pytest
 
-from command_line.settings import COMPARED
 from reporting.comparison import Comparison
 from reporting.tables import NARROW_TABLE_COLUMNS, certainty_table, markdown, table, table_rows, tables
+from run_settings import COMPARED
 
 BASELINE = Comparison("baseline", {1: 94.0, 2: 95.0, 3: 93.0}, {}, (math.nan, math.nan), math.nan, reference=None)
 PROPOSED = Comparison("proposed", {1: 95.0, 2: 95.5, 3: 95.0}, {1: 1.0, 2: 0.5, 3: 2.0}, (-0.7, 3.1), 0.06, 0.12)

@@ -15,11 +15,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader, Subset
 
+import run_settings
 import train
-from command_line import settings as flags_of_a_run
 from command_line.flag_types import FlagError
-from command_line.settings import determining
 from image_sets import loading
+from run_settings import determining
 from saved_runs.results import read_results
 from small import silent_progress
 from training import preparation
@@ -150,14 +150,14 @@ def test_what_a_run_leaves_behind(few_digits, tmp_path, capsys):
     }
 
     written = read_results(tmp_path / "results" / f"{name}.csv")
-    assert written.settings == results.settings
+    assert written.header == results.header
     for column, values in results.columns.items():
         np.testing.assert_array_equal(written.columns[column], values)
     assert results.columns["epoch"].tolist() == [1, 2, 3]
     expected = {"name": name, "dataset": "digits", "network": "resnet18", "batch_size": 48, "num_epochs": 3}
     expected |= {"learning_rate": 0.1, "scheduler": "cos", "momentum": 0.9, "weight_decay": 1e-4}
     expected |= {"bn_weight": 0.1, "c": 100.0, "input_norm": "bn", "seed": 7, "torch": torch.__version__}
-    assert expected.items() <= results.settings.items()
+    assert expected.items() <= results.header.items()
 
     val_accuracy = results.columns["val_accuracy"].tolist()
     best = val_accuracy.index(max(val_accuracy))
@@ -452,11 +452,11 @@ def test_bfloat16_trains_as_float32_does(small_network, tmp_path):
     flags = [*QUICK, "--num_epochs", "20", "--path", str(tmp_path), "--learning_rate", "0.02", "--bn_weight", "0.5"]
     full = train.main(flags)
     rounded = train.main([*flags, "--precision", "bfloat16"])
-    assert "-precision=bfloat16-" in rounded.settings["name"]
+    assert "-precision=bfloat16-" in rounded.header["name"]
     losses, expected = rounded.columns["train_loss"], full.columns["train_loss"]
     assert losses.tolist() != expected.tolist()
     np.testing.assert_allclose(losses, expected, rtol=0.05, atol=0.01)
-    state = torch.load(tmp_path / "networks" / f"{rounded.settings['name']}-best.pt", weights_only=True)
+    state = torch.load(tmp_path / "networks" / f"{rounded.header['name']}-best.pt", weights_only=True)
     assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
 
 
@@ -474,13 +474,11 @@ def test_default_names_differ_where_the_method_differs():
     flags += ["--scheduler none", "--momentum 0.5", "--weight_decay 0", "--stem own", "--compile"]
     flags += ["--image_size 48", "--no_flip", "--equivalent logits", "--split_seed 2", "--split_seed seed"]
     flags += ["--precision bfloat16", "--precision strict", "--precision tf32"]
-    names = {flags_of_a_run.parse(flag.split()).name for flag in flags}
+    names = {run_settings.parse(flag.split()).name for flag in flags}
     assert len(names) == len(flags)
     assert "cifar10-resnet18-weight0.1-c100-bn-seed1" in names
     assert "cifar10-resnet18-learning_rate=0.05-weight0.1-c100-bn-seed1" in names
-    assert {flag.split()[0] for flag in flags if flag} == {
-        f"--{name}" for name in determining(flags_of_a_run.parse([]))
-    }
+    assert {flag.split()[0] for flag in flags if flag} == {f"--{name}" for name in determining(run_settings.parse([]))}
 
 
 def test_default_name_that_no_file_could_have():

@@ -36,7 +36,7 @@ def test_predictions_give_the_test_accuracy(input_norm, split_seed, small_networ
     flags = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "16", "--split_seed", split_seed]
     run = train.main([*flags, "--input_norm", input_norm, "--path", str(tmp_path), "--device", "cpu"])
     assert run.best_epoch < 16  # so that the last weights are not the best
-    network = load_network(tmp_path / "results" / f"{run.settings['name']}.csv")
+    network = load_network(tmp_path / "results" / f"{run.header['name']}.csv")
     image_set = load_image_set("digits", split_seed=0 if split_seed == "0" else 1)
     if input_norm == "dataset":
         assert tuple(network[0].mean) == image_set.mean != load_image_set("digits").mean

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from command_line import settings
+import run_settings
 from experiment.tuning import choose_learning_rates, mean_accuracy, note_divergence, read_divergence, tuning_table
 
 
@@ -38,11 +38,11 @@ def test_table_of_tuning():
 
 
 def test_note_of_a_divergence(tmp_path):
-    run = settings.parse(["--learning_rate", "0.3", "--name", "mine"])
+    run = run_settings.parse(["--learning_rate", "0.3", "--name", "mine"])
     assert read_divergence(tmp_path, run) is None
     note_divergence(tmp_path, run, "FloatingPointError: the loss is nan")
     assert read_divergence(tmp_path, run) == "FloatingPointError: the loss is nan"
-    other = settings.parse(["--learning_rate", "0.3", "--name", "mine", "--momentum", "0.5"])
+    other = run_settings.parse(["--learning_rate", "0.3", "--name", "mine", "--momentum", "0.5"])
     assert read_divergence(tmp_path, other) is None
     [file] = tmp_path.iterdir()
     older = [line for line in file.read_text().splitlines(keepends=True) if not line.startswith("# precision")]
@@ -52,6 +52,6 @@ def test_note_of_a_divergence(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"# bn_weight\n", b"\xff\xfe"])
 def test_note_that_is_damaged(content, tmp_path):
-    run = settings.parse(["--learning_rate", "0.3", "--name", "mine"])
+    run = run_settings.parse(["--learning_rate", "0.3", "--name", "mine"])
     (tmp_path / "mine-diverged.txt").write_bytes(content)
     assert read_divergence(tmp_path, run) is None

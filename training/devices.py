@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from command_line.flag_types import FlagError
-from command_line.settings import PRECISIONS
+from command_line.flag_types import SettingError
+from run_settings import PRECISIONS
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name, by default the accelerator that torch finds, else the CPU. FlagError if missing."""
+    """The device of that name, by default the accelerator that torch finds, else the CPU. SettingError if missing."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     try:
         with warnings.catch_warnings(action="ignore"):  # what torch says of 'mkldnn', beside the error
@@ -24,7 +24,7 @@ def find_device(name: str | None) -> torch.device:
         found = ["cpu", *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()) if accelerator)]
         problem = "cannot be used" if name in found else f"is not one of {', '.join(found)}"
         reason = str(error).partition("\n")[0]
-        raise FlagError(f"argument --device: {name!r} {problem} ({reason})") from error
+        raise SettingError("device", f"{name!r} {problem} ({reason})") from error
     return device
 
 

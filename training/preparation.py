@@ -1,22 +1,23 @@
 """What is prepared and checked before a training: settings, images, network."""
 
-import argparse
 import copy
 import io
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from command_line import settings as flags
+import run_settings
 from command_line.endings import in_one_line
-from command_line.flag_types import FlagError
+from command_line.flag_types import SettingError
 from equivalence import Groups, equivalent, logits_alone
 from image_sets.folders import Size, class_names, find_parts
 from image_sets.loading import ImageSet, load_image_set
 from networks import construct_network
+from run_settings import Settings
 from saved_runs.checkpoint import load_saved
 from saved_runs.tensorboard_curves import check_tensorboard
 from seeds import keep_random_states
@@ -24,28 +25,28 @@ from training.progress import Report
 from training.world import ALONE, World
 
 
-def parse(argv: Sequence[str] | None = None, world: World = ALONE) -> argparse.Namespace:
-    """The settings of a run from its flags, complete and checked. FlagError names what is wrong."""
-    return prepare(flags.parse(argv), world)
+def parse(argv: Sequence[str] | None = None, world: World = ALONE) -> Settings:
+    """The settings of a run from its flags, complete and checked. SettingError names what is wrong."""
+    return prepare(run_settings.parse(argv), world)
 
 
-def prepare(settings: argparse.Namespace, world: World = ALONE) -> argparse.Namespace:
-    """The same settings, with a device. FlagError where they are wrong in a way that takes torch or images to tell.
+def prepare(settings: Settings, world: World = ALONE) -> Settings:
+    """The same settings, with a device. SettingError where they are wrong in a way that takes torch or images to tell.
 
     Whether the network can train on the images is left to `check_network`.
     """
     if settings.tensorboard:
         check_tensorboard()
-    settings.device = world.device(settings.device)
-    if settings.dataset in flags.DATASETS:
-        known = flags.DATASETS[settings.dataset]
+    settings = replace(settings, path=settings.path.absolute(), device=str(world.device(settings.device)))
+    if settings.dataset in run_settings.DATASETS:
+        known = run_settings.DATASETS[settings.dataset]
         num_classes, pixels = known.num_classes, settings.image_size or known.pixels
         size = (pixels, pixels)
     else:
         folder = settings.path / "images" / settings.dataset
         if not folder.is_dir():
-            built_in = ", ".join(flags.DATASETS)
-            raise FlagError(f"argument --dataset: {settings.dataset} is none of {built_in}, and there is no {folder}")
+            built_in = ", ".join(run_settings.DATASETS)
+            raise SettingError("dataset", f"{settings.dataset} is none of {built_in}, and there is no {folder}")
         train, _ = find_parts(folder)
         num_classes, size = len(class_names(train)), None  # which takes longer to find
     with keep_random_states():
@@ -56,7 +57,7 @@ def prepare(settings: argparse.Namespace, world: World = ALONE) -> argparse.Name
 
 
 def load_images(
-    settings: argparse.Namespace, report: Report = lambda line: None, show_bar: bool = False, stops: Sequence[int] = ()
+    settings: Settings, report: Report = lambda line: None, show_bar: bool = False, stops: Sequence[int] = ()
 ) -> ImageSet:
     """The data set of a run; see `load_image_set`."""
     return load_image_set(
@@ -65,7 +66,7 @@ def load_images(
         settings.device,
         image_size=settings.image_size,
         flip=not settings.no_flip,
-        split_seed=flags.split_seed(vars(settings)),
+        split_seed=run_settings.split_seed(vars(settings)),
         workers=settings.workers,
         statistics=settings.input_norm == "dataset",
         report=report,
@@ -74,12 +75,10 @@ def load_images(
     )
 
 
-def construct(
-    settings: argparse.Namespace, num_classes: int, size: Size | None, report: Report = lambda line: None
-) -> nn.Module:
+def construct(settings: Settings, num_classes: int, size: Size | None, report: Report = lambda line: None) -> nn.Module:
     """The network of a run, for images of this height and width, with its initial weights, on the CPU.
 
-    `report` is called with what there is to warn of. FlagError where there is no such network.
+    `report` is called with what there is to warn of. SettingError where there is no such network.
     """
     arguments = {name: getattr(settings, name) for name in ("dataset", "bn_weight", "input_norm", "stem")}
     if settings.equivalent == "logits":
@@ -89,59 +88,60 @@ def construct(
             warnings.simplefilter("always", UserWarning)
             network = construct_network(settings.network, num_classes, **arguments, image_size=size)
     except ValueError as error:
-        raise FlagError(f"argument --network: {error}") from error
+        raise SettingError("network", f"{error}") from error
     for warning in caught:
         report(f"{settings.network}: {warning.message}")
     return network
 
 
-def rewrite(network: nn.Module, settings: argparse.Namespace) -> tuple[nn.Module, Groups]:
+def rewrite(network: nn.Module, settings: Settings) -> tuple[nn.Module, Groups]:
     """The network that `--equivalent` asks to train in place of that of a run, and its parameter groups.
 
-    Its γ start at 1, but for the input layer's. FlagError where there is no such network.
+    Its γ start at 1, but for the input layer's. SettingError where there is no such network.
     """
     functions = {"logits": logits_alone, "logits+rates": equivalent}
     rates = settings.weight_decay, settings.learning_rate, settings.c
     try:
         return functions[settings.equivalent](network, settings.bn_weight, *rates)
     except ValueError as error:
-        raise FlagError(f"argument --equivalent: {settings.network}: {error}") from error
+        raise SettingError("equivalent", f"{settings.network}: {error}") from error
 
 
-def check_network(settings: argparse.Namespace, network: nn.Module, image_set: ImageSet) -> None:
-    """FlagError where a run's network cannot train on batches of these images. Nothing is drawn or changed."""
+def check_network(settings: Settings, network: nn.Module, image_set: ImageSet) -> None:
+    """SettingError where a run's network cannot train on batches of these images. Nothing is drawn or changed."""
     num_train, num_classes = len(image_set.splits["train"]), len(image_set.classes)
-    flags.check_batch_size(settings, num_train)
+    run_settings.check_batch_size(settings, num_train)
     check_saving(settings, network)
     try:
         trial = copy.deepcopy(network).cpu().train()
     except Exception as error:
-        raise FlagError(f"argument --network: {settings.network} cannot be copied: {in_one_line(error)}") from error
+        raise SettingError("network", f"{settings.network} cannot be copied: {in_one_line(error)}") from error
     try:
         logits = try_images(trial, 2, image_set.size)
     except Exception as error:
         images = "two images of {}×{} pixels".format(*image_set.size)
         reason = in_one_line(error)
-        raise FlagError(f"argument --network: {settings.network} cannot train on {images}: {reason}") from error
+        raise SettingError("network", f"{settings.network} cannot train on {images}: {reason}") from error
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if shape != (2, num_classes):
         wanted = f"logits {(2, num_classes)}"
-        raise FlagError(f"argument --network: {settings.network} computes {shape} for 2 images, not {wanted}")
+        raise SettingError("network", f"{settings.network} computes {shape} for 2 images, not {wanted}")
     if not logits.isfinite().all():
         problem = "computes values that are not finite before its first step"
-        raise FlagError(f"argument --network: {settings.network} {problem}")
+        raise SettingError("network", f"{settings.network} {problem}")
     if (num_train - 1) % settings.batch_size == 0:
         try:
             try_images(trial, 1, image_set.size)
         except Exception as error:
-            raise FlagError(
-                f"argument --batch_size: {settings.batch_size} leaves a last batch of one of the {num_train} training"
-                f" images of {settings.dataset}, and {settings.network} cannot train on one: {in_one_line(error)}"
+            raise SettingError(
+                "batch_size",
+                f"{settings.batch_size} leaves a last batch of one of the {num_train} training"
+                f" images of {settings.dataset}, and {settings.network} cannot train on one: {in_one_line(error)}",
             ) from error
 
 
-def check_saving(settings: argparse.Namespace, network: nn.Module) -> None:
-    """FlagError where the `state_dict` holds what could be saved, but not be loaded again."""
+def check_saving(settings: Settings, network: nn.Module) -> None:
+    """SettingError where the `state_dict` holds what could be saved, but not be loaded again."""
     for name, value in network.state_dict().items():
         if isinstance(value, Tensor):
             continue
@@ -152,7 +152,7 @@ def check_saving(settings: argparse.Namespace, network: nn.Module) -> None:
             reason = (
                 f"{name} in its state_dict, of type {type(value).__name__}, cannot be loaded with weights_only=True"
             )
-            raise FlagError(f"argument --network: {settings.network} cannot be resumed: {reason}") from error
+            raise SettingError("network", f"{settings.network} cannot be resumed: {reason}") from error
 
 
 def try_images(network: nn.Module, num_images: int, size: Size) -> Any:

@@ -8,7 +8,6 @@ process alone has files, the bar and the last word on random generators.
 No exchange has a time limit, as a data set may take an hour to download: `pulse.Pulse` notices a process that is lost.
 """
 
-import argparse
 import itertools
 import os
 import re
@@ -17,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -27,10 +27,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from command_line.flag_types import FlagError
-from command_line.settings import determining
+from command_line.flag_types import SettingError
 from command_line.signals import STOP_SIGNALS
 from image_sets.loading import ImageSet
+from run_settings import Settings, determining
 from saved_runs.circumstances import code_version
 from saved_runs.run import Run
 from training.devices import find_device
@@ -77,18 +77,26 @@ class Processes(World):
         if name in (None, "cuda") and torch.cuda.is_available():
             name = f"cuda:{self.local_rank % torch.cuda.device_count()}"
         if name is not None and name.partition(":")[0] not in ("cpu", "cuda"):
-            raise FlagError(f"argument --device: several processes compute on cpu or cuda, not on {name}")
+            raise SettingError("device", f"several processes compute on cpu or cuda, not on {name}")
         return find_device(name or "cpu")
 
-    def run(self, settings: argparse.Namespace, stops: list[int] | None) -> Run:
+    def run(self, settings: Settings, stops: list[int] | None) -> Run:
         versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "code": code_version()}
-        self.check_alike({"name": settings.name, "device": settings.device.type, **determining(settings), **versions})
+        self.check_alike(
+            {
+                "name": settings.run_name,
+                "device": torch.device(settings.device).type,
+                **determining(settings),
+                **versions,
+            }
+        )
         if settings.compile:
-            raise FlagError("argument --compile: it is for one process, without torchrun")
+            raise SettingError("compile", "it is for one process, without torchrun")
         if settings.workers is None:
-            settings.workers = max(1, joblib.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]))
+            workers = max(1, joblib.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]))
+            settings = replace(settings, workers=workers)
         gpu = None
-        if settings.device.type == "cuda":
+        if torch.device(settings.device).type == "cuda":
             torch.cuda.set_device(settings.device)
             gpu = str(torch.cuda.get_device_properties(settings.device).uuid)
         gpus = self.gather(gpu)
@@ -117,34 +125,32 @@ class Processes(World):
         return loaded[own_turn]
 
     def check_alike(self, values: dict[str, object]) -> None:
-        """FlagError where these differ between processes."""
+        """SettingError where these differ between processes."""
         here, *others = self.gather(values)
         for rank, there in enumerate(others, start=1):
             for name, value in here.items():
                 if there[name] != value:
-                    raise FlagError(
+                    raise ValueError(
                         f"the processes differ: {name} is {value} in the first one, {there[name]} in process {rank};"
                         " start them all with the same command, versions and images"
                     )
 
     def check_images(self, image_set: ImageSet, batch_size: int) -> None:
-        """FlagError where the processes have other images, or one has none of a training batch or of a whole split."""
+        """Where the processes have other images, or one has none of a training batch or of a whole split."""
         self.check_alike(image_set.notes)
         num_images = {name: len(indices) for name, indices in image_set.splits.items()}
         for name, number in num_images.items():
             if number < self.size:
-                raise FlagError(
-                    f"argument --dataset: split {name} has {number} images, fewer than {self.size} processes"
-                )
+                raise SettingError("dataset", f"split {name} has {number} images, fewer than {self.size} processes")
         last = num_images["train"] % batch_size or batch_size
         if last < self.size:
             batch = f"a last batch of {last}" if last < batch_size else f"a batch of {batch_size}"
-            raise FlagError(f"argument --batch_size: {batch} leaves no image for some of the {self.size} processes")
+            raise SettingError("batch_size", f"{batch} leaves no image for some of the {self.size} processes")
 
     def share(self, part: Tensor) -> Tensor:
         return share(part, self.rank, self.size)
 
-    def replicate(self, network: nn.Module, settings: argparse.Namespace) -> nn.Module:
+    def replicate(self, network: nn.Module, settings: Settings) -> nn.Module:
         super().replicate(network, settings)
         synchronize(network, self.group)
         return Replica(network, process_group=self.group)
@@ -193,7 +199,7 @@ class Processes(World):
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # torchrun sends one when the first process ends
         lost = isinstance(error, RuntimeError) and re.search("gloo|nccl|DistStore", f"{error!r}", re.IGNORECASE)
-        common = FlagError | FloatingPointError | KeyboardInterrupt | SystemExit  # what ends all alike
+        common = SettingError | ValueError | FloatingPointError | KeyboardInterrupt | SystemExit  # what ends all alike
         agreed = error in (None, self.shared) or isinstance(error, common)
         met = not lost and agreed and self.wait_for_all()
         self.pulse.stop(LEAVING if met else FAILING)

@@ -84,7 +84,7 @@ def introduce(run: Run, network: nn.Module, train_batches: Batches) -> list[str]
     what = f"{settings.network}, {size:,} parameters; {images}"
     lines = [f"{what}; {settings.device}, {settings.precision}"]
     if run.results:
-        lines.append(f"{settings.name} resumes at epoch {run.epochs[0]} of {settings.num_epochs}")
+        lines.append(f"{settings.run_name} resumes at epoch {run.epochs[0]} of {settings.num_epochs}")
     if run.epochs[0] * len(train_batches) < SETTLED:
         lines.append(f"an epoch has {len(train_batches)} steps: {UNSETTLED}")
     return lines

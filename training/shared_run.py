@@ -1,6 +1,5 @@
 """A run on disk that several processes make together."""
 
-import argparse
 import random
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn, optim
 
+from run_settings import Settings
 from saved_runs.run import Run
 from seeds import random_states, set_random_states
 
@@ -25,7 +25,7 @@ class SharedRun(Run):
     Between two batches all agree on whether to go on: a signal, or an image that is damaged, ends all at the same step.
     """
 
-    def __init__(self, world: "Processes", settings: argparse.Namespace, stops: list[int] | None) -> None:
+    def __init__(self, world: "Processes", settings: Settings, stops: list[int] | None) -> None:
         super().__init__(settings, stops)
         self.world, self.processes = world, world.size
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase, sync_batch_norm
 from torch.overrides import TorchFunctionMode
 
-from command_line.flag_types import FlagError
+from command_line.flag_types import SettingError
 
 ALONE = "so that it can be trained in one process only: start train.py without torchrun"
 
@@ -33,16 +33,16 @@ def synchronize(network: nn.Module, group: dist.ProcessGroup | None = None) -> N
         group: the processes; all of those that torch.distributed knows, by default.
 
     Raises:
-        FlagError: a layer cannot share its statistics, or (in its `forward`) does not get them from `F.batch_norm`.
+        SettingError: a layer cannot share its statistics, or (in its `forward`) does not get them from `F.batch_norm`.
         ValueError: the whole batch has a single value for a channel (in its `forward`).
     """
     for name, layer in network.named_modules():
         if isinstance(layer, _BatchNorm):
             if layer.running_mean is None:
-                raise FlagError(f"argument --network: batch norm {name!r} has no running statistics, {ALONE}")
+                raise SettingError("network", f"batch norm {name!r} has no running statistics, {ALONE}")
             layer.forward = partial(forward, layer, layer.forward, name, group)
         elif isinstance(layer, _NormBase) and layer.running_mean is not None:
-            raise FlagError(f"argument --network: instance norm {name!r} has running statistics, {ALONE}")
+            raise SettingError("network", f"instance norm {name!r} has running statistics, {ALONE}")
 
 
 def forward(
@@ -54,7 +54,7 @@ def forward(
     with WholeBatch(group) as whole_batch:
         outputs = own_forward(*inputs, **named)
     if not whole_batch.used:
-        raise FlagError(f"argument --network: batch norm {name!r} does not call torch's F.batch_norm, {ALONE}")
+        raise SettingError("network", f"batch norm {name!r} does not call torch's F.batch_norm, {ALONE}")
     return outputs
 
 

@@ -1,6 +1,5 @@
 """The processes that train a network together: one, unless torchrun has started more."""
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from command_line.signals import LAUNCHED
 from image_sets.loading import ImageSet
+from run_settings import Settings
 from saved_runs.run import Run
 from training.devices import find_device, speed_up
 
@@ -27,11 +27,11 @@ class World:
     first, size = True, 1
 
     def device(self, name: str | None) -> torch.device:
-        """The device on which this process computes, where the flags have `name`. FlagError if it is missing."""
+        """The device on which this process computes, where the flags have `name`. SettingError if it is missing."""
         return find_device(name)
 
-    def run(self, settings: argparse.Namespace, stops: list[int] | None) -> Run:
-        """The run on disk. FlagError where these processes cannot make it together."""
+    def run(self, settings: Settings, stops: list[int] | None) -> Run:
+        """The run on disk. SettingError where these processes cannot make it together."""
         return Run(settings, stops)
 
     def together(self, work: Callable[[], Result]) -> Result:
@@ -41,7 +41,7 @@ class World:
     def load(self, load_images: Callable[[], ImageSet], batch_size: int) -> ImageSet:
         """The images of a run, loaded by the first process, then by one of each machine, then by the rest.
 
-        So a file is written, as by a download, before others read it. FlagError where the images are not the same, or
+        So a file is written, as by a download, before others read it. SettingError where images are not the same, or
         where a process would have none of a training batch or of a whole split.
         """
         return load_images()
@@ -50,7 +50,7 @@ class World:
         """This process's share of what there is for each image of a batch, its images in the same order."""
         return part
 
-    def replicate(self, network: nn.Module, settings: argparse.Namespace) -> nn.Module:
+    def replicate(self, network: nn.Module, settings: Settings) -> nn.Module:
         """The network as it is trained, fast: it computes a share; its gradients become those of the whole batch."""
         speed_up(network, settings.precision, settings.compile)
         return network

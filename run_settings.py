@@ -1,0 +1,265 @@
+"""The settings of a run: one field a flag of `train.py`, with the paper's values as defaults.
+
+Also the methods that the paper compares, what makes two runs comparable, and the names of files. Importing this is
+quick.
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from command_line.flag_types import Parser, SettingError, as_typed, file_name, folder, number, whole
+
+Value = str | int | float | bool | None
+
+
+class Known(NamedTuple):
+    """What is known of a data set before it is loaded."""
+
+    num_train: int  # images that are trained on
+    pixels: int  # height and width of an image
+    num_classes: int
+
+
+DATASETS = {"cifar10": Known(45_000, 32, 10), "cifar100": Known(45_000, 32, 100), "digits": Known(1_293, 8, 10)}
+SMALL_IMAGE = 64  # pixels: up to here, images keep their size, stay decoded, and a ResNet gets the stem for small ones
+LARGE_IMAGE = 224  # pixels of all others, unless another size is given
+SCHEDULES = ("cos", "none")
+STEMS = ("auto", "small", "own")
+INPUT_NORMS = ("bn", "dataset")
+SELECTIONS = ("best", "last")  # the epoch whose test accuracy counts: that of the best validation accuracy, the last
+EQUIVALENTS = ("no", "logits", "logits+rates")
+PRECISIONS = ("float32", "strict", "tf32", "bfloat16")
+MAX_SEED = 88265  # from 0 to here, every seed makes draws of its own
+OWN_SEED = "seed"  # as a split_seed: that of the run itself
+
+COMPARED = ("bn_weight", "c", "input_norm", "equivalent")  # the settings in which methods differ
+PAPER = {  # the methods that it compares
+    "baseline": {"bn_weight": 1.0, "c": 1.0, "input_norm": "dataset"},
+    "proposed": {"bn_weight": 0.1, "c": 100.0, "input_norm": "bn"},
+    "init": {"bn_weight": 0.1, "c": 1.0, "input_norm": "bn"},
+    "rate": {"bn_weight": 1.0, "c": 100.0, "input_norm": "bn"},
+    "input": {"bn_weight": 1.0, "c": 1.0, "input_norm": "bn"},
+}
+NAMED = PAPER | {  # with those of equivalence.py
+    "logits": {"bn_weight": 0.1, "c": 1.0, "input_norm": "bn", "equivalent": "logits"},
+    "logits+rates": {"bn_weight": 0.1, "c": 100.0, "input_norm": "bn", "equivalent": "logits+rates"},
+}
+
+
+def dataset_name(text: str) -> str:
+    """The type of a setting that names a data set. Whether there is such a folder is not checked here."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"must be {', '.join(DATASETS)} or the name of a folder in images/")
+    return file_name(text)
+
+
+def network_name(text: str) -> str:
+    """The type of a setting that names a network. Whether it exists is not checked here: only torch can tell."""
+    if not re.fullmatch(r"\w+|\w+(\.\w+)*:\w+", text):
+        raise argparse.ArgumentTypeError(f"must be the name of a torchvision network or MODULE:FUNCTION, not {text!r}")
+    return text
+
+
+def seed_of_split(text: str) -> int | str:
+    """The type of a setting that takes a seed or `OWN_SEED`."""
+    try:
+        return text if text == OWN_SEED else whole(0)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or the word {OWN_SEED}") from None
+
+
+# from 1e-30 to 1e30: what float32 can hold, with room for a product of two
+positive = number("a number from 1e-30 to 1e30", lambda x: 1e-30 <= x <= 1e30)
+not_negative = number("0 or a number from 1e-30 to 1e30", lambda x: x == 0 or 1e-30 <= x <= 1e30)
+fraction = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
+reduction = number("0 or 1 (no reduction) or a number from 1 to 1e30", lambda x: x == 0 or 1 <= x <= 1e30)
+
+# the groups of flags, in the order in which --help shows them
+METHOD, TRAINING, FILES, BEYOND = GROUPS = "the paper's method", "training", "files and device", "beyond the paper"
+
+
+def setting(
+    group: str, default: Value | Path, help: str, type: Callable[[str], Any] = str, choices: Sequence[str] | None = None
+) -> Any:
+    """A field of `Settings`: `type` makes its value of the text after the flag, and refuses a wrong one."""
+    options = {"action": "store_true"} if default is False else {"type": type, "choices": choices}
+    return field(default=default, metadata={"group": group, "help": help, **options})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of a run. SettingError (a ValueError) names the first that is wrong.
+
+    Whether device, network and images exist is not checked here: that takes torch.
+    """
+
+    # the order is that of the lines of a result file, and of the parts of a default name
+    path: Path = setting(FILES, Path(), "folder of images/, networks/, results/ (default: the current one)", folder)
+    name: str = setting(FILES, "", "name of the run's files (default: made from the settings)", file_name)
+    dataset: str = setting(
+        TRAINING, "cifar10", f"{', '.join(DATASETS)} or a folder in images/ with train/ and test/", dataset_name
+    )
+    network: str = setting(TRAINING, "resnet18", "a torchvision network, or MODULE:FUNCTION of your own", network_name)
+    batch_size: int = setting(TRAINING, 128, "images in a batch", whole(1))
+    num_epochs: int = setting(TRAINING, 180, "passes over the training images", whole(1))
+    learning_rate: float = setting(TRAINING, 0.1, "initial learning rate", positive)
+    scheduler: str = setting(TRAINING, "cos", "cosine or constant rate", choices=SCHEDULES)
+    momentum: float = setting(TRAINING, 0.9, "momentum of SGD", fraction)
+    weight_decay: float = setting(TRAINING, 1e-4, "weight decay", not_negative)
+    device: str | None = setting(FILES, None, "cpu, cuda, cuda:1 ... (default: the accelerator that torch finds)")
+    checkpoint_seconds: float = setting(FILES, 60.0, "least time between two checkpoints", not_negative)
+    restart: bool = setting(FILES, False, "start over, replacing what an earlier run of this name left")
+    tensorboard: bool = setting(FILES, False, "write curves for TensorBoard too")
+    stem: str = setting(
+        BEYOND, "auto", "first layers of a ResNet: for small images, its own, or by the images' size", choices=STEMS
+    )
+    image_size: int | None = setting(
+        BEYOND, None, "height and width in pixels (default: their own if small, else 224)", whole(1)
+    )
+    no_flip: bool = setting(BEYOND, False, "never mirror an image")
+    split_seed: int | str = setting(
+        BEYOND, 0, "seed that draws the validation images, or the word seed for the run's own", seed_of_split
+    )
+    workers: int | None = setting(
+        FILES, None, "processes that decode large images (default: the run's threads)", whole(0)
+    )
+    precision: str = setting(BEYOND, "float32", "how matrix products and convolutions are rounded", choices=PRECISIONS)
+    compile: bool = setting(BEYOND, False, "compile the network with torch.compile")
+    equivalent: str = setting(
+        BEYOND,
+        "no",
+        "train a network with γ = 1 and as small logits, or one that learns the same way",
+        choices=EQUIVALENTS,
+    )
+    bn_weight: float = setting(METHOD, 0.1, "initial γ of every batch norm", positive)
+    c: float = setting(METHOD, 100.0, "divides the learning rate of γ", reduction)
+    input_norm: str = setting(METHOD, "bn", "what normalizes the images", choices=INPUT_NORMS)
+    seed: int = setting(TRAINING, 1, "seed of weights, batches and flips", whole(0))
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            object.__setattr__(self, one.name, checked(one.name, getattr(self, one.name), one.default, **one.metadata))
+        if self.dataset in DATASETS:
+            check_batch_size(self, DATASETS[self.dataset].num_train)
+        try:
+            file_name(self.run_name)
+        except argparse.ArgumentTypeError:
+            raise SettingError("name", "these settings are too long for a default name: give one") from None
+
+    @property
+    def run_name(self) -> str:
+        """How the names of the run's files begin: `name`, or else one that differs where a run's numbers differ."""
+        return self.name or f"{experiment_name(self)}-{method_name(self)}-seed{self.seed}"
+
+
+def checked(name: str, value: Any, default: Value | Path, **metadata: Any) -> Any:
+    """The value of a setting, of the type of its field. SettingError where it is not allowed."""
+    if value is None and default is None:
+        return None
+    if default is False:
+        if not isinstance(value, bool):
+            raise SettingError(name, f"must be True or False, not {value!r}")
+        return value
+    if metadata["choices"] and value not in metadata["choices"]:
+        raise SettingError(name, f"must be one of {', '.join(metadata['choices'])}, not {value!r}")
+    try:
+        return metadata["type"](str(value))
+    except argparse.ArgumentTypeError as error:
+        raise SettingError(name, str(error)) from None
+
+
+DEFAULTS = {one.name: one.default for one in fields(Settings)}
+# settings that leave a run's numbers alone
+WITHOUT_EFFECT = ("path", "name", "device", "checkpoint_seconds", "restart", "workers", "tensorboard")
+
+
+def make_parser() -> Parser:
+    """A parser with a flag for each field of `Settings`."""
+    parser = Parser(
+        prog="train.py",
+        description="Train a network by the method of 'Revisiting Batch Norm Initialization'.",
+        usage="%(prog)s [FLAG ...]",
+        allow_abbrev=False,
+    )
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    for one in fields(Settings):
+        options = {key: value for key, value in one.metadata.items() if key != "group"}
+        if one.default not in (None, False, "", Path()):
+            options["help"] += f" (default: {as_typed(one.default)})"
+        groups[one.metadata["group"]].add_argument(f"--{one.name}", default=one.default, **options)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> Settings:
+    """The settings of a run from the flags of `train.py`. FlagError or SettingError names the one that is wrong."""
+    return Settings(**vars(make_parser().parse_args(argv)))
+
+
+def as_arguments(settings: Settings) -> list[str]:
+    """The arguments of `train.py` of which `parse` makes these settings."""
+    values = {name: value for name, value in vars(settings).items() if value != DEFAULTS[name]}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()]
+
+
+def check_batch_size(settings: Settings, num_train: int) -> None:
+    """SettingError where there are fewer training images than a batch has."""
+    if settings.batch_size > num_train:
+        problem = f"has {num_train} training images, fewer than a batch of {settings.batch_size}"
+        raise SettingError("batch_size", f"{settings.dataset} {problem}")
+
+
+def split_seed(values: Mapping[str, Value]) -> int:
+    """The seed with which the images of a run with these settings are split."""
+    return values["seed"] if values["split_seed"] == OWN_SEED else values["split_seed"]
+
+
+def compared(values: Mapping[str, Value]) -> dict[str, Value]:
+    """The settings of `COMPARED` among these; one that is missing is at its default."""
+    return {name: values.get(name, DEFAULTS[name]) for name in COMPARED}
+
+
+def determining(settings: Settings) -> dict[str, Value]:
+    """The settings that determine a run's numbers, by name: all but those of `WITHOUT_EFFECT`."""
+    return {name: value for name, value in vars(settings).items() if name not in WITHOUT_EFFECT}
+
+
+def describe_network(values: Mapping[str, Value]) -> str:
+    """What is trained on what, as titles say it."""
+    stem = f" (stem {values['stem']})" * (values["stem"] != DEFAULTS["stem"])
+    return f"{values['network']}{stem} on {values['dataset']}"
+
+
+def method_name(settings: Settings) -> str:
+    """The part of a default name that stands for the method."""
+    name = f"weight{as_typed(settings.bn_weight)}-c{as_typed(settings.c)}-{settings.input_norm}"
+    return name if settings.equivalent == DEFAULTS["equivalent"] else f"{name}-{settings.equivalent}"
+
+
+def experiment_name(settings: Settings) -> str:
+    """The part of a default name that an experiment's runs share: data set, network, what is not at its default."""
+    others = {
+        name: value
+        for name, value in determining(settings).items()
+        if name not in ("dataset", "network", "seed", *COMPARED) and value != DEFAULTS[name]
+    }
+    parts = [name if value is True else f"{name}={as_typed(value)}" for name, value in others.items()]
+    return "-".join((settings.dataset, settings.network.replace(":", "."), *parts))
+
+
+def differences(
+    one: Mapping[str, Value], other: Mapping[str, Value], apart_from: Collection[str] = ()
+) -> dict[str, tuple[Value, Value]]:
+    """The settings that determine a run's numbers and differ between two runs, with both values.
+
+    Args:
+        one: the header of a result file; a setting that is missing, because the file is older, was at its default.
+        other: that of the other run.
+        apart_from: settings that may differ.
+    """
+    names = [name for name in DEFAULTS if name not in (*WITHOUT_EFFECT, *apart_from)]
+    values = {name: (one.get(name, DEFAULTS[name]), other.get(name, DEFAULTS[name])) for name in names}
+    return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
