@@ -2,22 +2,19 @@
 
     python train.py --dataset cifar10 --bn_weight 0.1 --c 100 --input_norm bn --seed 1
 
-`train` is one whole run from top to bottom: data, network, parameter groups, optimizer, schedule, epochs. The flags are
-in `run_settings.py`; what is checked before a run, and what is told, in `training/`; what is saved, and how a
-run is resumed, in `saved_runs/run.py`.
+`train` is one whole run from top to bottom: data, network, parameter groups, optimizer, schedule, epochs. Its settings
+are in `run_settings.py`; what is checked before, saved, and shared between processes, in `training/`.
 """
 
 import math
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from functools import partial, reduce
+from functools import reduce
 from operator import add
 
 import run_settings
-from command_line.endings import answer_at_once, how_to_resume, one_line_endings, say, shows_bar
+from command_line.endings import HOW_TO_RESUME, answer_at_once, one_line_endings, say, shows_bar
 from command_line.signals import stop_at_end_of_input
-from run_settings import Settings
 
 if __name__ == "__main__":
     answer_at_once("train.py", run_settings.parse)  # before torch is imported, which takes seconds
@@ -27,53 +24,45 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 from image_sets.batches import Batch, Batches
+from run_settings import Settings
 from saved_runs.paths import run_files
 from saved_runs.results import Results
 from seeds import make_deterministic
-from training.devices import use_precision
-from training.preparation import check_network, construct, load_images, parse, rewrite
-from training.progress import Progress, Report
-from training.world import ALONE, World, join
+from training import together
+from training.devices import speed_up, use_precision
+from training.preparation import check_network, construct, load_images, prepare, rewrite
+from training.run import Report, Run
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 
-def train(
-    settings: Settings,
-    report: Report = lambda line: None,
-    show_bar: bool = False,
-    stops: list[int] | None = None,
-    world: World = ALONE,
-) -> Results:
-    """Run the training that the flags describe, or what is left of it, and return what is in its result file.
+def train(settings: Settings, report: Report = lambda line: None, show_bar: bool = False) -> Results:
+    """Run the training that the settings describe, or what is left of it, and return what is in its result file.
 
     A run that was stopped is resumed after the last saved epoch, to the same numbers as if it had never been stopped.
     Whatever ends it, the epochs that are done are saved.
 
     Args:
-        settings: what `parse` returns.
+        settings: such as `Settings(dataset="digits", num_epochs=5)`.
         report: called with one line of text at the start, and after every epoch.
         show_bar: whether to draw a progress bar on standard error.
-        stops: numbers of signals; as soon as there is one, the run ends between two steps with KeyboardInterrupt.
-        world: what `join` gives, for a run that all processes of torchrun make together.
 
     Raises:
         FloatingPointError: a loss is not finite.
-        ValueError: a file is of a run with other settings, or damaged; or the network cannot train on the images.
+        ValueError: a setting is wrong (SettingError); a file is of a run with other settings, or damaged.
         FileNotFoundError: the data cannot be had, or there is no compiler for `compile`.
-        BlockingIOError: another process works on the same run.
+        AtWorkError: another process works on the same run.
         OSError: a file cannot be read or written.
         torch.OutOfMemoryError: the device has too little memory.
     """
-    with world.run(settings, stops) as run, use_precision(settings.precision):
+    settings = prepare(settings)
+    with Run(settings, report, show_bar) as run, use_precision(settings.precision):
         if run.finished:
-            report(f"{settings.run_name} is finished already")
             return run.results
 
         make_deterministic(settings.seed)
-        image_set = world.load(partial(load_images, settings, report, show_bar, run.stops), settings.batch_size)
-        run.note_images(image_set.notes)
+        image_set = load_images(settings, report, show_bar)
         train_batches, val_batches, test_batches = (
-            Batches(image_set, split, settings.batch_size, settings.input_norm == "dataset", world.share)
+            Batches(image_set, split, settings.batch_size, settings.input_norm == "dataset", together.share)
             for split in ("train", "val", "test")
         )
 
@@ -85,61 +74,48 @@ def train(
         )
         if settings.equivalent != "no":
             network, parameters = rewrite(network, settings)
-        optimizer = optim.SGD(
-            parameters, momentum=settings.momentum, fused=torch.device(settings.device).type == "cuda"
-        )
+        optimizer = optim.SGD(parameters, momentum=settings.momentum, fused=settings.device.startswith("cuda"))
         if settings.scheduler == "cos":
             scheduler = optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.num_epochs, eta_min=1e-8)
         else:
             scheduler = optim.lr_scheduler.ConstantLR(optimizer, factor=1)
 
-        run.resume(network, optimizer, scheduler)
-        replica = world.replicate(network, settings)
-        with Progress(run, network, train_batches, world.size, report, show_bar) as progress:
-            for epoch in run.epochs:
-                with progress.training(epoch):
-                    train_loss = train_one_epoch(
-                        replica, run.steps(train_batches), optimizer, settings, progress, world
-                    )
-                scheduler.step()
-                val_loss, val_accuracy = measure(network, run.steps(val_batches), settings, world)
-                _, test_accuracy = measure(network, run.steps(test_batches), settings, world)
-                check_finite(val_loss, f"the validation loss after epoch {epoch}")
-                run.record(epoch, train_loss, val_loss, val_accuracy, test_accuracy)
-                progress.after_epoch(train_loss, val_loss, val_accuracy, test_accuracy)
+        run.resume(network, optimizer, scheduler, image_set)
+        speed_up(network, settings.precision, settings.compile)
+        replica = together.replicate(network)
+        for epoch in run.epochs:
+            train_loss = train_one_epoch(replica, run.steps(train_batches), optimizer, settings)
+            scheduler.step()
+            val_loss, val_accuracy = measure(network, run.steps(val_batches), settings)
+            _, test_accuracy = measure(network, run.steps(test_batches), settings)
+            check_finite(val_loss, f"the validation loss after epoch {epoch}")
+            run.record(epoch, train_loss, val_loss, val_accuracy, test_accuracy)
         return run.results
 
 
 def train_one_epoch(
-    network: nn.Module,
-    batches: Iterable[Batch],
-    optimizer: optim.Optimizer,
-    settings: Settings,
-    progress: Progress,
-    world: World = ALONE,
+    network: nn.Module, batches: Iterable[Batch], optimizer: optim.Optimizer, settings: Settings
 ) -> float:
     """Train on every batch once; returns the mean loss of the batches. FloatingPointError where one is not finite."""
     network.train()
     losses = []
     for images, labels in batches:
         optimizer.zero_grad()
-        loss = world.mean(F.cross_entropy(compute_logits(network, images, settings), labels), len(labels))
+        loss = F.cross_entropy(compute_logits(network, images, settings), labels)
+        loss = together.mean(loss, len(labels))
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
         if loss.device.type == "cpu":  # elsewhere, reading a loss would make every step wait for the device
-            check_finite(loss.item(), f"the loss at epoch {progress.epoch}, step {len(losses)}")
-        progress.step(losses[-1], len(labels))
+            check_finite(loss.item(), f"the loss of step {len(losses)}")
     values = torch.stack(losses).tolist()
     for step, loss in enumerate(values, start=1):
-        check_finite(loss, f"the loss at epoch {progress.epoch}, step {step}")
+        check_finite(loss, f"the loss of step {step}")
     return reduce(add, values) / len(values)  # one by one: from Python 3.12 on, `sum` rounds differently
 
 
-@torch.inference_mode()
-def measure(
-    network: nn.Module, batches: Iterable[Batch], settings: Settings, world: World = ALONE
-) -> tuple[float, float]:
+@torch.no_grad()
+def measure(network: nn.Module, batches: Iterable[Batch], settings: Settings) -> tuple[float, float]:
     """Loss (mean over the images) and accuracy (in percent) of a network on every batch, in evaluation mode."""
     network.eval()
     losses, correct, num_images = [], [], 0
@@ -149,7 +125,7 @@ def measure(
         losses.append(F.cross_entropy(logits, labels, reduction="sum"))
         correct.append((logits.argmax(1) == labels).sum())
     loss, num_correct = reduce(add, torch.stack(losses).tolist()), torch.stack(correct).sum().item()
-    loss, num_correct, num_images = world.sum(loss, num_correct, num_images)
+    loss, num_correct, num_images = together.total(loss, num_correct, num_images)
     return loss / num_images, num_correct / num_images * 100
 
 
@@ -166,22 +142,16 @@ def compute_logits(network: nn.Module, images: Tensor, settings: Settings) -> Te
 def check_finite(loss: float, what: str) -> None:
     """FloatingPointError where a loss is not a finite number."""
     if not math.isfinite(loss):
-        raise FloatingPointError(f"{what} is {loss}: the training has diverged; try a smaller --learning_rate")
+        raise FloatingPointError(f"{what} is {loss}: the training has diverged; try a smaller learning_rate")
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
     """The command line; see `one_line_endings` for its exit codes. Returns the results of the run."""
-    settings, files, began = None, None, time.time()
-
-    def stopped() -> str:
-        replaced = settings and settings.restart and files.results.exists() and files.results.stat().st_mtime > began
-        return how_to_resume("without --restart" if replaced else "again")
-
-    with one_line_endings("train.py", stopped), join() as world:
+    with one_line_endings("train.py", HOW_TO_RESUME), together.joined():
         stop_at_end_of_input()
-        settings = world.together(lambda: parse(argv, world))
+        settings = together.agree(lambda: run_settings.parse(argv))
         files = run_files(settings.path, settings.run_name)
-        results = train(settings, say, show_bar=world.first and shows_bar(), world=world)
+        results = train(settings, say, show_bar=together.rank() == 0 and shows_bar())
         weights = f", weights in {files.best_weights}" if files.best_weights.exists() else ""
         say(
             f"best epoch {results.best_epoch}: val accuracy {results.val_accuracy:.3f} %,"

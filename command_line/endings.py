@@ -5,47 +5,29 @@ Nothing here takes long to import, so that `--help` and a wrong flag are answere
 
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
 from typing import NoReturn
 
+from command_line.files import AtWorkError
 from command_line.flag_types import FlagError, SettingError
-from command_line.signals import LAUNCHED, STOP_SIGNALS, interrupt, on_signals
+from command_line.signals import LAUNCHED, STOP_SIGNALS, catch_signals
 
+# where a signal stops a command that saves what it has done
+HOW_TO_RESUME = "stopped; the epochs that are done are saved: run the same command again, without --restart, to go on"
 AT_WORK, DIVERGED = 3, 4  # exit codes of what an experiment must tell from other errors
 LONGEST_LINE = 1000  # letters of an error that are shown
 
-SHOW_BAR = "SHOW_BAR"  # in the environment of a run whose standard error another process reads
-
-BEGUN: list[str] = []  # the commands that handle signals, or have
-
 
 def answer_at_once(program: str, parse: Callable[[], object]) -> None:
-    """Answer `--help` and a wrong flag before what takes seconds is imported.
-
-    A command calls it between its quick imports and the slow ones. Until its `main` handles signals, Ctrl-C ends the
-    program in one line: nothing is to be saved yet, and an import may not pass an exception on.
-    """
-
-    def end_now(number: int, _: FrameType | None) -> None:
-        if not BEGUN:  # or else it has ended: all is done and said
-            os.write(2, f"{program}: stopped before it began\n".encode())
-            os._exit(128 + number)
-
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is for a command in the background of a script
-        signal.signal(signal.SIGINT, end_now)
-    open_streams()
+    """Answer `--help` and a wrong flag before a command imports what takes seconds."""
     if LAUNCHED and program == "train.py":
         return  # its processes answer together
-    try:
+    with one_line_endings(program):
         if LAUNCHED:
             raise FlagError(f"torchrun is for train.py; start {program} without it")
         parse()
-    except (FlagError, SettingError) as error:
-        end(2, f"error: {in_words(error)}", program)
 
 
 def open_streams() -> None:
@@ -73,8 +55,8 @@ def say(*lines: object) -> None:
 
 
 def shows_bar() -> bool:
-    """Whether somebody sees progress bars on standard error: a terminal, or the process that has started this one."""
-    return sys.stderr.isatty() or SHOW_BAR in os.environ
+    """Whether somebody sees progress bars on standard error."""
+    return sys.stderr.isatty()
 
 
 def in_words(error: Exception) -> str:
@@ -94,11 +76,6 @@ def one_line(text: str) -> str:
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
 
 
-def how_to_resume(again: str) -> str:
-    """What to say where a signal stops a command that saves what it has done."""
-    return f"stopped; the epochs that are done are saved: run the same command {again} to resume"
-
-
 def warn(message: str, program: str) -> None:
     """Print a message as one line to standard error."""
     with suppress(OSError):  # a closed terminal
@@ -112,7 +89,7 @@ def end(code: int, message: str, program: str) -> NoReturn:
 
 
 @contextmanager
-def one_line_endings(program: str, stopped: Callable[[], str] = lambda: "stopped") -> Iterator[None]:
+def one_line_endings(program: str, stopped: str = "stopped") -> Iterator[None]:
     """Let errors and signals end a command with one line on standard error.
 
     The exit code is 2 for a wrong flag, 3 where another process is at work on the run, 4 where the training has
@@ -121,25 +98,24 @@ def one_line_endings(program: str, stopped: Callable[[], str] = lambda: "stopped
 
     Args:
         program: the command's name.
-        stopped: returns what to say where a signal stops it.
+        stopped: what to say where a signal stops it.
     """
     open_streams()
-    try:
-        with on_signals(interrupt):
-            BEGUN.append(program)
+    with catch_signals(raising=True):
+        try:
             yield
-    except KeyboardInterrupt as stop:
-        if not stop.args or stop.args[0] not in STOP_SIGNALS:  # a module of the user's may raise it
-            raise RuntimeError("KeyboardInterrupt was raised, but no signal has arrived") from stop
-        end(128 + stop.args[0], stopped(), program)
-    except (FloatingPointError, ValueError, OSError) as error:
-        codes = {FlagError: 2, SettingError: 2, BlockingIOError: AT_WORK, FloatingPointError: DIVERGED}
-        code = next((codes[kind] for kind in codes if isinstance(error, kind)), 1)
-        end(code, f"error: {in_words(error)}", program)
-    except (RuntimeError, MemoryError) as error:
-        words = r"out of memory|allocate memory|alloc_failed|create a memory object"  # torch has several ways to say it
-        if not isinstance(error, MemoryError) and not re.search(words, str(error), re.IGNORECASE):
-            raise
-        trains = program in ("train.py", "reproduce.py", "mechanism.py")
-        remedy = ": give a smaller --batch_size or another --device" if trains else ""
-        end(1, f"error: there is too little memory{remedy}", program)
+        except KeyboardInterrupt as stop:
+            if not stop.args or stop.args[0] not in STOP_SIGNALS:  # a module of the user's may raise it
+                raise RuntimeError("KeyboardInterrupt was raised, but no signal has arrived") from stop
+            end(128 + stop.args[0], stopped, program)
+        except (FloatingPointError, ValueError, OSError) as error:
+            codes = {FlagError: 2, SettingError: 2, AtWorkError: AT_WORK, FloatingPointError: DIVERGED}
+            code = next((codes[kind] for kind in codes if isinstance(error, kind)), 1)
+            end(code, f"error: {in_words(error)}", program)
+        except (RuntimeError, MemoryError) as error:
+            words = r"out of memory|allocate memory|alloc_failed|create a memory object"  # torch's ways to say it
+            if not isinstance(error, MemoryError) and not re.search(words, str(error), re.IGNORECASE):
+                raise
+            trains = program in ("train.py", "reproduce.py", "mechanism.py")
+            remedy = ": give a smaller --batch_size or another --device" if trains else ""
+            end(1, f"error: there is too little memory{remedy}", program)

@@ -9,6 +9,10 @@ from pathlib import Path
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 
+class AtWorkError(BlockingIOError):
+    """Another process works on the same run."""
+
+
 class DamagedFileError(ValueError):
     """A file is not what it should be: changed, cut short, or something else."""
 

@@ -211,10 +211,10 @@ def resize(image: Tensor, size: Size, margin: float = 1) -> Tensor:
     return v2.functional.center_crop(image, list(size))
 
 
-def decode_all(images: Images, size: Size, workers: int, show_bar: bool = False, stops: Sequence[int] = ()) -> Tensor:
+def decode_all(images: Images, size: Size, workers: int, show_bar: bool = False) -> Tensor:
     """All images in one tensor, uint8 (N, 3, H, W), decoded by `workers` threads; see `read_image`.
 
-    KeyboardInterrupt with the first of `stops`.
+    KeyboardInterrupt as soon as a signal has arrived.
     """
     decoded = torch.empty(len(images), 3, *size, dtype=torch.uint8)
 
@@ -223,6 +223,6 @@ def decode_all(images: Images, size: Size, workers: int, show_bar: bool = False,
 
     with ThreadPoolExecutor(workers) as threads, closing(threads.map(decode, range(len(images)))) as done:
         bar = tqdm(done, "decoding", len(images), unit="image", disable=not show_bar, leave=False)
-        for _ in until_stopped(bar, stops):
+        for _ in until_stopped(bar):
             pass
     return decoded

@@ -4,7 +4,7 @@ The images of a set live once, as one uint8 tensor on the training device, or ar
 are large. A split is a vector of indices into them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,7 +93,6 @@ def load_image_set(
     statistics: bool = True,
     report: Callable[[str], None] = lambda line: None,
     show_bar: bool = False,
-    stops: Sequence[int] = (),
 ) -> ImageSet:
     """Load a data set, its pixels onto a device where they are small enough to be kept.
 
@@ -115,7 +114,6 @@ def load_image_set(
             `keep_statistics`.
         report: called with a line of text where they cannot be kept.
         show_bar: whether to draw a progress bar on standard error while images are decoded.
-        stops: numbers of signals; as soon as there is one, decoding ends with KeyboardInterrupt.
 
     Raises:
         ValueError: a file is no image, or the classes are not those that a data set must have.
@@ -133,7 +131,7 @@ def load_image_set(
     if decoded and size == own:
         images = found.images.to(device)
     elif max(size) <= SMALL_IMAGE:
-        images = decode_all(found.images, size, max(workers, 1), show_bar, stops).to(device)
+        images = decode_all(found.images, size, max(workers, 1), show_bar).to(device)
     else:
         images = StreamedImages(found.images, size, flip, workers, pin_memory=device.type == "cuda")
     labels = torch.tensor(found.labels)
@@ -141,7 +139,7 @@ def load_image_set(
     image_set = ImageSet(images, labels.to(device), splits, found.classes, flip)
     if statistics:
         parts = torch.arange(found.num_train, device=device).split(100)
-        compute = partial(compute_statistics, image_set.take(parts), found.num_train, show_bar, stops)
+        compute = partial(compute_statistics, image_set.take(parts), found.num_train, show_bar)
         image_set.mean, image_set.std = found.statistics or keep_statistics(found, image_set.size, compute, report)
     return image_set
 

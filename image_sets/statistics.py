@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import numpy as np
@@ -16,16 +16,14 @@ from command_line.signals import until_stopped
 from image_sets.folders import FoundImages, Size, Statistics
 
 
-def compute_statistics(
-    batches: Iterable[Tensor], num_images: int, show_bar: bool = False, stops: Sequence[int] = ()
-) -> Statistics:
+def compute_statistics(batches: Iterable[Tensor], num_images: int, show_bar: bool = False) -> Statistics:
     """Mean and standard deviation of the channels of `num_images` images in batches, uint8 (n, 3, H, W).
 
-    ValueError where a channel has one value only; KeyboardInterrupt with the first of `stops`.
+    ValueError where a channel has one value only; KeyboardInterrupt as soon as a signal has arrived.
     """
     sums, squares, count = np.zeros(3, np.int64), np.zeros(3, np.int64), 0  # whole numbers add up in any order
     with tqdm(total=num_images, desc="statistics", unit="image", disable=not show_bar, leave=False) as bar:
-        for batch in until_stopped(batches, stops):
+        for batch in until_stopped(batches):
             channels = batch.transpose(0, 1).flatten(1)
             counts = torch.stack([torch.bincount(channel, minlength=256) for channel in channels]).cpu().numpy()
             sums += counts @ np.arange(256)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from filelock import FileLock, Timeout
 
+from command_line.files import AtWorkError
 from saved_runs.paths import RunFiles
 
 
@@ -13,7 +14,7 @@ def lock_run(files: RunFiles) -> Iterator[None]:
     """Keep every other process from working on the same run. The lock is free again when the process ends.
 
     Raises:
-        BlockingIOError: another process has the lock.
+        AtWorkError: another process has the lock.
         OSError: the file cannot be made, or not be locked.
     """
     files.lock.parent.mkdir(parents=True, exist_ok=True)
@@ -21,7 +22,7 @@ def lock_run(files: RunFiles) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise BlockingIOError(
+        raise AtWorkError(
             f"a process is at work on the run of {files.results} already: wait for it, or give another --name"
         ) from None
     except OSError as error:

@@ -2,50 +2,70 @@
 
 import copy
 import io
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import joblib
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import run_settings
 from command_line.endings import in_one_line
 from command_line.flag_types import SettingError
+from command_line.signals import raise_if_stopped
 from equivalence import Groups, equivalent, logits_alone
 from image_sets.folders import Size, class_names, find_parts
 from image_sets.loading import ImageSet, load_image_set
 from networks import construct_network
-from run_settings import Settings
+from run_settings import DATASETS, Settings, check_batch_size, determining, split_seed
 from saved_runs.checkpoint import load_saved
+from saved_runs.circumstances import code_version
 from saved_runs.tensorboard_curves import check_tensorboard
 from seeds import keep_random_states
-from training.progress import Report
-from training.world import ALONE, World
+from training import together
+from training.run import Report
 
 
-def parse(argv: Sequence[str] | None = None, world: World = ALONE) -> Settings:
-    """The settings of a run from its flags, complete and checked. SettingError names what is wrong."""
-    return prepare(run_settings.parse(argv), world)
+def parse(argv: Sequence[str] | None = None) -> Settings:
+    """The settings of a run from the flags of `train.py`, complete and checked."""
+    return prepare(run_settings.parse(argv))
 
 
-def prepare(settings: Settings, world: World = ALONE) -> Settings:
-    """The same settings, with a device. SettingError where they are wrong in a way that takes torch or images to tell.
+def prepare(settings: Settings) -> Settings:
+    """The same settings with a device and an absolute path, the same in all processes that make the run.
 
-    Whether the network can train on the images is left to `check_network`.
+    SettingError where they are wrong in a way that takes torch or images to tell. Whether the network can train on the
+    images is left to `check_network`.
     """
+    settings = together.agree(lambda: complete(settings))
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "code": code_version()}
+    kind_of_device = settings.device.partition(":")[0]
+    together.check_same({"name": settings.name, "device": kind_of_device, **determining(settings), **versions})
+    raise_if_stopped()
+    return settings
+
+
+def complete(settings: Settings) -> Settings:
+    """What `prepare` does in one process."""
     if settings.tensorboard:
         check_tensorboard()
-    settings = replace(settings, path=settings.path.absolute(), device=str(world.device(settings.device)))
-    if settings.dataset in run_settings.DATASETS:
-        known = run_settings.DATASETS[settings.dataset]
+    if settings.compile and together.size() > 1:
+        raise SettingError("compile", "it is for one process, without torchrun")
+    device = str(together.device_of(settings.device))
+    settings = replace(settings, path=settings.path.absolute(), device=device)  # a module may change the folder
+    if settings.dataset in DATASETS:
+        known = DATASETS[settings.dataset]
         num_classes, pixels = known.num_classes, settings.image_size or known.pixels
         size = (pixels, pixels)
     else:
         folder = settings.path / "images" / settings.dataset
         if not folder.is_dir():
-            built_in = ", ".join(run_settings.DATASETS)
+            built_in = ", ".join(DATASETS)
             raise SettingError("dataset", f"{settings.dataset} is none of {built_in}, and there is no {folder}")
         train, _ = find_parts(folder)
         num_classes, size = len(class_names(train)), None  # which takes longer to find
@@ -56,23 +76,40 @@ def prepare(settings: Settings, world: World = ALONE) -> Settings:
     return settings
 
 
-def load_images(
-    settings: Settings, report: Report = lambda line: None, show_bar: bool = False, stops: Sequence[int] = ()
-) -> ImageSet:
-    """The data set of a run; see `load_image_set`."""
-    return load_image_set(
+def load_images(settings: Settings, report: Report = lambda line: None, show_bar: bool = False) -> ImageSet:
+    """The data set of a run, the same in all processes that make it; see `load_image_set`.
+
+    SettingError where one of these would have no image of a training batch or of a whole split.
+    """
+    workers = settings.workers
+    if workers is None and together.size() > 1:  # torchrun gives each process one thread
+        workers = max(1, joblib.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]))
+    load = partial(
+        load_image_set,
         settings.dataset,
         settings.path / "images",
         settings.device,
         image_size=settings.image_size,
         flip=not settings.no_flip,
-        split_seed=run_settings.split_seed(vars(settings)),
-        workers=settings.workers,
+        split_seed=split_seed(vars(settings)),
+        workers=workers,
         statistics=settings.input_norm == "dataset",
         report=report,
         show_bar=show_bar,
-        stops=stops,
     )
+    image_set = together.in_turn(load)
+    raise_if_stopped()
+    together.check_same(image_set.notes)
+    num_images = {name: len(indices) for name, indices in image_set.splits.items()}
+    smallest = min(num_images, key=num_images.get)
+    if num_images[smallest] < together.size():
+        problem = f"split {smallest} has {num_images[smallest]} images, fewer than {together.size()} processes"
+        raise SettingError("dataset", problem)
+    last = num_images["train"] % settings.batch_size or settings.batch_size
+    if last < together.size():
+        problem = f"{settings.batch_size} leaves {last} images in a batch, fewer than {together.size()} processes"
+        raise SettingError("batch_size", problem)
+    return image_set
 
 
 def construct(settings: Settings, num_classes: int, size: Size | None, report: Report = lambda line: None) -> nn.Module:
@@ -110,7 +147,7 @@ def rewrite(network: nn.Module, settings: Settings) -> tuple[nn.Module, Groups]:
 def check_network(settings: Settings, network: nn.Module, image_set: ImageSet) -> None:
     """SettingError where a run's network cannot train on batches of these images. Nothing is drawn or changed."""
     num_train, num_classes = len(image_set.splits["train"]), len(image_set.classes)
-    run_settings.check_batch_size(settings, num_train)
+    check_batch_size(settings, num_train)
     check_saving(settings, network)
     try:
         trial = copy.deepcopy(network).cpu().train()

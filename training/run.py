@@ -1,0 +1,221 @@
+"""A run: its files, its lines and bar, its signals. Locked as long as it lasts, resumed to the last bit."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn, optim
+from tqdm import tqdm
+
+from command_line.files import AtWorkError, check_plain, remove_temporaries
+from command_line.signals import catch_signals, until_stopped
+from image_sets.batches import Batch, Batches
+from image_sets.loading import ImageSet
+from run_settings import DATASETS, Settings, Value
+from saved_runs.checkpoint import FORMAT, REMOVE_BOTH, read_finished, recover_run, save_run
+from saved_runs.circumstances import code_version, describe_run
+from saved_runs.lock import lock_run
+from saved_runs.paths import run_files
+from saved_runs.results import COLUMNS, SETTLED, UNSETTLED, Results, write_results
+from saved_runs.tensorboard_curves import Curves
+from seeds import random_states, set_random_states
+from training import together
+
+Report = Callable[[str], None]  # takes a line of text
+
+BAR = "{desc}, {rate_noinv_fmt}, {percentage:.0f} %, {remaining} left {bar}"
+
+
+class Run:
+    """A training run and its files, as a context manager: locked as long as it lasts, saved whatever ends it.
+
+    What an earlier process has left of the run is found on entry, and `resume` puts it into the network and its
+    optimizer; `epochs` are those that are left; `record` takes the numbers of each. Several processes that make the run
+    together all have what is in its files, but the first one alone has the files.
+
+    Args:
+        settings: what `preparation.prepare` returns.
+        report: called with one line of text at the start, and after every epoch.
+        show_bar: whether to draw a progress bar on standard error.
+
+    Raises:
+        AtWorkError: another process works on the same run.
+        ValueError: the files are of a run with other settings, or one is damaged; the message says what to do.
+        FileExistsError: there is the result file of an unfinished run, but no checkpoint.
+        OSError: a file cannot be read or written.
+    """
+
+    def __init__(self, settings: Settings, report: Report = lambda line: None, show_bar: bool = False) -> None:
+        self.settings, self.report, self.show_bar = settings, report, show_bar
+        self.files = run_files(settings.path, settings.run_name)
+        self.first = together.rank() == 0
+        self.results: Results | None = None  # the numbers so far
+        self.notes: dict[str, Value] = {}  # what else the result file shall say
+        self.state: dict[str, Any] | None = None  # all that the epochs so far have led to
+        self.saved_state: dict[str, Any] | None = None  # the same as it was at the last checkpoint
+        self.last_save = -math.inf
+        self.contexts = ExitStack()
+
+    def __enter__(self) -> "Run":
+        together.agree(self.open_files if self.first else lambda: None)
+        self.results, self.state = together.from_first((self.results, self.state))
+        if self.finished:
+            self.report(f"{self.settings.run_name} is finished already")
+        return self
+
+    def open_files(self) -> None:
+        """Lock the run and find what an earlier process has left of it."""
+        with ExitStack() as contexts:
+            try:
+                contexts.enter_context(lock_run(self.files))
+            except OSError as error:
+                if isinstance(error, AtWorkError) or self.settings.restart:
+                    raise
+                self.results = read_finished(self.files.results, self.settings)
+                if self.results is None:
+                    raise
+                return  # a run that is finished needs no lock, and its folder need not be one that can be written
+            for file in self.files:
+                check_plain(file)
+                remove_temporaries(file)
+            code_version()  # as it is now: it may be changed while the run goes on
+            if not self.settings.restart:
+                self.results, self.state = recover_run(self.files, self.settings)
+                self.saved_state = self.state
+            self.curves = contexts.enter_context(Curves(self.settings))
+            self.contexts = contexts.pop_all()
+
+    def __exit__(self, *_: object) -> None:
+        with self.contexts:
+            if self.first and self.saved_state is not self.state:
+                save_run(self.files, self.state)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.results is not None and self.results.has_made(self.settings.num_epochs)
+
+    @property
+    def epochs(self) -> range:
+        """The epochs that are left, counted from 1."""
+        done = self.results.num_epochs if self.results else 0
+        return range(done + 1, self.settings.num_epochs + 1)
+
+    def resume(
+        self,
+        network: nn.Module,
+        optimizer: optim.Optimizer,
+        scheduler: optim.lr_scheduler.LRScheduler,
+        image_set: ImageSet,
+    ) -> None:
+        """Put these three and all random generators into the state in which an earlier process has left the run.
+
+        From here on, a signal ends the run between two steps, never in the middle of saving it.
+        """
+        self.note_images(image_set.notes)
+        self.parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
+        self.start = time.monotonic()
+        if self.state is not None:
+            for name, part in self.parts.items():
+                try:
+                    part.load_state_dict(self.state[name])
+                except Exception:  # which one depends on what differs; of weights, it has a line for each
+                    problem = f"is of a run with another {name}: {REMOVE_BOTH}"
+                    raise ValueError(f"{self.files.checkpoint} {problem}") from None
+            for group in optimizer.param_groups:  # this goes with the device, which may be another one now
+                group["fused"] = optimizer.defaults["fused"]
+            set_random_states(self.state["random"])
+            self.last_save = self.start
+            self.start -= self.results.header["seconds"]
+        self.introduce(network, image_set)
+        num_images, done = len(image_set.splits["train"]), self.epochs[0] - 1
+        images = {"total": self.settings.num_epochs * num_images, "initial": done * num_images}
+        options = {"unit": " images", "unit_scale": True, "bar_format": BAR, "disable": not self.show_bar}
+        self.bar = self.contexts.enter_context(tqdm(**images, **options))
+        self.contexts.enter_context(catch_signals(raising=False))
+
+    def introduce(self, network: nn.Module, image_set: ImageSet) -> None:
+        """Report what the run does; also where it is resumed, and where its first accuracies mislead."""
+        settings = self.settings
+        size = sum(parameter.numel() for parameter in network.parameters())
+        images = f"{settings.dataset}, {image_set.numbers}"
+        self.report(f"{settings.network}, {size:,} parameters; {images}; {settings.device}, {settings.precision}")
+        if self.results:
+            self.report(f"{settings.run_name} resumes at epoch {self.epochs[0]} of {settings.num_epochs}")
+        num_steps = math.ceil(len(image_set.splits["train"]) / settings.batch_size)
+        if self.epochs[0] * num_steps < SETTLED:
+            self.report(f"an epoch has {num_steps} steps: {UNSETTLED}")
+
+    def note_images(self, notes: dict[str, Value]) -> None:
+        """Let the result file say what the images of a folder are like. ValueError where others were resumed with."""
+        if self.settings.dataset in DATASETS:
+            return
+        earlier = self.results.header if self.results else {}
+        for name, note in notes.items():
+            if (before := earlier.get(name, note)) != note:
+                name_of_run = self.settings.run_name
+                changed = f"the images of {self.settings.dataset} have changed since {name_of_run} was stopped"
+                remedy = "give --restart to start over, or another --name"
+                raise ValueError(f"{changed}: {name} were {before}, now {note}: {remedy}")
+        self.notes.update(notes)
+
+    def steps(self, batches: Batches) -> Iterator[Batch]:
+        """The batches, one after the other; KeyboardInterrupt with the number of a signal that has arrived."""
+        start = time.perf_counter()
+        if batches.training:
+            self.bar.set_description_str(f"epoch {self.epochs[0]}/{self.settings.num_epochs}", refresh=False)
+        for images, labels in together.in_step(until_stopped(batches)):
+            yield images, labels
+            if batches.training:
+                self.bar.update(len(labels) * together.size())
+        if batches.training:
+            self.speed = batches.num_images / (time.perf_counter() - start)
+
+    def record(self, epoch: int, train_loss: float, val_loss: float, val_accuracy: float, test_accuracy: float) -> None:
+        """Report the numbers of an epoch, add them to the results, and save what is due.
+
+        The result file is written after every epoch; the checkpoint after the first one, when `checkpoint_seconds` have
+        passed since the last, and at the end; see `save_run`.
+        """
+        numbers = (epoch, train_loss, val_loss, val_accuracy, test_accuracy)
+        earlier = self.results
+        before = earlier.columns if earlier else dict.fromkeys(COLUMNS, np.array([], dtype=int))
+        columns = {name: np.append(before[name], value) for name, value in zip(COLUMNS, numbers, strict=True)}
+        described = describe_run(self.settings, time.monotonic() - self.start, earlier, together.size())
+        self.results = Results(described | self.notes, columns)
+        together.agree((lambda: self.save(earlier, numbers)) if self.first else lambda: None)
+        self.report(
+            f"epoch {epoch}/{self.settings.num_epochs}: train loss {train_loss:.6f}, val loss {val_loss:.6f},"
+            f" val accuracy {val_accuracy:.3f} %, test accuracy {test_accuracy:.3f} %, {self.speed:,.0f} images/s"
+        )
+
+    def save(self, earlier: Results | None, numbers: tuple[float, ...]) -> None:
+        """Save what is due after an epoch with these numbers."""
+        self.curves.add(self.parts["network"], earlier, *numbers)  # first: so all that is saved is shown
+        if self.results.best_epoch == self.results.num_epochs:
+            weights = self.parts["network"].state_dict()
+            best_weights = {
+                name: value.cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+                for name, value in weights.items()
+            }
+        else:
+            best_weights = self.state["best_weights"]
+        self.state = {
+            "format": FORMAT,
+            "settings": self.results.header,
+            "columns": {name: column.tolist() for name, column in self.results.columns.items()},
+            "best_weights": best_weights,
+            **{name: copy.deepcopy(part.state_dict()) for name, part in self.parts.items()},
+            "random": random_states(),
+        }
+        if self.saved_state is None:  # the results of a run that this one replaces must not stand beside its checkpoint
+            self.files.results.unlink(missing_ok=True)
+        if self.finished or time.monotonic() - self.last_save > self.settings.checkpoint_seconds:
+            save_run(self.files, self.state)
+            self.saved_state, self.last_save = self.state, time.monotonic()
+        else:
+            write_results(self.files.results, self.results)
