@@ -8,7 +8,6 @@ are in `run_settings.py`; what is checked before, saved, and shared between proc
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from functools import reduce
 from operator import add
 
@@ -21,7 +20,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn, optim
+from torch import nn, optim
 
 from image_sets.batches import Batch, Batches
 from run_settings import Settings
@@ -29,7 +28,7 @@ from saved_runs.paths import run_files
 from saved_runs.results import Results
 from seeds import make_deterministic
 from training import together
-from training.devices import speed_up, use_precision
+from training.devices import compute_logits, speed_up, use_precision
 from training.preparation import check_network, construct, load_images, prepare, rewrite
 from training.run import Report, Run
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
@@ -49,10 +48,7 @@ def train(settings: Settings, report: Report = lambda line: None, show_bar: bool
     Raises:
         FloatingPointError: a loss is not finite.
         ValueError: a setting is wrong (SettingError); a file is of a run with other settings, or damaged.
-        FileNotFoundError: the data cannot be had, or there is no compiler for `compile`.
-        AtWorkError: another process works on the same run.
-        OSError: a file cannot be read or written.
-        torch.OutOfMemoryError: the device has too little memory.
+        OSError: the data cannot be had, a file not read or written; AtWorkError: another process works on the run.
     """
     settings = prepare(settings)
     with Run(settings, report, show_bar) as run, use_precision(settings.precision):
@@ -69,12 +65,12 @@ def train(settings: Settings, report: Report = lambda line: None, show_bar: bool
         network = construct(settings, len(image_set.classes), image_set.size, report)
         check_network(settings, network, image_set)
         network.to(settings.device)
-        parameters = adjust_weight_decay_and_learning_rate(
+        groups = adjust_weight_decay_and_learning_rate(
             network, settings.weight_decay, settings.learning_rate, settings.c
         )
         if settings.equivalent != "no":
-            network, parameters = rewrite(network, settings)
-        optimizer = optim.SGD(parameters, momentum=settings.momentum, fused=settings.device.startswith("cuda"))
+            network, groups = rewrite(network, settings)
+        optimizer = optim.SGD(groups, momentum=settings.momentum, fused=settings.device.startswith("cuda"))
         if settings.scheduler == "cos":
             scheduler = optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.num_epochs, eta_min=1e-8)
         else:
@@ -127,16 +123,6 @@ def measure(network: nn.Module, batches: Iterable[Batch], settings: Settings) ->
     loss, num_correct = reduce(add, torch.stack(losses).tolist()), torch.stack(correct).sum().item()
     loss, num_correct, num_images = together.total(loss, num_correct, num_images)
     return loss / num_images, num_correct / num_images * 100
-
-
-def compute_logits(network: nn.Module, images: Tensor, settings: Settings) -> Tensor:
-    """The network's outputs (N, classes), in float32 whatever the precision is."""
-    short = settings.compile and len(images) != settings.batch_size  # compiling for it would take longer than it saves
-    with (
-        torch.compiler.set_stance("force_eager") if short else nullcontext(),
-        torch.autocast(images.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"),
-    ):
-        return network(images).float()
 
 
 def check_finite(loss: float, what: str) -> None:

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import optim
@@ -77,8 +76,7 @@ def measure(began: float, flags: list[str], seconds: float, num_threads: int) ->
     network = construct(settings, len(image_set.classes), image_set.size)
     optimizer = optim.SGD(adjust_weight_decay_and_learning_rate(network, learning_rate=0.001), momentum=0.9)
     batches = Batches(image_set, "train", settings.batch_size, normalize=False)
-    progress = SimpleNamespace(epoch=1, step=lambda loss, num_images: None)
-    train = partial(train_one_epoch, network, optimizer=optimizer, settings=settings, progress=progress)
+    train = partial(train_one_epoch, network, optimizer=optimizer, settings=settings)
 
     start, endless = time.time() - began, chain.from_iterable(repeat(batches))
     train(batches=[next(endless)])

@@ -26,7 +26,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -139,11 +138,9 @@ def make_training(args: argparse.Namespace, mode: str) -> Training:
     parameters = adjust_weight_decay_and_learning_rate(network, learning_rate=0.001, c=100)
     optimizer = optim.SGD(parameters, momentum=0.9, fused=args.device.type == "cuda")
 
-    progress = SimpleNamespace(epoch=1, step=lambda loss, num_images: None)
-
     def train(batches: Iterable[Batch]) -> None:
         with use_precision(precision):
-            train_one_epoch(network, batches, optimizer, settings, progress)
+            train_one_epoch(network, batches, optimizer, settings)
 
     return train
 

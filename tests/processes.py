@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=2 tests/processes.py FOLDER
 
 makes the runs of FOLDER/jobs.json, one after the other; what process R saw is in FOLDER/R.pt. With arguments of
-train.py after the folder, it makes one slow run of them, with the small network on a few digits.
+train.py after the folder, it makes one run of them that waits to be stopped, with the small network on a few digits.
 """
 
 import io
@@ -25,8 +25,9 @@ from sklearn import datasets
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
+from command_line.signals import ARRIVED
 from small import construct_small_network, load_few_digits, train_small
-from training import preparation, pulse
+from training import preparation
 
 RANK = os.environ.get("RANK", "0")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -88,17 +89,20 @@ def record(job: dict[str, Any]) -> dict[str, Any]:
     return {**seen, "error": errors.getvalue()}
 
 
-def run_slowly(folder: Path, flags: list[str]) -> None:
-    """One run with a tenth of a second for each batch. Files in the folder have this process's number and exit code."""
+def run_until_stopped(folder: Path, flags: list[str]) -> None:
+    """One run that stands still after its first epoch until a signal arrives; torchrun sends one if a process dies.
+
+    Files in the folder have this process's number and exit code.
+    """
     compute_logits = train.compute_logits
 
-    def slow(*arguments: Any) -> Any:
-        time.sleep(0.1)
+    def wait_for_signal(*arguments: Any) -> Any:
+        while list(folder.glob("results/*.csv")) and not ARRIVED:
+            time.sleep(0.01)
         return compute_logits(*arguments)
 
     train_small()
-    train.compute_logits = slow
-    pulse.SILENCE, pulse.GRACE = pulse.SILENCE / 20, pulse.GRACE / 10
+    train.compute_logits = wait_for_signal
     (folder / f"process-{RANK}").write_text(str(os.getpid()))
     try:
         train.main(flags)
@@ -125,7 +129,7 @@ def started(command: list[str], output: Path) -> Iterator[subprocess.Popen]:
 def main(folder: Path, *flags: str) -> None:
     """The command line."""
     if flags:
-        run_slowly(folder.absolute(), list(flags))
+        run_until_stopped(folder.absolute(), list(flags))
     else:
         os.chdir(folder)
         jobs = json.loads(Path("jobs.json").read_text())

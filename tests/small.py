@@ -6,7 +6,6 @@ import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 from torch import Tensor, nn
 
-import train
 from batch_norm import ScaleBatchNorm2d
 from training import preparation
+from training.run import Run
 
 STOP = KeyboardInterrupt(signal.SIGINT)  # as Ctrl-C raises it
 
@@ -64,20 +63,14 @@ def train_small() -> None:
 
 def stop_in_epoch(epoch_to_stop: int, monkeypatch, error: BaseException = STOP) -> None:
     """Let the run stop within an epoch, when its weights have moved on already."""
-    whole_epoch = train.train_one_epoch
+    whole_epoch = Run.steps
 
-    def part_of_epoch(network, batches, optimizer, settings, progress, world):
-        loss = whole_epoch(network, batches, optimizer, settings, progress, world)
-        if progress.epoch == epoch_to_stop:
+    def part_of_epoch(run, batches):
+        yield from whole_epoch(run, batches)
+        if batches.training and run.epochs[0] == epoch_to_stop:
             raise error
-        return loss
 
-    monkeypatch.setattr(train, "train_one_epoch", part_of_epoch)
-
-
-def silent_progress(epoch: int) -> SimpleNamespace:
-    """In place of the `Progress` of an epoch."""
-    return SimpleNamespace(epoch=epoch, step=lambda loss, num_images: None)
+    monkeypatch.setattr(Run, "steps", part_of_epoch)
 
 
 def write_pickle(file: Path, content: dict) -> list[str]:

@@ -3,13 +3,20 @@ import re
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from command_line.endings import one_line_endings
-from command_line.signals import STOP_SIGNALS, on_signals
+from command_line.signals import (
+    ARRIVED,
+    STOP_AT_END_OF_INPUT,
+    STOP_SIGNALS,
+    catch_signals,
+    handle,
+    until_stopped,
+)
 from experiment import plan
 from run_settings import DEFAULTS, WITHOUT_EFFECT, make_parser, parse
 
@@ -79,7 +86,7 @@ def test_order_of_flags_is_that_of_committed_files():
             assert of_numbers == [flag for flag in DEFAULTS if flag in of_numbers]
         given = {flag: header[flag] for flag in of_numbers if header[flag] not in ("null", "false")}
         flags = [f"--{flag}" if value == "true" else f"--{flag}={value}" for flag, value in given.items()]
-        assert parse(flags).name == header["name"] == file.stem
+        assert parse(flags).run_name == header["name"] == file.stem
 
 
 def test_wrong_values_are_answered_before_the_slow_imports():
@@ -106,7 +113,7 @@ def test_nobody_reads_what_is_said(tmp_path, how):
     if "/dev/full" in how and not Path("/dev/full").exists():
         pytest.skip("this system has no device that is always full")
     file = tmp_path / "file"
-    (tmp_path / "x.py").write_text(SAY.format(folder=str(ROOT), file=str(file), between="import time; time.sleep(0.2)"))
+    (tmp_path / "x.py").write_text(SAY.format(folder=str(ROOT), file=str(file), between=""))
     command = how.format(f"{sys.executable} {tmp_path / 'x.py'}")
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -114,67 +121,49 @@ def test_nobody_reads_what_is_said(tmp_path, how):
     assert done.stdout in ("", "a line\n") or "2>&-" in how
 
 
-def test_ctrl_c_while_modules_are_imported(tmp_path):
-    slow = "import sys, time; print('importing', flush=True); time.sleep(60)"
-    (tmp_path / "torch.py").write_text(slow)
-    command = [
-        sys.executable,
-        "-c",
-        f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r});"
-        f"sys.path.insert(1, {str(ROOT)!r}); sys.argv = ['train.py'];"
-        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "importing\n"
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=30)
-    assert (process.returncode, error) == (130, "train.py: stopped before it began\n")
-
-
-AFTER_THE_END = """
-import sys, time
-sys.path.insert(0, {folder!r})
-from command_line.endings import answer_at_once, one_line_endings, say
-answer_at_once("x.py", list)
-with one_line_endings("x.py"):
-    say("all is done")
-time.sleep(2)
-"""
-
-
-def test_ctrl_c_after_the_last_line():
-    command = [sys.executable, "-c", AFTER_THE_END.format(folder=str(ROOT))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "all is done\n"
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=30)
-    assert (process.returncode, error) == (0, "")
-
-
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_signal_ends_a_command_in_one_line(capsys, number):
-    with pytest.raises(SystemExit) as stop, one_line_endings("x.py", lambda: "stopped; come again"):
-        os.kill(os.getpid(), number)
-        time.sleep(10)
+    with pytest.raises(SystemExit) as stop, one_line_endings("x.py", "stopped; come again"):
+        signal.raise_signal(number)
     assert stop.value.code == 128 + number
     assert capsys.readouterr().err == "x.py: stopped; come again\n"
 
 
+def test_every_signal_is_noted(capsys):
+    """What is raised within a finalizer is lost; what follows looks at the record."""
+
+    reached = []
+    with pytest.raises(SystemExit) as stop, one_line_endings("x.py"):
+        with suppress(KeyboardInterrupt):  # as Python does within a finalizer
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(STOP_SIGNALS[-1])  # a second one is noted, and does not disturb the ending
+        reached.append(list(ARRIVED))
+        for _ in until_stopped([1, 2]):
+            reached.append("another step")
+    assert stop.value.code == 128 + signal.SIGTERM and capsys.readouterr().err == "x.py: stopped\n"
+    assert reached == [[signal.SIGTERM, STOP_SIGNALS[-1]]] and not ARRIVED
+
+
 def test_signal_that_arrives_while_it_begins_to_be_handled(monkeypatch):
-    install, stops, earlier = signal.signal, [], [signal.getsignal(number) for number in STOP_SIGNALS]
+    install, seen, earlier = signal.signal, [], [signal.getsignal(number) for number in STOP_SIGNALS]
 
     def install_late(number, handler):
         install(number, handler)
-        if handler not in (*earlier, signal.SIG_DFL, signal.SIG_IGN) and not stops:
-            os.kill(os.getpid(), number)
-            time.sleep(0.01)
+        if handler is handle and not ARRIVED:
+            signal.raise_signal(number)
 
     monkeypatch.setattr(signal, "signal", install_late)
-    with on_signals(stops.append):
-        pass
-    assert stops == [STOP_SIGNALS[0]]
+    with catch_signals(raising=False):
+        seen += ARRIVED
+    assert seen == [STOP_SIGNALS[0]] and not ARRIVED
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == earlier
+
+
+def test_second_ctrl_c_ends_a_command_at_once():
+    code = "import signal; from command_line.signals import catch_signals\nwith catch_signals(raising=False):\n"
+    code += "    signal.raise_signal(2); print('saving', flush=True); signal.raise_signal(2); print('still there')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "saving\n")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no terminals that are closed")
@@ -182,13 +171,37 @@ def test_signal_that_is_ignored_stays_so():
     """As under nohup."""
     earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        stops = []
-        with on_signals(stops.append):
-            os.kill(os.getpid(), signal.SIGHUP)
-            time.sleep(0.01)
-        assert stops == []
+        with catch_signals(raising=True):
+            signal.raise_signal(signal.SIGHUP)
+            assert not ARRIVED
     finally:
         signal.signal(signal.SIGHUP, earlier)
+
+
+AT_END_OF_INPUT = """
+import os, signal, time
+{before}
+from command_line.endings import one_line_endings
+from command_line.signals import raise_if_stopped, stop_at_end_of_input
+with one_line_endings("x.py"):
+    stop_at_end_of_input()
+    print("begun", flush=True)
+    while True:
+        raise_if_stopped()
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("before", ["", "signal.signal(signal.SIGTERM, signal.SIG_IGN)"], ids=["", "SIGTERM ignored"])
+def test_end_of_input_stops_a_command(before):
+    """So a run ends with the process that has started it, also where signals do not reach it."""
+    environment = {**os.environ, STOP_AT_END_OF_INPUT: "1"}
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-c", AT_END_OF_INPUT.format(before=before)]
+    with subprocess.Popen(command, **streams, text=True, env=environment, cwd=ROOT) as process:
+        assert process.stdout.readline() == "begun\n"
+        _, error = process.communicate("")
+    assert (process.returncode, error) == (143, "x.py: stopped\n")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import chdir, contextmanager, suppress
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from folders import make_folder
 from processes import DRIVER, TORCHRUN, started
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 80  # in which a run ends when a process was killed; USAGE.md says so
+SECONDS = 600  # in which a run ends when a process was killed, as an exchange takes no longer; USAGE.md says so
 
 NETWORKS = """
 import timm
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 def plain(num_classes, dropout=0):
@@ -33,6 +35,21 @@ def plain(num_classes, dropout=0):
 
 def forgetful(num_classes):
     return plain(num_classes, 0.5)
+
+class Functional(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.Flatten(), nn.Linear(200, num_classes))
+        self.batch_norm = nn.BatchNorm2d(3)
+        self.register_buffer("mean", torch.zeros(200))
+        self.register_buffer("var", torch.ones(200))
+
+    def forward(self, images):
+        hidden = self.layers[:2](self.batch_norm(images))
+        return self.layers[2](F.batch_norm(hidden, self.mean, self.var, training=self.training))
+
+def functional(num_classes):
+    return Functional(num_classes)
 
 def with_activations(num_classes):
     return timm.create_model("mobilenetv3_small_050", num_classes=num_classes, drop_rate=0)
@@ -75,6 +92,10 @@ OTHER_LAYERS = {  # that are batch norms and more
         "double": True,
     },
     "own": {"flags": [*FOLDER, "--dataset", "small", "--network", "shared_out_networks:own"], "double": True},
+    "called outside of a layer": {
+        "flags": [*FOLDER, "--dataset", "small", "--network", "shared_out_networks:functional"],
+        "double": True,
+    },
 }
 CONTINUED = {"flags": [*DIGITS, "--scheduler", "none", "--tensorboard", "--name", "continued"], "small": True}
 NUMBER = 3  # processes: shares of a batch differ by one image
@@ -180,17 +201,17 @@ def test_run_goes_on_with_another_number_of_processes(seen, folder):
 @pytest.mark.parametrize(
     ("job", "code", "line"),
     [
-        ("diverged", 4, r"the loss at epoch \d, step \d is (nan|inf): the training has diverged; .*"),
-        ("small batch", 2, "argument --batch_size: a batch of 1 leaves no image for some of the 3 processes"),
-        ("small last batch", 2, "argument --batch_size: a last batch of 1 leaves no image for some of the 3 .*"),
+        ("diverged", 4, r"the loss of step \d is (nan|inf): the training has diverged; .*"),
+        ("small batch", 2, "argument --batch_size: 1 leaves 1 images in a batch, fewer than 3 processes"),
+        ("small last batch", 2, "argument --batch_size: 143 leaves 1 images in a batch, fewer than 3 processes"),
         (
             "other settings",
-            2,
-            "the processes differ: momentum is 0.9 in the first one, 0.5 in process 1; start them .*",
+            1,
+            "the processes differ in momentum: start them all with the same command, .*",
         ),
         ("other flags", 2, "unrecognized arguments: --momenta 0.5"),
-        ("other torch", 2, r"the processes differ: torch is .* in the first one, 2\.0\.0 in process 1; start them .*"),
-        ("other images", 2, "the processes differ: images is .* in the first one, .* in process 1; start them all .*"),
+        ("other torch", 1, "the processes differ in torch: start them all with the same command, versions and images"),
+        ("other images", 1, "the processes differ in images: start them all with the same .*"),
         ("compiled", 2, "argument --compile: it is for one process, without torchrun"),
         ("no statistics", 2, "argument --network: batch norm '1.0' has no running statistics, so that it can be .*"),
     ],
@@ -203,7 +224,7 @@ def test_ends_all_processes_with_one_line(seen, job, code, line):
 
 
 @contextmanager
-def slow_run(folder: Path) -> Iterator[tuple[subprocess.Popen, list[int]]]:
+def run_to_stop(folder: Path) -> Iterator[tuple[subprocess.Popen, list[int]]]:
     """The example of USAGE.md with the small network, once the first epoch is saved: torchrun and its two processes."""
     [example] = re.findall(r"^```\n(torchrun .*)\n```$", (ROOT / "USAGE.md").read_text(), re.MULTILINE)
     words = shlex.split(example)
@@ -217,9 +238,8 @@ def slow_run(folder: Path) -> Iterator[tuple[subprocess.Popen, list[int]]]:
 
 def wait_for(folder: Path, text: str, process: subprocess.Popen) -> None:
     """Until the output has this text."""
-    deadline = time.monotonic() + 60
     while text not in (folder / "output").read_text():
-        assert process.poll() is None and time.monotonic() < deadline, (folder / "output").read_text()
+        assert process.poll() is None, (folder / "output").read_text()
         time.sleep(0.02)
 
 
@@ -228,31 +248,26 @@ def own_lines(folder: Path) -> list[str]:
     return re.findall(r"^train\.py: .*", (folder / "output").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "silent"])
-def test_process_that_is_lost_ends_the_run(tmp_path, number):
-    """Here the second process; another one that is left says how to go on. Silence counts after 3 s in this test."""
-    with slow_run(tmp_path) as (process, [_, second]):
-        os.kill(second, number)
-        wait_for(tmp_path, "train.py: error: ", process)
-        with suppress(ProcessLookupError):
-            os.kill(second, signal.SIGKILL)  # or else torchrun waits half a minute for a silent one
+def test_process_that_is_killed_ends_the_run(tmp_path):
+    """Here the second of two; the first one says how to go on."""
+    with run_to_stop(tmp_path) as (process, [_, second]):
+        os.kill(second, signal.SIGKILL)
         assert process.wait(SECONDS) == 1
     [line] = own_lines(tmp_path)
     assert "has died or does not answer: run the same command again" in line
-    if number == signal.SIGKILL:
-        assert (tmp_path / "code-0").read_text() == "1"
+    assert (tmp_path / "code-0").read_text() == "1"
     assert list(tmp_path.glob("networks/x-last.pt"))
 
 
 def test_signal_to_all_processes_saves_the_run(tmp_path):
     """As a scheduler sends it: to torchrun too. Then one process goes on with the run."""
-    with slow_run(tmp_path) as (process, of_processes):
+    with run_to_stop(tmp_path) as (process, of_processes):
         for pid in (*of_processes, process.pid):
             os.kill(pid, signal.SIGTERM)
         process.wait(SECONDS)
     assert own_lines(tmp_path) == [
-        "train.py: stopped; the epochs that are done are saved: run the same command again to resume"
+        "train.py: stopped; the epochs that are done are saved: run the same command again, without --restart, to go on"
     ]
     assert [(tmp_path / f"code-{rank}").read_text() for rank in range(2)] == ["143", "143"]
     done = [line for line in (tmp_path / "results" / "x.csv").read_text().splitlines() if line[0].isdigit()]
-    assert 1 <= len(done) < 5
+    assert len(done) == 1

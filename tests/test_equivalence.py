@@ -9,7 +9,7 @@ from torch import Tensor, nn, optim
 from torch.nn.utils import prune
 
 import train
-from command_line.flag_types import FlagError
+from command_line.flag_types import SettingError
 from equivalence import equivalent, logits_alone
 from image_sets.batches import Batches
 from image_sets.loading import load_image_set
@@ -191,5 +191,5 @@ def test_logits_start_smaller_and_nothing_else():
 def test_flag_where_there_is_no_equivalent():
     flags = [*QUICK, "--network", "mobilenet_v3_small", "--image_size", "64", "--equivalent"]
     preparation.parse([*flags, "logits"])
-    with pytest.raises(FlagError, match=r"argument --equivalent: mobilenet_v3_small: .* not homogeneous: Hard"):
+    with pytest.raises(SettingError, match=r"equivalent: mobilenet_v3_small: .* not homogeneous: Hard"):
         preparation.parse([*flags, "logits+rates"])

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -22,7 +23,6 @@ from image_sets.loading import load_image_set
 from saved_runs.checkpoint import load_checkpoint
 from saved_runs.results import Results
 from seeds import random_states, set_random_states
-from small import silent_progress
 from training import preparation
 from training.devices import speed_up, use_precision
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
@@ -39,13 +39,12 @@ def run(folder: Path, device: torch.device, *flags: str, stop_after: str | None 
     """Train on a few digits; a signal comes with the line that starts with `stop_after`."""
     small = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "3", "--name", "x"]
     settings = preparation.parse([*small, "--path", str(folder), "--device", device.type, *flags])
-    stops = []
 
     def report(line: str) -> None:
         if stop_after and line.startswith(stop_after):
-            stops.append(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
 
-    return train.train(settings, report, stops=stops)
+    return train.train(settings, report)
 
 
 def numbers(results: Results) -> dict[str, list]:
@@ -159,7 +158,7 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(gpu, without_waiting, small_n
     digits = {split: Batches(load_image_set("digits", device=gpu), split, 10, normalize) for split in ("train", "test")}
     optimizer = optim.SGD(adjust_weight_decay_and_learning_rate(network), momentum=0.9, fused=gpu.type == "cuda")
     for _ in range(2):
-        train.train_one_epoch(network, without_waiting(digits["train"]), optimizer, settings, silent_progress(1))
+        train.train_one_epoch(network, without_waiting(digits["train"]), optimizer, settings)
         train.measure(network, without_waiting(digits["test"]), settings)
 
 
@@ -188,7 +187,7 @@ def test_processes_compute_what_one_does(gpu, tmp_path, monkeypatch, number):
 def test_optimizer_is_fused_on_a_gpu(small_network, tmp_path, monkeypatch, device, fused):
     """The run gets as far as its optimizer, with everything on the CPU."""
     settings = preparation.parse(["--dataset", "digits", "--path", str(tmp_path), "--device", "cpu"])
-    settings.device = torch.device(device)
+    monkeypatch.setattr(train, "prepare", lambda settings: replace(preparation.prepare(settings), device=device))
     monkeypatch.setattr(preparation, "load_image_set", lambda name, *_, **__: loading.load_image_set(name))
     monkeypatch.setattr(nn.Module, "to", lambda self, *_: self)
     monkeypatch.setattr(optim, "SGD", Mock(side_effect=InterruptedError))

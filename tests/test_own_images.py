@@ -1,6 +1,7 @@
 """Runs and experiments on folders of images that are not as they should be, or change."""
 
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 import figures
 import reproduce
 import train
+from command_line.signals import catch_signals
 from folders import make_folder
 from image_sets import folders
 from image_sets.loading import load_image_set
@@ -122,20 +124,19 @@ def test_what_is_wrong_for_all_runs_is_said_once(beetles, capsys, change, others
 
 @pytest.mark.parametrize("image_size", [8, 66], ids=["kept", "streamed"])
 def test_signal_while_images_are_decoded(beetles, monkeypatch, image_size):
-    """As in a process of `--jobs`, which is told of signals through a list."""
-    stops, read = [], []
+    read = []
 
     def read_slowly(file: Path):
         read.append(file)
         if len(read) == 3:
-            stops.append(15)
+            signal.raise_signal(signal.SIGTERM)
         time.sleep(0.01)
         return image_folders_read(file)
 
     image_folders_read = folders.read_image
     monkeypatch.setattr(folders, "read_image", read_slowly)
     make_folder(beetles, num_train=300, size=(16, 16))
-    with pytest.raises(KeyboardInterrupt) as stop:
-        load_image_set("beetles", "images", image_size=image_size, workers=0, stops=stops)
+    with pytest.raises(KeyboardInterrupt) as stop, catch_signals(raising=False):
+        load_image_set("beetles", "images", image_size=image_size, workers=0)
     assert stop.value.args == (15,) and len(read) <= 200
     assert not list(beetles.glob("*.json*"))

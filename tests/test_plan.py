@@ -44,7 +44,7 @@ def test_own_settings_and_sweep():
 
 def test_names_of_runs_are_those_of_train():
     for run in planned("--precision", "bfloat16", "--seeds", "1"):
-        assert run.settings.run_name == run_settings.parse(run.flags).name
+        assert run.settings.run_name == run_settings.parse(run.flags).run_name
     assert (
         parse([*FLAGS, "--precision", "bfloat16"]).table_name
         == "digits-resnet18-batch_size=48-num_epochs=2-precision=bfloat16"
@@ -80,7 +80,7 @@ def test_runs_at_chosen_rates_come_in_pairs():
     )
     assert runs[1].settings.run_name == f"{EXPERIMENT}-learning_rate=0.02-weight0.1-c100-bn-seed1"
     for run in (*args.tuning_runs, *runs):
-        assert run.settings.run_name == run_settings.parse(run.flags).name
+        assert run.settings.run_name == run_settings.parse(run.flags).run_name
 
 
 def test_names_of_runs_at_rates_with_a_name():

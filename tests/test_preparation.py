@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import train
-from command_line.flag_types import FlagError
+from command_line.flag_types import SettingError
+from run_settings import Settings
 from saved_runs.results import read_results
 from seeds import make_deterministic
 from trained_networks import load_network
@@ -23,7 +24,7 @@ ONE_EPOCH = ["--dataset", "digits", "--num_epochs", "1", "--device", "cpu"]
 
 def check(network: nn.Module, height: int, width: int, batch_size: int = 4, num_train: int = 8) -> None:
     """`check_network` for so many images of three classes."""
-    settings = SimpleNamespace(network="own:picky", dataset="flowers", batch_size=batch_size)
+    settings = Settings(network="own:picky", dataset="flowers", batch_size=batch_size)
     splits = {"train": torch.arange(num_train)}
     check_network(settings, network, SimpleNamespace(splits=splits, classes=["a", "b", "c"], size=(height, width)))
 
@@ -53,11 +54,10 @@ def test_a_network_is_tried_and_left_as_it_is():
     numbers = random.random(), np.random.rand(), torch.rand(1)
     make_deterministic(3)
     check(network, 7, 14)
-    with pytest.raises(FlagError) as error:
+    with pytest.raises(SettingError) as error:
         check(network, 7, 20)
     assert str(error.value) == (
-        "argument --network: own:picky cannot train on two images of 7×20 pixels: ValueError: sides must be divisible"
-        " by 7"
+        "network: own:picky cannot train on two images of 7×20 pixels: ValueError: sides must be divisible by 7"
     )
     assert (random.random(), np.random.rand(), torch.rand(1)) == numbers and not network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
@@ -72,12 +72,12 @@ def test_a_network_is_tried_and_left_as_it_is():
     ],
 )
 def test_what_is_no_logits(logits, what):
-    with pytest.raises(FlagError, match=rf"computes {what} for 2 images, not logits \(2, 3\)"):
+    with pytest.raises(SettingError, match=rf"computes {what} for 2 images, not logits \(2, 3\)"):
         check(Picky(logits), 7, 7)
 
 
 def test_network_that_starts_with_nan():
-    with pytest.raises(FlagError, match="own:picky computes values that are not finite before its first step"):
+    with pytest.raises(SettingError, match="own:picky computes values that are not finite before its first step"):
         check(Picky(lambda logits: logits * torch.nan), 7, 7)
 
 
@@ -86,20 +86,20 @@ def test_last_batch_of_one():
     without_batch_norm = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     check(without_batch_norm, 7, 7, batch_size=3, num_train=7)  # it can train on one
     with pytest.raises(
-        FlagError, match=r"--batch_size: 3 leaves a last batch of one .* cannot train on one: ValueError: one image"
+        SettingError, match=r"batch_size: 3 leaves a last batch of one .* cannot train on one: ValueError: one image"
     ):
         check(Picky(), 7, 7, batch_size=3, num_train=7)
 
 
 def test_more_in_a_batch_than_there_are():
-    with pytest.raises(FlagError, match="--batch_size: flowers has 8 training images, fewer than a batch of 9"):
+    with pytest.raises(SettingError, match="batch_size: flowers has 8 training images, fewer than a batch of 9"):
         check(Picky(), 7, 7, batch_size=9)
 
 
 def test_network_that_cannot_be_copied():
     network = Picky()
     network.weight = nn.Parameter(torch.ones(3)) * 2
-    with pytest.raises(FlagError, match="own:picky cannot be copied: RuntimeError: Only Tensors created explicitly by"):
+    with pytest.raises(SettingError, match="own:picky cannot be copied: RuntimeError: Only Tensors created"):
         check(network, 7, 7)
 
 
@@ -145,9 +145,9 @@ def test_state_of_more_than_finite_tensors_is_saved_resumed_and_loaded(few_digit
 
 
 def test_state_that_cannot_be_loaded_again_is_refused():
-    settings = SimpleNamespace(network="own:network")
+    settings = Settings(network="own:network")
     check_saving(settings, WithMore(3, more={"version": 3}))
     with pytest.raises(
-        FlagError, match="cannot be resumed: _extra_state in its state_dict, of type Generator, cannot be"
+        SettingError, match="cannot be resumed: _extra_state in its state_dict, of type Generator, cannot be"
     ):
         check_saving(settings, WithMore(3, more=np.random.default_rng(0)))

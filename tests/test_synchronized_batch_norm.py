@@ -13,11 +13,10 @@ from torch.nn.modules.batchnorm import sync_batch_norm
 from torch.nn.utils import parametrize
 
 from batch_norm import ScaleBatchNorm2d
-from command_line.flag_types import FlagError
 from networks import construct_network
 from training import synchronized_batch_norm
-from training.processes import Replica
 from training.synchronized_batch_norm import sync_batch_norms_as_others, synchronize
+from training.together import Replica
 
 
 @pytest.fixture(autouse=True)
@@ -171,13 +170,13 @@ def test_what_cannot_be_shared():
         (nn.BatchNorm2d(3, track_running_stats=False), "batch norm '1' has no running statistics, so that it can be"),
         (nn.InstanceNorm2d(3, track_running_stats=True), "instance norm '1' has running statistics, so that it can be"),
     ]:
-        with pytest.raises(FlagError, match=f"^argument --network: {message} trained in one process only"):
+        with pytest.raises(ValueError, match=f"^{message} trained in one process only"):
             synchronize(nn.Sequential(nn.Identity(), layer))
     synchronize(nn.InstanceNorm2d(3))
     network = nn.Sequential(ByHand(3))
     synchronize(network)
     network.eval()(torch.rand(4, 3, 2, 2))
-    with pytest.raises(FlagError, match=r"^argument --network: batch norm '0' does not call torch's F\.batch_norm, so"):
+    with pytest.raises(ValueError, match=r"^batch norm '0' does not call torch's F\.batch_norm, so"):
         network.train()(torch.rand(4, 3, 2, 2))
 
 

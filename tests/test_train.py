@@ -17,11 +17,10 @@ from torch.utils.data import DataLoader, Subset
 
 import run_settings
 import train
-from command_line.flag_types import FlagError
+from command_line.flag_types import FlagError, SettingError
 from image_sets import loading
 from run_settings import determining
 from saved_runs.results import read_results
-from small import silent_progress
 from training import preparation
 from training.devices import speed_up
 
@@ -201,6 +200,7 @@ def test_constant_learning_rate_and_schedule(small_network, tmp_path, monkeypatc
     rates = []
 
     def record(network, batches, optimizer, *arguments):
+        [*batches]
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         return 1.0
@@ -221,19 +221,20 @@ def test_constant_learning_rate_and_schedule(small_network, tmp_path, monkeypatc
 
 def test_loss_that_is_not_finite(few_digits, tmp_path, capsys, monkeypatch):
     flags = [*QUICK, "--path", str(tmp_path), "--name", "x"]
-    first_epoch = train.train_one_epoch
+    one_epoch, networks = train.train_one_epoch, []
 
-    def diverge_in_epoch_2(network, batches, optimizer, settings, progress, world):
-        if progress.epoch == 2:
+    def diverge_in_epoch_2(network, *arguments):
+        networks.append(network)
+        if len(networks) == 2:
             nn.init.constant_(network[1].fc.weight, float("nan"))
-        return first_epoch(network, batches, optimizer, settings, progress, world)
+        return one_epoch(network, *arguments)
 
     monkeypatch.setattr(train, "train_one_epoch", diverge_in_epoch_2)
     with pytest.raises(SystemExit) as stop:
         train.main(flags)
     assert stop.value.code == 4
     err = capsys.readouterr().err
-    assert err.startswith("train.py: error: the loss at epoch 2, step 1 is nan") and err.count("\n") == 1
+    assert err.startswith("train.py: error: the loss of step 1 is nan") and err.count("\n") == 1
     assert read_results(tmp_path / "results" / "x.csv").columns["epoch"].tolist() == [1]
 
 
@@ -258,10 +259,9 @@ def test_loss_is_checked_where_it_is_not_read_at_every_step(monkeypatch):
     network = nn.Linear(2, 2)
     images = [torch.ones(4, 2), torch.full((4, 2), float("nan")), torch.ones(4, 2)]
     batches = [(image, torch.zeros(4, dtype=torch.int64)) for image in images]
-    with pytest.raises(FloatingPointError, match="epoch 7, step 2 is nan"):
+    with pytest.raises(FloatingPointError, match="the loss of step 2 is nan"):
         settings = preparation.parse(["--device", "cpu"])
-        optimizer, progress = torch.optim.SGD(network.parameters(), 0.1), silent_progress(epoch=7)
-        train.train_one_epoch(network, batches, optimizer, settings, progress)
+        train.train_one_epoch(network, batches, torch.optim.SGD(network.parameters(), 0.1), settings)
 
 
 def test_progress_bar(small_network, tmp_path, monkeypatch, capsys):
@@ -365,9 +365,9 @@ def test_bad_input(tmp_path, monkeypatch, capsys, flag, value, message):
     assert out == "" and message in err
     assert err.startswith("train.py: error: ")
     assert message.startswith("unrecognized") or f"argument {flag}: " in err
-    with pytest.raises(FlagError) as error:  # from Python, the same sentence
+    with pytest.raises((FlagError, SettingError)) as error:  # from Python, the same sentence
         preparation.parse(["--dataset", "digits", flag, value])
-    assert " ".join(str(error.value).split()) in err
+    assert " ".join(str(error.value.args[-1]).split()) in err
     if message.endswith("not "):
         assert repr(value) in err
     assert err.count("\n") == 1 and err.endswith("\n")
@@ -474,7 +474,7 @@ def test_default_names_differ_where_the_method_differs():
     flags += ["--scheduler none", "--momentum 0.5", "--weight_decay 0", "--stem own", "--compile"]
     flags += ["--image_size 48", "--no_flip", "--equivalent logits", "--split_seed 2", "--split_seed seed"]
     flags += ["--precision bfloat16", "--precision strict", "--precision tf32"]
-    names = {run_settings.parse(flag.split()).name for flag in flags}
+    names = {run_settings.parse(flag.split()).run_name for flag in flags}
     assert len(names) == len(flags)
     assert "cifar10-resnet18-weight0.1-c100-bn-seed1" in names
     assert "cifar10-resnet18-learning_rate=0.05-weight0.1-c100-bn-seed1" in names
@@ -484,7 +484,7 @@ def test_default_names_differ_where_the_method_differs():
 def test_default_name_that_no_file_could_have():
     others = "--batch_size 99 --num_epochs 12345678 --scheduler none --stem own --compile --precision bfloat16"
     numbers = "--learning_rate 0.12345678901234567 --momentum 0.12345678901234567 --weight_decay 0.1234567890123456"
-    with pytest.raises(FlagError, match="argument --name: these settings are too long for a default name: give one"):
+    with pytest.raises(SettingError, match="name: these settings are too long for a default name: give one"):
         preparation.parse([*others.split(), *numbers.split(), "--bn_weight", "0.12345678901234567"])
 
 
@@ -500,7 +500,7 @@ def test_defaults_of_the_paper():
     settings = vars(preparation.parse(["--device", "cpu"]))
     expected = {"dataset": "cifar10", "network": "resnet18", "batch_size": 128, "num_epochs": 180}
     expected |= {"learning_rate": 0.1, "scheduler": "cos", "momentum": 0.9, "weight_decay": 1e-4}
-    expected |= {"bn_weight": 0.1, "c": 100, "input_norm": "bn", "seed": 1, "path": Path()}
+    expected |= {"bn_weight": 0.1, "c": 100, "input_norm": "bn", "seed": 1, "path": Path().absolute()}
     assert expected.items() <= settings.items()
 
 

@@ -4,13 +4,13 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from command_line.flag_types import SettingError
-from run_settings import PRECISIONS
+from run_settings import PRECISIONS, Settings
 
 
 def find_device(name: str | None) -> torch.device:
@@ -54,6 +54,16 @@ def speed_up(network: nn.Module, precision: str = "float32", compiled: bool = Fa
         torch.compiler.config.recompile_limit = 64
         on_gpu = any(parameter.is_cuda for parameter in network.parameters())
         network.compile(mode="reduce-overhead" if on_gpu else "default", dynamic=False)
+
+
+def compute_logits(network: nn.Module, images: Tensor, settings: Settings) -> Tensor:
+    """The network's outputs (N, classes), in float32 whatever the precision is."""
+    short = settings.compile and len(images) != settings.batch_size  # compiling for it would take longer than it saves
+    with (
+        torch.compiler.set_stance("force_eager") if short else nullcontext(),
+        torch.autocast(images.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"),
+    ):
+        return network(images).float()
 
 
 @contextmanager

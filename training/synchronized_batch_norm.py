@@ -17,8 +17,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase, sync_batch_norm
 from torch.overrides import TorchFunctionMode
 
-from command_line.flag_types import SettingError
-
 ALONE = "so that it can be trained in one process only: start train.py without torchrun"
 
 
@@ -33,16 +31,16 @@ def synchronize(network: nn.Module, group: dist.ProcessGroup | None = None) -> N
         group: the processes; all of those that torch.distributed knows, by default.
 
     Raises:
-        SettingError: a layer cannot share its statistics, or (in its `forward`) does not get them from `F.batch_norm`.
-        ValueError: the whole batch has a single value for a channel (in its `forward`).
+        ValueError: a layer cannot share its statistics; or, in its `forward`, it does not get them from `F.batch_norm`,
+            or the whole batch has a single value for a channel.
     """
     for name, layer in network.named_modules():
         if isinstance(layer, _BatchNorm):
             if layer.running_mean is None:
-                raise SettingError("network", f"batch norm {name!r} has no running statistics, {ALONE}")
+                raise ValueError(f"batch norm {name!r} has no running statistics, {ALONE}")
             layer.forward = partial(forward, layer, layer.forward, name, group)
         elif isinstance(layer, _NormBase) and layer.running_mean is not None:
-            raise SettingError("network", f"instance norm {name!r} has running statistics, {ALONE}")
+            raise ValueError(f"instance norm {name!r} has running statistics, {ALONE}")
 
 
 def forward(
@@ -54,14 +52,14 @@ def forward(
     with WholeBatch(group) as whole_batch:
         outputs = own_forward(*inputs, **named)
     if not whole_batch.used:
-        raise SettingError("network", f"batch norm {name!r} does not call torch's F.batch_norm, {ALONE}")
+        raise ValueError(f"batch norm {name!r} does not call torch's F.batch_norm, {ALONE}")
     return outputs
 
 
 class WholeBatch(TorchFunctionMode):
     """Within it, `F.batch_norm` takes the statistics of all processes; `used` is whether it was called."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         self.group, self.used = group, False
 
@@ -83,7 +81,7 @@ class WholeBatch(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if not training:
+        if not training or running_mean is None:  # without running ones, it normalizes weights, not images
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         compute = sync_batch_norm.apply if input.is_cuda else batch_norm
         group = self.group or dist.group.WORLD

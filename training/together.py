@@ -29,7 +29,7 @@ from command_line.signals import LAUNCHED
 from image_sets.batches import Batch
 from seeds import random_states, set_random_states
 from training.devices import find_device
-from training.synchronized_batch_norm import sync_batch_norms_as_others, synchronize
+from training.synchronized_batch_norm import WholeBatch, sync_batch_norms_as_others, synchronize
 
 EXCHANGE = timedelta(minutes=10)
 LOADING = timedelta(hours=2)  # while another process downloads or decodes images
@@ -204,10 +204,20 @@ class Replica(DistributedDataParallel):
     def _passing_sync_batchnorm_handle(self, module: nn.Module) -> None:
         """It only refuses."""
 
+    def forward(self, images: Tensor) -> Any:
+        with WholeBatch():  # for a network that calls `F.batch_norm` outside of a layer
+            return super().forward(images)
+
 
 def replicate(network: nn.Module) -> nn.Module:
-    """The network as it is trained: it computes a share, and its gradients become those of the whole batch."""
+    """The network as it is trained: it computes a share, and its gradients become those of the whole batch.
+
+    SettingError where a batch norm cannot have the statistics of the whole batch.
+    """
     if size() == 1:
         return network
-    synchronize(network)
+    try:
+        synchronize(network)
+    except ValueError as error:
+        raise SettingError("network", str(error)) from error
     return Replica(network)
