@@ -72,6 +72,11 @@ def seed_of_split(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{error}, or the word {OWN_SEED}") from None
 
 
+def absolute(text: str) -> Path:
+    """The type of a setting that names a folder, which stays the same when the current folder changes."""
+    return folder(text).absolute()
+
+
 # from 1e-30 to 1e30: what float32 can hold, with room for a product of two
 positive = number("a number from 1e-30 to 1e30", lambda x: 1e-30 <= x <= 1e30)
 not_negative = number("0 or a number from 1e-30 to 1e30", lambda x: x == 0 or 1e-30 <= x <= 1e30)
@@ -98,7 +103,7 @@ class Settings:
     """
 
     # the order is that of the lines of a result file, and of the parts of a default name
-    path: Path = setting(FILES, Path(), "folder of images/, networks/, results/ (default: the current one)", folder)
+    path: Path = setting(FILES, Path(), "folder of images/, networks/, results/ (default: the current one)", absolute)
     name: str = setting(FILES, "", "name of the run's files (default: made from the settings)", file_name)
     dataset: str = setting(
         TRAINING, "cifar10", f"{', '.join(DATASETS)} or a folder in images/ with train/ and test/", dataset_name

@@ -29,8 +29,9 @@ from saved_runs.results import Results
 from seeds import make_deterministic
 from training import together
 from training.devices import compute_logits, speed_up, use_precision
-from training.preparation import check_network, construct, load_images, prepare, rewrite
+from training.preparation import construct, load_images, prepare, rewrite
 from training.run import Report, Run
+from training.trial import check_network
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 

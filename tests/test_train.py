@@ -200,7 +200,8 @@ def test_constant_learning_rate_and_schedule(small_network, tmp_path, monkeypatc
     rates = []
 
     def record(network, batches, optimizer, *arguments):
-        [*batches]
+        for _ in batches:
+            pass
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         return 1.0

@@ -1,29 +1,24 @@
-"""What is prepared and checked before a training: settings, images, network."""
+"""What a training starts from: settings that are complete, images, the network with its initial weights."""
 
-import copy
-import io
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import joblib
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 import run_settings
-from command_line.endings import in_one_line
 from command_line.flag_types import SettingError
 from command_line.signals import raise_if_stopped
 from equivalence import Groups, equivalent, logits_alone
 from image_sets.folders import Size, class_names, find_parts
 from image_sets.loading import ImageSet, load_image_set
 from networks import construct_network
-from run_settings import DATASETS, Settings, check_batch_size, determining, split_seed
-from saved_runs.checkpoint import load_saved
+from run_settings import DATASETS, Settings, determining, split_seed
 from saved_runs.circumstances import code_version
 from saved_runs.tensorboard_curves import check_tensorboard
 from seeds import keep_random_states
@@ -37,7 +32,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
 
 
 def prepare(settings: Settings) -> Settings:
-    """The same settings with a device and an absolute path, the same in all processes that make the run.
+    """The same settings with a device, the same in all processes that make the run.
 
     SettingError where they are wrong in a way that takes torch or images to tell. Whether the network can train on the
     images is left to `check_network`.
@@ -57,7 +52,7 @@ def complete(settings: Settings) -> Settings:
     if settings.compile and together.size() > 1:
         raise SettingError("compile", "it is for one process, without torchrun")
     device = str(together.device_of(settings.device))
-    settings = replace(settings, path=settings.path.absolute(), device=device)  # a module may change the folder
+    settings = replace(settings, device=device)
     if settings.dataset in DATASETS:
         known = DATASETS[settings.dataset]
         num_classes, pixels = known.num_classes, settings.image_size or known.pixels
@@ -142,60 +137,3 @@ def rewrite(network: nn.Module, settings: Settings) -> tuple[nn.Module, Groups]:
         return functions[settings.equivalent](network, settings.bn_weight, *rates)
     except ValueError as error:
         raise SettingError("equivalent", f"{settings.network}: {error}") from error
-
-
-def check_network(settings: Settings, network: nn.Module, image_set: ImageSet) -> None:
-    """SettingError where a run's network cannot train on batches of these images. Nothing is drawn or changed."""
-    num_train, num_classes = len(image_set.splits["train"]), len(image_set.classes)
-    check_batch_size(settings, num_train)
-    check_saving(settings, network)
-    try:
-        trial = copy.deepcopy(network).cpu().train()
-    except Exception as error:
-        raise SettingError("network", f"{settings.network} cannot be copied: {in_one_line(error)}") from error
-    try:
-        logits = try_images(trial, 2, image_set.size)
-    except Exception as error:
-        images = "two images of {}×{} pixels".format(*image_set.size)
-        reason = in_one_line(error)
-        raise SettingError("network", f"{settings.network} cannot train on {images}: {reason}") from error
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if shape != (2, num_classes):
-        wanted = f"logits {(2, num_classes)}"
-        raise SettingError("network", f"{settings.network} computes {shape} for 2 images, not {wanted}")
-    if not logits.isfinite().all():
-        problem = "computes values that are not finite before its first step"
-        raise SettingError("network", f"{settings.network} {problem}")
-    if (num_train - 1) % settings.batch_size == 0:
-        try:
-            try_images(trial, 1, image_set.size)
-        except Exception as error:
-            raise SettingError(
-                "batch_size",
-                f"{settings.batch_size} leaves a last batch of one of the {num_train} training"
-                f" images of {settings.dataset}, and {settings.network} cannot train on one: {in_one_line(error)}",
-            ) from error
-
-
-def check_saving(settings: Settings, network: nn.Module) -> None:
-    """SettingError where the `state_dict` holds what could be saved, but not be loaded again."""
-    for name, value in network.state_dict().items():
-        if isinstance(value, Tensor):
-            continue
-        try:
-            torch.save(value, saved := io.BytesIO())
-            load_saved(saved.getvalue())
-        except Exception as error:
-            reason = (
-                f"{name} in its state_dict, of type {type(value).__name__}, cannot be loaded with weights_only=True"
-            )
-            raise SettingError("network", f"{settings.network} cannot be resumed: {reason}") from error
-
-
-def try_images(network: nn.Module, num_images: int, size: Size) -> Any:
-    """What a network on the CPU computes of random images (num_images, 3, *size), without gradients.
-
-    Random generators stay as they are. Raises what the network raises.
-    """
-    with keep_random_states(), torch.no_grad():
-        return network(torch.rand(num_images, 3, *size))

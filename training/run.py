@@ -89,10 +89,12 @@ class Run:
             self.curves = contexts.enter_context(Curves(self.settings))
             self.contexts = contexts.pop_all()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         with self.contexts:
             if self.first and self.saved_state is not self.state:
                 save_run(self.files, self.state)
+        if isinstance(error, SystemExit):  # or else the command would end as if all were well
+            raise RuntimeError(f"{self.settings.network} has ended the program by sys.exit({error.code})") from error
 
     @property
     def finished(self) -> bool:

@@ -71,15 +71,21 @@ def joined() -> Iterator[None]:
         with sync_batch_norms_as_others(), redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
             yield
     except EXPECTED:
+        silence(rank() > 0)
         with suppress(RuntimeError):  # torchrun ends the others as soon as one has ended
             dist.barrier(GROUPS[ENDING])
-        silence(rank() > 0)
+            leave()
         raise
     except RuntimeError as error:
         if not re.search("gloo|nccl|DistStore", f"{error!r}", re.IGNORECASE):
             raise
         silence(int(os.environ["LOCAL_RANK"]) > 0)
         raise ConnectionError(LOST) from None
+    leave()
+
+
+def leave() -> None:
+    """End this process's part in the run."""
     dist.destroy_process_group()
     GROUPS.clear()
 

@@ -1,0 +1,130 @@
+"""What is tried on a copy of the network before a training: whether it can train, be saved, and be resumed."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from command_line.endings import in_one_line
+from command_line.flag_types import SettingError
+from image_sets.folders import Size
+from image_sets.loading import ImageSet
+from run_settings import Settings, check_batch_size
+from saved_runs.checkpoint import load_saved
+from seeds import keep_random_states
+from training.preparation import construct, rewrite
+
+
+def check_network(settings: Settings, network: nn.Module, image_set: ImageSet) -> None:
+    """SettingError where a run's network cannot train on batches of these images, or not be resumed.
+
+    Nothing is drawn or changed.
+    """
+    num_train, num_classes = len(image_set.splits["train"]), len(image_set.classes)
+    check_batch_size(settings, num_train)
+    check_saving(settings, network)
+    try:
+        trial = copy.deepcopy(network).cpu().train()
+    except Exception as error:
+        raise SettingError("network", f"{settings.network} cannot be copied: {in_one_line(error)}") from error
+    try:
+        logits = try_images(trial, 2, image_set.size)
+    except (Exception, SystemExit) as error:
+        images = "two images of {}×{} pixels".format(*image_set.size)
+        reason = in_one_line(error)
+        raise SettingError("network", f"{settings.network} cannot train on {images}: {reason}") from error
+    check_logits(settings, logits, num_classes)
+    if (num_train - 1) % settings.batch_size == 0:
+        try:
+            try_images(trial, 1, image_set.size)
+        except Exception as error:
+            raise SettingError(
+                "batch_size",
+                f"{settings.batch_size} leaves a last batch of one of the {num_train} training"
+                f" images of {settings.dataset}, and {settings.network} cannot train on one: {in_one_line(error)}",
+            ) from error
+    check_state(settings, trial, image_set)
+
+
+def check_logits(settings: Settings, logits: Any, num_classes: int) -> None:
+    """SettingError where a network computes this for two images, and cannot be trained with it."""
+    what = None
+    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        what = f"{shape} for 2 images, not logits {(2, num_classes)}"
+    elif not logits.is_floating_point():
+        what = f"logits of type {logits.dtype}, not real numbers"
+    elif not logits.isfinite().all():
+        what = "values that are not finite before its first step"
+    elif not logits.requires_grad:
+        what = "logits from which no gradient leads to its parameters"
+    if what:
+        raise SettingError("network", f"{settings.network} computes {what}")
+
+
+def check_saving(settings: Settings, network: nn.Module) -> None:
+    """SettingError where the `state_dict` holds what could be saved, but not be loaded again."""
+    for name, value in network.state_dict().items():
+        if isinstance(value, Tensor):
+            continue
+        try:
+            torch.save(value, saved := io.BytesIO())
+            load_saved(saved.getvalue())
+        except Exception as error:
+            kind = f"of type {type(value).__name__}, cannot be loaded with weights_only=True"
+            reason = f"{name} in its state_dict, {kind}"
+            raise SettingError("network", f"{settings.network} cannot be resumed: {reason}") from error
+
+
+def check_state(settings: Settings, trial: nn.Module, image_set: ImageSet) -> None:
+    """SettingError where the `state_dict` of a network that has seen batches does not hold all that it computes with.
+
+    Such a run could not be resumed to the same numbers, and its saved weights would be of another network.
+    """
+    with keep_random_states():
+        try_images(trial, 2, image_set.size)
+        anew = construct(settings, len(image_set.classes), image_set.size)
+        if settings.equivalent != "no":
+            anew, _ = rewrite(anew, settings)
+        anew.load_state_dict(trial.state_dict())
+        differing = unlike_modules(trial, anew)
+        for training in (False, True):
+            outputs = [try_images(network.train(training), 2, image_set.size, seed=1) for network in (trial, anew)]
+            if not torch.equal(*outputs):
+                where = f": see {', '.join(differing[:3])}" if differing else ""
+                problem = "what it computes depends on more than its state_dict, so it cannot be saved and resumed"
+                remedy = "keep that in a buffer or in get_extra_state"
+                raise SettingError("network", f"{settings.network}: {problem}{where}; {remedy}")
+
+
+def unlike_modules(one: nn.Module, other: nn.Module) -> list[str]:
+    """Names and types of the modules that differ between two networks, though their `state_dict` is the same."""
+    pairs = zip(one.named_modules(), other.modules(), strict=False)
+    differing = {name: type(here) for (name, here), there in pairs if attributes(here) != attributes(there)}
+    return [f"{name or 'the network'} ({kind.__name__})" for name, kind in differing.items()]
+
+
+def attributes(module: nn.Module) -> dict[str, bytes]:
+    """What a module holds besides what is in its `state_dict`, as far as it can be compared."""
+    values = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    values |= {name: module.get_buffer(name) for name in module._non_persistent_buffers_set}
+    found = {}
+    for name, value in values.items():
+        try:
+            found[name] = pickle.dumps(value.tolist() if isinstance(value, Tensor) else value)
+        except Exception:  # what cannot be pickled cannot be compared
+            continue
+    return found
+
+
+def try_images(network: nn.Module, num_images: int, size: Size, seed: int = 0) -> Any:
+    """What a network on the CPU computes of random images (num_images, 3, *size), drawn with this seed.
+
+    Random generators stay as they are. Raises what the network raises.
+    """
+    with keep_random_states(), torch.enable_grad():
+        torch.manual_seed(seed)
+        return network(torch.rand(num_images, 3, *size))
