@@ -11,12 +11,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from pathlib import Path
 
 from command_line.endings import answer_at_once, end, how_to_resume, one_line_endings, say, warn
 from command_line.signals import on_signals
 from experiment.plan import PlannedRun, parse, ranges
-from run_settings import DATASETS, Settings
+from run_settings import DATASETS
 
 if __name__ == "__main__":
     answer_at_once("reproduce.py", parse)  # before torch and scipy are imported, which takes seconds
@@ -42,35 +41,20 @@ from saved_runs.results import Results
 from t_test import compare_all
 
 
-def announce(plan: argparse.Namespace, planned: Sequence[PlannedRun], num_done: int) -> str:
-    """A line on what there is to do."""
-    epochs = plan.first.num_epochs
-    what = f"{len(planned)} {'tuning ' * planned[0].for_tuning}runs of {epochs} epoch{'s' * (epochs > 1)}"
-    how = f"on {plan.scheduler}" if plan.scheduler else f"{plan.jobs} at a time"
-    return f"{what}, {how}; {num_done} are finished"
-
-
 def check_here(plan: argparse.Namespace) -> None:
-    """Raises as `prepare` and `find_images` do where this machine cannot make the runs of one of the settings."""
+    """Raises as `prepare` and `find_images` do where this machine cannot make the runs of one of the methods."""
     from image_sets.folders import find_images
     from training.preparation import prepare  # networks are not needed where another machine makes the runs
 
-    for run in {run.setting: run for run in plan.tuning_runs or plan.runs}.values():
+    for run in {run.method: run for run in plan.tuning_runs or plan.runs}.values():
         prepare(replace(run.settings, device=plan.device))
     if plan.first.dataset not in DATASETS:
         find_images(plan.path / "images" / plan.first.dataset)
 
 
-def train_here(settings: Settings, stops: list[int]) -> Results:
-    """Make a run in this process."""
-    import train  # networks are not needed where others make the runs
-
-    return train.train(settings, stops=stops, show_bar=True)
-
-
 def compare(experiment: Experiment) -> list[Comparison]:
     """Compare the finished runs, with the baseline and as `--contrast` asks for."""
-    return compare_all(experiment.runs_by_setting, len(experiment.plan.seeds), experiment.plan.contrast)
+    return compare_all(experiment.runs_by_method, len(experiment.plan.seeds), experiment.plan.contrast)
 
 
 def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
@@ -80,7 +64,10 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
         experiment.read(planned)
     left, num_done = experiment.left(planned), experiment.num_done(planned)
     if plan.report is None and planned:
-        say(announce(plan, planned, num_done))
+        epochs = f"{plan.first.num_epochs} epoch{'s' * (plan.first.num_epochs > 1)}"
+        how = f"on {plan.scheduler}" if plan.scheduler else f"{plan.jobs} at a time"
+        kind = "tuning runs" if planned[0].for_tuning else "runs"
+        say(f"{len(planned)} {kind} of {epochs}, {how}; {num_done} are finished")
     if plan.report is not None or stops or not left:
         return
     if experiment.restarts:
@@ -92,7 +79,7 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
 
     runs = [run.settings for run in left.values()]
     display = Display(left, num_done, rows())
-    made = make_runs(runs, stops, plan.jobs, plan.scheduler, plan.device, train_here, display.tell)
+    made = make_runs(runs, stops, plan.jobs, plan.scheduler, plan.device, say, display.show)
     with on_signals(stops.append), closing(display), closing(made):
         try:
             for settings, outcome in made:
@@ -102,7 +89,8 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
                 text = experiment.note(left[settings.run_name], outcome)
                 display.end(settings.run_name, text, rows(), failed=not isinstance(outcome, Results))
         except ClusterError as error:
-            experiment.failed["the experiment"] = str(error)
+            if not stops:  # or else nothing more was expected of the cluster
+                experiment.failed["the experiment"] = str(error)
 
 
 def list_runs(experiment: Experiment) -> None:
@@ -126,7 +114,7 @@ def list_experiments(found: Mapping[str, argparse.Namespace]) -> None:
         planned = experiment.runs or plan.tuning_runs
         num_done = experiment.num_done(planned)
         kind = "runs" if experiment.runs else "tuning runs"
-        what = f"{', '.join(plan.settings)}; seeds {' '.join(ranges(plan.seeds))}"
+        what = f"{', '.join(plan.methods)}; seeds {' '.join(ranges(plan.seeds))}"
         done = f"{num_done} of {len(planned)} {kind} are finished"
         done += f", {len(experiment.failed)} cannot be read" if experiment.failed else ""
         say(f"{plan.table_name}: {what}; {done}", report_command(command, plan), "")
@@ -147,32 +135,31 @@ def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Se
         comparisons: of its runs.
         tuning: the report of the choice of the learning rates.
     """
-    plan, runs = experiment.plan, experiment.runs_by_setting
-    stem, compared = experiment.folder / plan.table_name, [run for of in runs.values() for run in of.values()]
-    texts = tables(comparisons) if experiment.runs else []
-    notes = (*note_unsettled(experiment.finished.values()), *tuning, *selection_note(plan.select))
-    notes += (*note_missing_checksums(compared), *mixed_circumstances(compared))
-    text = "\n\n".join((*texts, *notes))
+    plan, runs = experiment.plan, experiment.runs_by_method
+    stem, to_compare = experiment.folder / plan.table_name, [run for seeds in runs.values() for run in seeds.values()]
+    notes = [*note_unsettled(experiment.finished.values()), *tuning, *selection_note(plan.select)]
+    notes += [*note_missing_checksums(to_compare), *mixed_circumstances(to_compare)]
+    text = "\n\n".join([*(tables(comparisons) if experiment.runs else []), *notes])
     say(text)
     for name, reason in experiment.failed.items():
         warn(f"{name} failed: {reason}", "reproduce.py")
-    if not compared:
+    if not to_compare:
         return
-    now = {values_of(plan.settings[name]): len(of) for name, of in runs.items()}
+    now = {values_of(plan.methods[name]): len(seeds) for name, seeds in runs.items()}
     earlier = read_table_seeds(stem, plan.shared).items()  # which another command may have written by now
     fewer = [f"{number} of {name}" for values, (name, number) in earlier if number > now.get(values, 0)]
     if fewer and not experiment.restarts:
         say(f"{stem}.csv keeps its table, which has more runs ({', '.join(fewer)}): ask for these too, or remove it")
-    else:
-        rows = [row | experiment.tuning_of(row["setting"]) for row in table_rows(comparisons, plan.settings)]
-        written = [*write_table(stem, plan.shared, rows, text), experiment.write_command()]
-        if not experiment.stops:
-            from figures import save_figures  # matplotlib is not needed where runs are made
+        return
+    rows = [row | experiment.tuning_of(row["setting"]) for row in table_rows(comparisons, plan.methods)]
+    written = [*write_table(stem, plan.shared, rows, text), experiment.write_command()]
+    if not experiment.stops:
+        from figures import save_figures  # matplotlib is not needed where runs are made
 
-            made, missing = save_figures(stem, runs, experiment.folder.absolute().parent / "networks", comparisons)
-            say(*missing)
-            written += made
-        say("", *(f"written: {file}" for file in written))
+        made, missing = save_figures(stem, runs, experiment.folder.absolute().parent / "networks", comparisons)
+        say(*missing)
+        written += made
+    say("", *(f"written: {file}" for file in written))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -181,10 +168,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_endings("reproduce.py"), ExitStack() as handlers:
         plan, command = parse(given), command_of(given)
         if plan.report is not None and sum(word.startswith("-") for word in given) == 1:
-            folder = plan.report or Path("results")
-            found = find_experiments(folder)
+            found = find_experiments(plan.report)
             if not found:
-                raise ValueError(f"{folder} has no command of an experiment: give its flags")
+                raise ValueError(f"{plan.report} has no command of an experiment: give its flags")
             if len(found) > 1:
                 list_experiments(found)
                 return

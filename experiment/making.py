@@ -1,26 +1,134 @@
-"""Makes the runs of an experiment: in this process, in processes of this machine, or on a Dask cluster."""
+"""Makes the runs of an experiment: each is `train.py` in a process of its own, here or started by a Dask worker."""
 
-import io
+import os
 import re
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import redirect_stderr
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
-from queue import SimpleQueue
+from pathlib import Path
 
+from command_line.endings import AT_WORK, DIVERGED
 from command_line.flag_types import FlagError
-from command_line.signals import interrupt, on_signals
-from experiment.cluster import ClusterError, make_runs_on_cluster
-from experiment.run_process import LOCK_SECONDS, Outcome, Tell, make_run_in_process
-from run_settings import Settings
-from saved_runs.results import Results
+from command_line.signals import STOP_AT_END_OF_INPUT, STOP_SIGNALS
+from experiment.cluster import on_cluster
+from run_settings import Settings, as_arguments
+from saved_runs.paths import run_files
+from saved_runs.results import Results, read_results
 
-Made = Iterator[tuple[Settings, Outcome]]
-CURSOR_MOVES = re.compile(r"\n*(\x1b\[A)*")  # to where a bar is
+Outcome = Results | Exception | int  # of a run: its results, why it failed, or the number of the signal that stopped it
+
+TRAIN = [sys.executable, str(Path(__file__).parent.parent / "train.py")]
+ATTEMPTS = 3  # how many processes or workers a run may lose before it counts as failed
+LOCK_SECONDS = 1  # until a run is tried again that another process is at work on
+LOOK_SECONDS = 0.2  # between two looks at the runs
+KEPT = 10_000  # bytes of what a process has written last on standard error
+
+STOPPED: set[str] = set()  # the experiments whose runs are to stop in this process
+BEING_MADE: list[str] = []  # the experiment of each run that this process is at work on
+
+
+class LostError(Exception):
+    """The process or the worker of a run is gone; the run can go on in another one."""
+
+
+class BusyError(Exception):
+    """Another process is at work on a run."""
+
+
+def make_run(run: Settings, experiment: str, **environment: str) -> Outcome:
+    """Make a run, or what is left of it, in a process of its own, which Ctrl-C in a terminal does not reach.
+
+    When the process's standard input ends, it stops after its next step and saves the run: as soon as the experiment is
+    in `STOPPED`, and also where this process dies.
+
+    Args:
+        run: its settings, with an absolute path.
+        experiment: what it is part of.
+        environment: further variables for the process.
+    """
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}  # where this process finds its modules, so may a user's own be
+    variables = {**os.environ, **paths, STOP_AT_END_OF_INPUT: "1", **environment}
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "bufsize": 0}
+    command = [*TRAIN, *as_arguments(run)]
+    BEING_MADE.append(experiment)
+    try:
+        if experiment in STOPPED:  # it was waiting in a busy worker
+            return signal.SIGTERM
+        with subprocess.Popen(command, **streams, env=variables, start_new_session=True) as process:
+            os.set_blocking(process.stderr.fileno(), False)
+            errors, ended = b"", False
+            while not ended:
+                ended = process.poll() is not None
+                if experiment in STOPPED:
+                    process.stdin.close()
+                errors = (errors + (process.stderr.read() or b""))[-KEPT:]
+                time.sleep(0 if ended else LOOK_SECONDS)
+    finally:
+        BEING_MADE.remove(experiment)
+    code = process.returncode
+    if code == 0:
+        return read_results(run_files(run.path, run.run_name).results)
+    if (number := -code if code < 0 else code - 128) in STOP_SIGNALS:
+        return number
+    if code < 0:
+        return LostError(f"its process was killed by {signal.Signals(-code).name}")
+    if code == AT_WORK:
+        time.sleep(LOCK_SECONDS)
+    kinds = {2: FlagError, AT_WORK: BusyError, DIVERGED: FloatingPointError}
+    return kinds.get(code, ChildProcessError)(reason_in(errors.decode(errors="replace"), code))
+
+
+def reason_in(errors: str, code: int) -> str:
+    """Why `train.py` has ended, from what it has written on standard error: its own line, or that of a traceback."""
+    reasons = re.findall(r"(?:^|[\r\n])train\.py: error: ([^\r\n]+)", errors)
+    lines = [line for line in errors.split("\n") if line.strip() and "\r" not in line]  # as there is in a bar
+    return [f"it ended with exit code {code}", *lines, *reasons][-1]
+
+
+def stop_runs(experiment: str) -> bool:
+    """Stop the runs of an experiment in this process. Returns whether it is at work on one."""
+    STOPPED.add(experiment)
+    return experiment in BEING_MADE
+
+
+class Here(ThreadPoolExecutor):
+    """Places for runs on this machine: threads of this process that wait, each with a device and a share of the cores.
+
+    Args:
+        jobs: how many.
+        device: of every run; by default, they share out the GPUs.
+    """
+
+    def __init__(self, jobs: int, device: str | None) -> None:
+        super().__init__(jobs)
+        self.devices, self.environment = {str(place): device for place in range(jobs)}, {}
+        if jobs > 1:
+            import joblib  # it takes long, and most runs are made one by one
+            import torch
+
+            self.environment = {"OMP_NUM_THREADS": str(max(1, joblib.cpu_count() // jobs))}
+            if device in (None, "cuda") and (num_gpus := torch.cuda.device_count()):
+                self.devices = {place: f"cuda:{int(place) % num_gpus}" for place in self.devices}
+
+    def places(self) -> Collection[str]:
+        """The names of all places."""
+        return self.devices.keys()
+
+    def begin(self, place: str, make: Callable[..., Outcome], run: Settings) -> "Future[Outcome]":
+        """Make a run at a place."""
+        return self.submit(make, replace(run, device=self.devices[place]), **self.environment)
+
+    def stop(self, places: Collection[str], stop: Callable[[], bool]) -> Collection[str]:
+        """Stop the runs at places; returns where one is to be waited for."""
+        stop()
+        return places
 
 
 def make_runs(
@@ -29,140 +137,69 @@ def make_runs(
     jobs: int = 1,
     scheduler: str | None = None,
     device: str | None = None,
-    train: Callable[..., Results] | None = None,
-    tell: Tell = lambda run, bar: None,
-) -> Made:
+    report: Callable[[str], None] = lambda line: None,
+    show: Callable[[Sequence[Settings]], None] = lambda at_work: None,
+) -> Iterator[tuple[Settings, Outcome]]:
     """Make runs; yields each with what came of it, in the order in which they end.
 
+    A run that loses its process or its worker goes on in another one. Where another process is at work on a run, it is
+    tried again until that is done.
+
     Args:
-        runs: what `settings.parse` returns for each, with an absolute path.
+        runs: their settings, with absolute paths.
         stops: where a handler of signals puts their numbers. As soon as there is one, no further run begins, and those
             at work end after their next step and are saved; what comes of them is the number.
-        jobs: how many runs to make at a time, each in a process of its own. They share out the cores and the GPUs of
-            this machine.
+        jobs: how many runs to make at a time. They share out the cores and the GPUs of this machine.
         scheduler: address of the scheduler of a Dask cluster, each of whose workers makes one run at a time.
-        device: device of every run. Without it, the accelerator that torch finds, else the CPU.
-        train: `train.train`, to make the runs in this process where `jobs` is 1.
-        tell: called with a run and an empty text when it begins, then with the bar of its training as often as it is
-            drawn anew; where each run is a process of its own, in other threads.
+        device: of every run. Without it, the accelerator that torch finds, else the CPU.
+        report: called with a line where a run waits or a worker is of no use.
+        show: called with the runs at work, again and again.
 
     Raises:
         FlagError: a flag is wrong, here or on the machine that makes the runs.
         ClusterError: there is no cluster, or it cannot make the runs.
     """
-    if scheduler is not None:
-        made = make_runs_on_cluster(runs, stops, scheduler, device, tell)
-    elif jobs == 1 and train is not None:
-        made = make_runs_here(runs, stops, device, train, tell)
-    else:
-        made = make_runs_in_processes(runs, stops, jobs, device, tell)
-    try:
-        for run, outcome in made:
-            if isinstance(outcome, FlagError):
-                raise outcome
-            yield run, outcome
-    except ClusterError:
-        if not stops:  # or else nothing more was expected of the cluster
-            raise
-    finally:
-        made.close()
-
-
-def make_runs_here(
-    runs: Sequence[Settings],
-    stops: list[int],
-    device: str | None,
-    train: Callable[..., Results],
-    tell: Tell,
-) -> Made:
-    """`make_runs` in this process, one after the other."""
-    for run in runs:
-        if stops:
-            return
-        tell(run, "")
-        with redirect_stderr(BarReader(partial(tell, run))):
-            outcome = make_run_here(run, stops, device, train)
-        yield run, outcome
-        if isinstance(outcome, int):  # a stop, perhaps one that no handler has noted
-            return
-
-
-def make_run_here(run: Settings, stops: list[int], device: str | None, train: Callable[..., Results]) -> Outcome:
-    """Make one run in this process, or what is left of it; wait where another process is at work on it."""
-    try:
-        from training.devices import find_device  # torch takes seconds to import, and nothing else here needs it
-
-        settings = replace(run, device=str(find_device(device)), restart=False)
-        while not stops:
-            try:
-                with on_signals(interrupt):  # until the training handles signals itself
-                    return train(settings, stops=stops)
-            except BlockingIOError:
-                time.sleep(LOCK_SECONDS)
-        return stops[0]
-    except KeyboardInterrupt as stop:
-        if stop.args:  # the number of a signal
-            return int(stop.args[0])
-        return RuntimeError("KeyboardInterrupt was raised, but no signal has arrived")
-    except Exception as error:  # whatever it is, the other runs go on
-        return error
-
-
-class BarReader(io.TextIOBase):
-    """A standard error that passes on what is written to it, except for bars: with these, it calls `tell`."""
-
-    encoding = "utf-8"  # or else bars are drawn in ASCII
-
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self.tell, self.stderr = tell, sys.stderr
-
-    def write(self, text: str) -> int:
-        if text.startswith("\r"):
-            self.tell(text.strip())
-        elif not CURSOR_MOVES.fullmatch(text):
-            self.stderr.write(text)
-        return len(text)
-
-
-def make_runs_in_processes(
-    runs: Sequence[Settings], stops: list[int], jobs: int, device: str | None, tell: Tell
-) -> Made:
-    """`make_runs` in processes of this machine, `jobs` at a time."""
-    import joblib
-
-    num_threads = max(1, joblib.cpu_count() // jobs)
-    devices: SimpleQueue[str | None] = SimpleQueue()
-    for place in range(jobs):
-        devices.put(device_of(place, device))
-    closed: list[int] = []  # with a number, too, as soon as nobody waits for the runs any more
-
-    def stopped() -> int:
-        return next(iter(stops or closed), 0)
-
-    def make(run: Settings) -> Outcome | None:
-        if stopped():
-            return None
-        free = devices.get()
+    experiment, told = uuid.uuid4().hex, False
+    make, stop = partial(make_run, experiment=experiment), partial(stop_runs, experiment)
+    waiting, losses, busy = deque(runs), Counter(), set()
+    at_work: dict[str, tuple[Settings, Future[Outcome]]] = {}  # by place
+    with on_cluster(scheduler, runs[0].path, report) if scheduler else Here(jobs, device) as pool:
         try:
-            return make_run_in_process(run, free, stopped, partial(tell, run), OMP_NUM_THREADS=str(num_threads))
+            while at_work or (waiting and not stops):
+                show([run for run, _ in at_work.values()])
+                if stops and not told:
+                    left, told = pool.stop(at_work.keys(), stop), True
+                    at_work = {place: at_work[place] for place in left}
+                places = pool.places()
+                for place in sorted(places - at_work.keys()):
+                    if waiting and not stops:
+                        run = waiting.popleft()
+                        at_work[place] = run, pool.begin(place, make, replace(run, restart=False, device=device))
+                if not at_work:  # there is no worker yet
+                    time.sleep(LOOK_SECONDS)
+                wait([future for _, future in at_work.values()], LOOK_SECONDS, FIRST_COMPLETED)
+                for place, (run, future) in list(at_work.items()):
+                    if future.done():
+                        outcome = future.exception() or future.result()
+                    elif place not in places:
+                        outcome = LostError(f"its worker {place} is gone")
+                    else:
+                        continue
+                    del at_work[place]
+                    if isinstance(outcome, FlagError):
+                        raise outcome
+                    if isinstance(outcome, BusyError):
+                        if run not in busy:
+                            report(f"{run.run_name} waits: {outcome}")
+                        busy.add(run)
+                        waiting.append(run)
+                    elif isinstance(outcome, LostError) and losses[run] < ATTEMPTS - 1:
+                        losses[run] += 1
+                        waiting.appendleft(run)
+                    elif isinstance(outcome, LostError):
+                        yield run, ChildProcessError(f"it was lost {ATTEMPTS} times: {outcome}")
+                    else:
+                        yield run, stops[0] if stops and isinstance(outcome, int) else outcome
         finally:
-            devices.put(free)
-
-    with ThreadPoolExecutor(jobs) as threads:
-        being_made = {threads.submit(make, run): run for run in runs}
-        try:
-            for future in as_completed(being_made):
-                if (outcome := future.result()) is not None:
-                    yield being_made[future], outcome
-        finally:
-            closed.append(signal.SIGTERM)
-
-
-def device_of(place: int, device: str | None) -> str | None:
-    """The device of the runs at one of the places of `jobs`: the GPUs in turns where there are some."""
-    if device in (None, "cuda"):
-        import torch
-
-        if num_gpus := torch.cuda.device_count():
-            return f"cuda:{place % num_gpus}"
-    return device
+            if not told:
+                pool.stop(at_work.keys(), stop)

@@ -36,7 +36,7 @@ class Experiment:
     Attributes:
         folder: of the result files.
         runs: those to compare; none as long as their learning rates are not chosen.
-        learning_rates: those that are chosen, by setting.
+        learning_rates: those that are chosen, by method.
         finished: the results of runs, by name.
         failed: why runs have failed, by name.
         diverged: why runs of the tuning have diverged, by name; these have not failed.
@@ -45,7 +45,7 @@ class Experiment:
 
     def __init__(self, plan: argparse.Namespace, command: str) -> None:
         self.plan, self.command = plan, command
-        self.folder = Path(plan.report or plan.path / "results")
+        self.folder: Path = plan.report or plan.path / "results"
         self.runs: list[PlannedRun] = plan.runs
         self.learning_rates: dict[str, float] = {}
         self.finished: dict[str, Results] = {}
@@ -117,9 +117,9 @@ class Experiment:
     @property
     def tuning(self) -> Tuning:
         """The validation accuracies of the runs of the tuning that are there."""
-        tuning = {name: {rate: {} for rate in self.plan.learning_rates} for name in self.plan.settings}
+        tuning = {name: {rate: {} for rate in self.plan.learning_rates} for name in self.plan.methods}
         for run in self.plan.tuning_runs:
-            name, accuracies = run.settings.run_name, tuning[run.setting][run.settings.learning_rate]
+            name, accuracies = run.settings.run_name, tuning[run.method][run.settings.learning_rate]
             if name in self.finished:
                 accuracies[run.settings.seed] = self.finished[name].val_accuracy
             elif name in self.diverged:
@@ -137,18 +137,18 @@ class Experiment:
         table = tuning_table(self.tuning, self.learning_rates)
         return [table, *explain_choice(self.tuning, self.plan.tuning_seeds, left)]
 
-    def tuning_of(self, setting: str) -> dict[str, Value]:
-        """What the row of a setting in the table has of its tuning."""
-        rate = self.learning_rates.get(setting)
-        return {} if rate is None else tuning_columns(self.tuning[setting], rate)
+    def tuning_of(self, method: str) -> dict[str, Value]:
+        """What the row of a method in the table has of its tuning."""
+        rate = self.learning_rates.get(method)
+        return {} if rate is None else tuning_columns(self.tuning[method], rate)
 
     @property
-    def runs_by_setting(self) -> dict[str, dict[int, Results]]:
-        """The finished runs to compare, by setting and seed."""
-        runs: dict[str, dict[int, Results]] = {name: {} for name in self.plan.settings}
+    def runs_by_method(self) -> dict[str, dict[int, Results]]:
+        """The finished runs to compare, by method and seed."""
+        runs: dict[str, dict[int, Results]] = {name: {} for name in self.plan.methods}
         for run in self.runs:
             if run.settings.run_name in self.finished:
-                runs[run.setting][run.settings.seed] = self.finished[run.settings.run_name]
+                runs[run.method][run.settings.seed] = self.finished[run.settings.run_name]
         return runs
 
 

@@ -7,23 +7,12 @@ import argparse
 import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import run_settings
 from command_line.flag_types import FlagError, Parser, as_typed, file_name, folder, is_flag, whole
-from run_settings import (
-    COMPARED,
-    DEFAULTS,
-    EQUIVALENTS,
-    INPUT_NORMS,
-    MAX_SEED,
-    NAMED,
-    PAPER,
-    SCHEDULES,
-    SELECTIONS,
-    Settings,
-    Value,
-)
+from run_settings import COMPARED, DEFAULTS, MAX_SEED, NAMED, PAPER, SCHEDULES, SELECTIONS, Settings, Value
 
 DESCRIPTION = """The paper's experiment: settings × seeds, one run of train.py each, and a paired t-test over the seeds.
 
@@ -32,18 +21,17 @@ DESCRIPTION = """The paper's experiment: settings × seeds, one run of train.py 
 A stopped experiment is resumed by the same command."""
 
 
-@dataclass
-class PlannedRun:
+class PlannedRun(NamedTuple):
     """One run of the experiment.
 
     Attributes:
-        setting: name of its setting.
+        method: what it trains with, by name.
         flags: of train.py, without `--device`.
-        settings: what `settings.parse` makes of them, with an absolute path.
+        settings: what `run_settings.parse` makes of them, with an absolute path.
         for_tuning: whether it is there to choose a learning rate, not to be compared.
     """
 
-    setting: str
+    method: str
     flags: list[str]
     settings: Settings
     for_tuning: bool
@@ -60,18 +48,13 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     comparison, files = (parser.add_argument_group(t).add_argument for t in ("the comparison", "files and devices"))
-    settings_help = f"any of {', '.join(NAMED)}, or your own as NAME:bn_weight=0.2,c=50 (default: baseline proposed)"
+    methods_help = f"any of {', '.join(NAMED)}, or your own as NAME:bn_weight=0.2,c=50 (default: baseline proposed)"
     seeds_help = "such as 1-15 or 1 2 5-7 (default: 1-15)"
     default = [{name: PAPER[name]} for name in ("baseline", "proposed")]
-    comparison("--settings", nargs="+", default=default, type=named_setting, metavar="SETTING", help=settings_help)
-    comparison(
-        "--bn_weights",
-        nargs="+",
-        default=[],
-        type=run_settings.positive,
-        metavar="γ",
-        help="proposed, with each of these",
-    )
+    methods = {"dest": "methods", "metavar": "SETTING", "type": named_method, "default": default}
+    comparison("--settings", nargs="+", **methods, help=methods_help)
+    positives = {"nargs": "+", "default": [], "type": run_settings.positive}
+    comparison("--bn_weights", **positives, metavar="γ", help="proposed, with each of these")
     comparison("--seeds", nargs="+", default=[seed_range("1-15")], type=seed_range, metavar="SEEDS", help=seeds_help)
     contrast = {"action": "append", "nargs": 2, "default": [], "metavar": ("SETTING", "OTHER")}
     comparison(
@@ -79,10 +62,10 @@ def make_parser() -> Parser:
     )
     selection_help = "test accuracy at the epoch of the best validation accuracy, or at the last (default: %(default)s)"
     comparison("--select", default="best", choices=SELECTIONS, help=selection_help)
-    rates = {"nargs": "+", "default": [], "type": run_settings.positive, "metavar": "RATE"}
-    comparison("--learning_rates", **rates, help="choose each setting's learning rate among these, on the tuning seeds")
+    rates_help = "choose each setting's learning rate among these, on the tuning seeds"
+    comparison("--learning_rates", **positives, metavar="RATE", help=rates_help)
     tuning_help = "seeds to choose on, none of --seeds (default: 16-20)"
-    comparison("--tuning_seeds", nargs="+", type=seed_range, metavar="SEEDS", help=tuning_help)
+    comparison("--tuning_seeds", nargs="+", type=seed_range, default=[], metavar="SEEDS", help=tuning_help)
     files("--name", default="", type=file_name, help="beginning of all file names (default: made from the settings)")
     files("--jobs", default=1, type=whole(1), help="runs at a time on this machine (default: %(default)s)")
     scheduler_help = "tcp://HOST:PORT of a Dask scheduler that gets the runs; cos and none are those of train.py"
@@ -90,16 +73,17 @@ def make_parser() -> Parser:
     files("--device", help="device of every run (default: with --jobs, runs share out all GPUs; cpu without any)")
     files("--list", action="store_true", help="print the commands of all runs instead of making them")
     report_help = "make no runs, only table and figures of those in FOLDER (default: results/ below --path)"
-    files("--report", nargs="?", const=False, type=folder, metavar="FOLDER", help=report_help)
+    files("--report", nargs="?", const=True, type=folder, metavar="FOLDER", help=report_help)
     return parser
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of the experiment, and its plan. FlagError says what is wrong.
+    """The flags of the experiment, and its plan. FlagError or SettingError says what is wrong.
 
     Returns:
-        The flags, with `settings` by name, `seeds` and `tuning_seeds` as lists, and besides
+        The flags, with `seeds` and `tuning_seeds` as lists, `report` as a folder or None, and besides
 
+        - `methods`: those of `--settings` and `--bn_weights`: their settings of `COMPARED`, by name.
         - `runs`: all runs to compare, in the order in which they are to be made. With `--learning_rates` there are none
           until `plan_runs` is called with the rates that are chosen.
         - `tuning_runs`: the runs on which the rates are chosen.
@@ -107,37 +91,27 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         - `shared`: what determines the numbers of all runs to compare, by name.
         - `table_name`: how the names of the table and the figures begin.
     """
-    args, others = make_parser().parse_known_args(argv)
-    given = [name for name in (*COMPARED, "seed", "learning_rate") for other in others if is_flag(other, name)]
+    args, args.others = make_parser().parse_known_args(argv)
+    given = [name for name in (*COMPARED, "seed", "learning_rate") for other in args.others if is_flag(other, name)]
     if set(given) - {"learning_rate"}:
         raise FlagError(f"argument --{given[0]}: the experiment sets it: give --settings, --bn_weights or --seeds")
     if given and args.learning_rates:
         raise FlagError("argument --learning_rate: --learning_rates has the rates: leave it out")
-    others += [f"--scheduler={value}" for value in args.scheduler if value in SCHEDULES]
+    args.others += [f"--scheduler={value}" for value in args.scheduler if value in SCHEDULES]
     args.scheduler = next((value for value in reversed(args.scheduler) if value not in SCHEDULES), None)
     if args.scheduler and args.jobs > 1:
         raise FlagError("argument --jobs: the cluster has its own number of workers: leave it out with --scheduler")
-
-    names = [name for one in args.settings for name in one]
-    args.settings = {name: values for one in args.settings for name, values in one.items()}
-    for bn_weight in args.bn_weights:
-        values = {**PAPER["proposed"], "bn_weight": bn_weight}
-        if values not in args.settings.values():
-            args.settings[f"bn_weight {as_typed(bn_weight)}"] = values
-    distinct = {tuple(values.values()) for values in args.settings.values()}
-    if len(distinct) < len(args.settings) or len(set(names)) < len(names):
-        raise FlagError(f"argument --settings: two of {', '.join(names)} are the same")
+    plan_methods(args)
     check_contrasts(args)
     plan_seeds(args)
-    args.others = others
     rates = args.learning_rates = sorted(set(args.learning_rates))
     args.runs = [] if rates else plan_runs(args)
-    args.tuning_runs = [plan_run(args, n, seed, x) for seed in args.tuning_seeds for x in rates for n in args.settings]
+    args.tuning_runs = [plan_run(args, n, seed, x) for seed in args.tuning_seeds for x in rates for n in args.methods]
     first_run = (args.runs or args.tuning_runs)[0]
     args.first, args.path = first_run.settings, run_settings.parse(first_run.flags).path
-    args.shared = {
-        k: value for k, value in run_settings.determining(args.first).items() if k not in (*COMPARED, "seed")
-    }
+    args.report = args.path / "results" if args.report is True else args.report
+    determining = run_settings.determining(args.first)
+    args.shared = {name: value for name, value in determining.items() if name not in (*COMPARED, "seed")}
     name_table(args)
     return args
 
@@ -160,13 +134,26 @@ def name_table(args: argparse.Namespace) -> None:
         raise FlagError("argument --name: the name of the table would be too long: give a shorter one") from None
 
 
+def plan_methods(args: argparse.Namespace) -> None:
+    """Put the methods of all flags together. FlagError where two have the same name or the same settings."""
+    names = [name for one in args.methods for name in one]
+    args.methods = {name: values for one in args.methods for name, values in one.items()}
+    for bn_weight in args.bn_weights:
+        values = {**PAPER["proposed"], "bn_weight": bn_weight}
+        if values not in args.methods.values():
+            args.methods[f"bn_weight {as_typed(bn_weight)}"] = values
+    different = {tuple(values.values()) for values in args.methods.values()}
+    if len(different) < len(args.methods) or len(set(names)) < len(names):
+        raise FlagError(f"argument --settings: two of {', '.join(names)} are the same")
+
+
 def check_contrasts(args: argparse.Namespace) -> None:
-    """Keep every contrast once. FlagError where one is not of two settings."""
+    """Keep every contrast once. FlagError where one is not of two methods."""
     args.contrast = list(dict.fromkeys(map(tuple, args.contrast)))
     for one, other in args.contrast:
         for name in (one, other):
-            if name not in args.settings:
-                raise FlagError(f"argument --contrast: {name!r} is none of {', '.join(args.settings)}: see --settings")
+            if name not in args.methods:
+                raise FlagError(f"argument --contrast: {name!r} is none of {', '.join(args.methods)}: see --settings")
         if one == other or other == "baseline":
             why = "every setting is compared with it anyway" if one != other else "there is nothing to compare"
             raise FlagError(f"argument --contrast: {one} and {other}: {why}")
@@ -178,12 +165,10 @@ def plan_seeds(args: argparse.Namespace) -> None:
         raise FlagError("argument --tuning_seeds: there is nothing to choose without --learning_rates")
     if args.learning_rates and not args.tuning_seeds:
         args.tuning_seeds = [seed_range("16-20")]
-    args.seeds, args.tuning_seeds = distinct(args.seeds), distinct(args.tuning_seeds or [])
+    args.seeds, args.tuning_seeds = distinct(args.seeds), distinct(args.tuning_seeds)
     if both := set(args.seeds) & set(args.tuning_seeds):
-        listed = ", ".join(map(str, sorted(both)))
-        raise FlagError(
-            f"argument --tuning_seeds: {listed} must not be among --seeds too: a rate chosen on them suits them"
-        )
+        problem = "must not be among --seeds too: a rate chosen on them suits them"
+        raise FlagError(f"argument --tuning_seeds: {', '.join(map(str, sorted(both)))} {problem}")
 
 
 def plan_runs(args: argparse.Namespace, learning_rates: Mapping[str, float] | None = None) -> list[PlannedRun]:
@@ -191,29 +176,29 @@ def plan_runs(args: argparse.Namespace, learning_rates: Mapping[str, float] | No
 
     Args:
         args: what `parse` returns.
-        learning_rates: that of each setting, where they have been chosen.
+        learning_rates: that of each method, where they have been chosen.
     """
     rates = learning_rates or {}
-    return [plan_run(args, name, seed, rates.get(name)) for seed in args.seeds for name in args.settings]
+    return [plan_run(args, name, seed, rates.get(name)) for seed in args.seeds for name in args.methods]
 
 
-def plan_run(args: argparse.Namespace, name: str, seed: int, learning_rate: float | None = None) -> PlannedRun:
-    """The run of a setting with a seed, at a learning rate of its own where there is one."""
+def plan_run(args: argparse.Namespace, method: str, seed: int, learning_rate: float | None = None) -> PlannedRun:
+    """The run of a method with a seed, at a learning rate of its own where there is one."""
     rate = [] if learning_rate is None else ["--learning_rate", as_typed(learning_rate)]
-    compared = [text for key, value in args.settings[name].items() for text in (f"--{key}", as_typed(value))]
-    arguments = [*args.others, *rate, *compared, "--seed", str(seed)]
+    compared = [text for name, value in args.methods[method].items() for text in (f"--{name}", as_typed(value))]
+    flags = [*args.others, *rate, *compared, "--seed", str(seed)]
+    settings = run_settings.parse([*flags, "--name", args.name])
     if args.name:
-        settings = run_settings.parse(arguments)
         unusual = rate and learning_rate != DEFAULTS["learning_rate"]  # as in default names
         parts = [f"learning_rate={rate[1]}"] if unusual else []
-        arguments += ["--name", "-".join((args.name, *parts, run_settings.method_name(settings), f"seed{seed}"))]
-    settings = run_settings.parse(arguments)
+        flags += ["--name", "-".join((args.name, *parts, run_settings.method_name(settings), f"seed{seed}"))]
+        settings = run_settings.parse(flags)
     settings = replace(settings, path=settings.path.absolute())
-    return PlannedRun(name, arguments, settings, for_tuning=seed in args.tuning_seeds)
+    return PlannedRun(method, flags, settings, for_tuning=seed in args.tuning_seeds)
 
 
-def named_setting(text: str) -> dict[str, dict[str, Value]]:
-    """The type of a flag that takes a setting: its name, with the flags of `COMPARED` that make it up."""
+def named_method(text: str) -> dict[str, dict[str, Value]]:
+    """The type of a flag that takes a method: its name, with the settings of `COMPARED` that make it up."""
     name, colon, rest = text.partition(":")
     if not colon:
         if name not in NAMED:
@@ -228,12 +213,9 @@ def named_setting(text: str) -> dict[str, dict[str, Value]]:
             raise argparse.ArgumentTypeError(f"{text!r}: {part!r} is no {', '.join(COMPARED)}=VALUE") from None
     if name in NAMED or file_name(name) == "":
         raise argparse.ArgumentTypeError(f"{text!r} needs a name of its own before the colon")
-    for key, allowed in {"input_norm": INPUT_NORMS, "equivalent": EQUIVALENTS}.items():
-        if values[key] not in allowed:
-            raise argparse.ArgumentTypeError(f"{text!r}: {key} is one of {', '.join(allowed)}")
     values["c"] = values["c"] or 1.0  # both mean no reduction
     if values["equivalent"] == DEFAULTS["equivalent"]:
-        del values["equivalent"]  # as in the paper's settings
+        del values["equivalent"]  # as in the paper's methods
     return {name: values}
 
 
@@ -266,7 +248,6 @@ def scheduler(text: str) -> str:
     """The type of a flag that takes a schedule of train.py or the address of a Dask scheduler."""
     address = re.fullmatch(r"tcp://(?:[\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})", text, re.ASCII)
     if text not in SCHEDULES and not (address and 0 < int(address[1]) < 2**16):
-        raise argparse.ArgumentTypeError(
-            f"must be cos, none or the address of a Dask scheduler, tcp://HOST:PORT, not {text!r}"
-        )
+        allowed = "cos, none or the address of a Dask scheduler, tcp://HOST:PORT"
+        raise argparse.ArgumentTypeError(f"must be {allowed}, not {text!r}")
     return text
