@@ -2,10 +2,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,123 +18,30 @@ import run_settings
 import train
 from cluster import ENVIRONMENT
 from command_line.flag_types import FlagError
-from experiment import making, run_process
-from experiment.making import make_runs
-from experiment.run_process import Outcome
-from light import begun, light_run, process_of
+from experiment import making
+from experiment.display import count_epochs
+from experiment.making import Outcome, make_runs
+from light import light_run, process_of, saved, wait_until
 from run_settings import Settings
 from saved_runs.checkpoint import load_checkpoint
 from saved_runs.lock import lock_run
 from saved_runs.paths import RunFiles, run_files
-from saved_runs.results import Results, read_results
 
-
-def wait_until(condition: Callable[[], object], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-# --- in this process ------------------------------------------------------------------------------------------------
-
-
-def small_run(path: Path, *flags: str) -> Settings:
-    """The settings of a run on digits."""
-    return run_settings.parse(["--dataset", "digits", "--batch_size", "48", "--path", str(path), *flags])
-
-
-def make_here(run: Settings, stops: list[int], device: str = "cpu") -> Outcome:
-    """What comes of a run in this process."""
-    [(_, outcome)] = make_runs([run], stops, device=device, train=train.train)
-    return outcome
-
-
-def test_run_does_not_begin_anew(small_network, tmp_path):
-    run = small_run(tmp_path, "--num_epochs", "2", "--restart")
-    first = make_here(run, [])
-    assert first.num_epochs == 2 and run.restart
-    file = run_files(tmp_path, run.name).results
-    written = file.stat().st_mtime_ns
-    assert make_here(run, []).test_accuracy == read_results(file).test_accuracy
-    assert file.stat().st_mtime_ns == written
-
-
-def test_what_a_run_raises(tmp_path):
-    def fail(run: Settings, stops: list[int]) -> Results:
-        raise {"a": FloatingPointError, "b": KeyError, "c": KeyboardInterrupt}[run.name](run.name)
-
-    runs = [light_run(name, tmp_path) for name in "abcd"]
-    made = [outcome for _, outcome in make_runs(runs[:2], [], train=fail)]
-    assert list(map(repr, made)) == ["FloatingPointError('a')", "KeyError('b')"]
-
-    def interrupted(run: Settings, stops: list[int]) -> Results:
-        raise KeyboardInterrupt(*numbers)
-
-    numbers = [signal.SIGINT]
-    made = make_runs(runs, [], train=interrupted)  # which no handler has noted
-    assert list(made) == [(runs[0], signal.SIGINT)]
-    numbers.clear()  # as a module of the user's may do
-    made = [outcome for _, outcome in make_runs(runs, [], train=interrupted)]
-    assert len(made) == 4 and all(isinstance(outcome, RuntimeError) for outcome in made)
-    with pytest.raises(FlagError, match="'nonsense' is not one of"):
-        make_here(small_run(tmp_path), [], device="nonsense")
-
-
-def test_no_run_begins_after_a_stop(tmp_path):
-    begun, stops = [], []
-
-    def stopped_in_the_second(run: Settings, stops: list[int]) -> str:
-        begun.append(run.name)
-        if len(begun) == 2:
-            stops.append(signal.SIGTERM)
-        return "done"
-
-    runs = [light_run(name, tmp_path) for name in "abc"]
-    assert [run.name for run, _ in make_runs(runs, stops, train=stopped_in_the_second)] == begun == ["a", "b"]
-
-
-def test_stopped_run(small_network, tmp_path):
-    run = small_run(tmp_path, "--num_epochs", "1000")
-    stops = []
-    with ThreadPoolExecutor() as pool:
-        being_made = pool.submit(make_here, run, stops)
-        wait_until(run_files(tmp_path, run.name).checkpoint.exists)
-        stops.append(signal.SIGTERM)
-        assert being_made.result(timeout=10) == signal.SIGTERM
-
-
-def test_run_of_another_process_is_waited_for(small_network, tmp_path, monkeypatch):
-    monkeypatch.setattr(making, "LOCK_SECONDS", 0.01)
-    run, stops = small_run(tmp_path, "--num_epochs", "2"), []
-    with ThreadPoolExecutor() as pool, lock_run(run_files(tmp_path, run.name)):
-        waiting, stopped = (pool.submit(make_here, run, of) for of in ([], stops))
-        stops.append(signal.SIGINT)
-        assert stopped.result(timeout=10) == signal.SIGINT
-        with pytest.raises(TimeoutError):
-            waiting.result(timeout=0.3)
-    assert waiting.result().num_epochs == 2
-
-
-def test_import_is_quick():
-    code = "import sys, experiment.making; sys.exit(bool({'torch', 'distributed', 'joblib'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0
-
-
-# --- in processes of their own: stand-ins ---------------------------------------------------------------------------
+# --- stand-ins ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def light_runs(monkeypatch):
-    """Make stand-ins in place of runs."""
-    monkeypatch.setattr(run_process, "COMMAND", light.COMMAND)
-    monkeypatch.setattr(run_process, "LOCK_SECONDS", 0.01)
+def light_runs(tmp_path, monkeypatch):
+    """Make stand-ins in place of runs, and no temporary files."""
+    monkeypatch.setattr(making, "TRAIN", light.COMMAND)
+    monkeypatch.setattr(making, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))  # which there is not
 
 
-def outcomes(path: Path, *names: str, stops: list[int] | None = None, **options: Any) -> dict[str, Outcome]:
+def outcomes(path: Path, *names: str, **options: Any) -> dict[str, Outcome]:
     """What comes of stand-ins, by name."""
-    runs = [light_run(name, path) for name in names]
-    return {run.name: outcome for run, outcome in make_runs(runs, [] if stops is None else stops, **options)}
+    made = make_runs([light_run(name, path) for name in names], **{"stops": [], **options})
+    return {run.name: outcome for run, outcome in made}
 
 
 def test_arguments_make_the_same_settings():
@@ -151,24 +56,49 @@ def test_arguments_make_the_same_settings():
         assert run_settings.parse(run_settings.as_arguments(run)) == run
 
 
+def test_import_is_quick():
+    code = "import sys, experiment.making; sys.exit(bool({'torch', 'distributed', 'joblib'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0
+
+
 def test_every_outcome(light_runs, tmp_path):
-    made = outcomes(tmp_path, "deadly", "full", "broken", "diverged", "busy", "unlucky", jobs=2, device="cpu")
-    threads = max(1, joblib.cpu_count() // 2)
+    names, reported = ["deadly", "full", "broken", "diverged", "noisy", "busy", "unlucky"], []
+    made = outcomes(tmp_path, *names, jobs=2, device="cpu", report=reported.append)
+    threads = str(max(1, joblib.cpu_count() // 2))
     for name in ("busy", "unlucky"):
-        assert made.pop(name).header == {"device": "cpu", "threads": threads}
+        assert made.pop(name).header == {"device": "cpu", "threads": threads, "restart": False}
     assert {name: f"{type(error).__name__}: {error}" for name, error in made.items()} == {
-        "deadly": "ChildProcessError: its process was killed 3 times by SIGKILL",
+        "deadly": "ChildProcessError: it was lost 3 times: its process was killed by SIGKILL",
         "full": "ChildProcessError: it is full",
         "broken": "ChildProcessError: KeyError: 'x'",
         "diverged": "FloatingPointError: it is diverged",
+        "noisy": "ChildProcessError: it ended with exit code 1",
     }
+    assert reported == ["busy waits: it is busy"]
+
+
+def test_run_alone(light_runs, tmp_path, monkeypatch):
+    """It does not begin anew where it is tried again, and has all cores."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    [(_, outcome)] = make_runs([light_run("a", tmp_path, "--restart")], [])
+    assert outcome.header == {"device": None, "threads": None, "restart": False}
+
+
+def test_error_that_is_none_of_the_run(light_runs, tmp_path, monkeypatch):
+    """Such as that of a process limit, which is no lock."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    assert repr(outcomes(tmp_path, "a")["a"]) == "BlockingIOError('Resource temporarily unavailable')"
 
 
 def test_wrong_flag_stops_all(light_runs, tmp_path):
     slow = light_run("slow", tmp_path)
     with pytest.raises(FlagError, match="it is wrong"):
         outcomes(tmp_path, "slow", "wrong", jobs=2)
-    assert not begun(slow).exists() or begun(slow).with_suffix(".saved").exists()
+    assert not light.begun(slow).exists() or saved(slow).exists()
 
 
 def test_processes_share_out_two_gpus(light_runs, tmp_path, monkeypatch):
@@ -176,44 +106,54 @@ def test_processes_share_out_two_gpus(light_runs, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     made = outcomes(tmp_path, "unlucky", "patient", "patient-too", jobs=3)
     assert sorted(run.header["device"] for run in made.values()) == ["cuda:0", "cuda:0", "cuda:1"]
-    assert outcomes(tmp_path, "a", jobs=2, device="cuda:2")["a"].settings["device"] == "cuda:2"
+    assert outcomes(tmp_path, "a", jobs=2, device="cuda:2")["a"].header["device"] == "cuda:2"
 
 
 def test_stop(light_runs, tmp_path):
-    """As soon as the run has told where it is."""
-    stops, told = [], []
+    """As soon as the run has begun: what is at work is saved, and no further run begins."""
+    slow, stops = light_run("slow", tmp_path), []
 
-    def stop() -> None:
-        try:
-            wait_until(lambda: ("slow", "epoch 1/1") in told, seconds=60)
-        finally:
+    def show(at_work: list[Settings]) -> None:
+        if at_work and light.begun(at_work[0]).exists():
             stops.append(signal.SIGINT)
 
-    threading.Thread(target=stop).start()
-    made = outcomes(tmp_path, "slow", "never", stops=stops, tell=lambda run, bar: told.append((run.name, bar)))
-    assert told == [("slow", ""), ("slow", "epoch 1/1")]
-    assert made == {"slow": signal.SIGINT} and begun(light_run("slow", tmp_path)).with_suffix(".saved").exists()
+    assert outcomes(tmp_path, "slow", "never", stops=stops, show=show) == {"slow": signal.SIGINT}
+    assert saved(slow).exists()
 
 
-def test_function_of_the_calling_program(tmp_path):
-    run = small_run(tmp_path, "--network", "__main__:net")
-    with pytest.raises(FlagError, match=r"__main__:net is in the program .* such as my_networks:net"):
-        list(make_runs([run], [], jobs=2))
+def test_stop_within_a_run_that_ends(tmp_path, monkeypatch):
+    stops = []
 
+    def make_run(run: Settings, experiment: str) -> str:
+        if run.name == "b":
+            stops.append(signal.SIGTERM)
+        return "done"
+
+    monkeypatch.setattr(making, "make_run", make_run)
+    assert outcomes(tmp_path, "a", "b", "c", stops=stops) == {"a": "done", "b": "done"}
+
+
+# --- experiments that are stopped ------------------------------------------------------------------------------------
 
 PROGRAM = """
 import sys
 from pathlib import Path
-from typing import Any
 
 import light
 from command_line.signals import on_signals
-from experiment import run_process
+from experiment import making
 from experiment.making import make_runs
 
-run_process.COMMAND, stops = light.COMMAND, []
-runs = [light.light_run(name, Path(sys.argv[1])) for name in sys.argv[2:]]
-with on_signals(stops.append):
+making.TRAIN, stops, path = light.COMMAND, [], Path(sys.argv[1])
+
+
+def stop(number):
+    stops.append(number)
+    (path / "stopped").touch()
+
+
+runs = [light.light_run(name, path) for name in sys.argv[2:]]
+with on_signals(stop):
     for run, outcome in make_runs(runs, stops, jobs=2, device="cpu"):
         print(run.name, outcome if isinstance(outcome, int) else "done", flush=True)
 """
@@ -227,7 +167,6 @@ class Experiment:
         program.write_text(PROGRAM)
         self.pid, self.terminal = pytest.importorskip("pty").fork()
         if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored here
             os.execve(sys.executable, [sys.executable, program, str(path), *names], ENVIRONMENT)
 
     def end(self) -> tuple[int, list[str]]:
@@ -242,49 +181,67 @@ class Experiment:
 
 def test_ctrl_c_in_a_terminal(tmp_path):
     experiment = Experiment(tmp_path, "a", "slow")
-    process_of(light_run("a", tmp_path)), process_of(light_run("slow", tmp_path))
+    process_of(light_run("slow", tmp_path))
     wait_until((tmp_path / "results" / "a.csv").exists)
     os.killpg(experiment.pid, signal.SIGINT)
     code, lines = experiment.end()
     assert (code, sorted(line.replace("^C", "") for line in lines)) == (0, ["a done", "slow 2"])
-    assert begun(light_run("slow", tmp_path)).with_suffix(".saved").exists()
+    assert saved(light_run("slow", tmp_path)).exists()
 
 
-@pytest.mark.parametrize("names", [("SIGINT", "SIGINT"), ("SIGKILL",)], ids=["Ctrl-C twice", "kill -9"])
-def test_processes_do_not_outlive_the_experiment(names, tmp_path):
-    experiment = Experiment(tmp_path, "slow", "slow-too")
-    runs = [light_run(name, tmp_path) for name in ("slow", "slow-too")]
+@pytest.mark.parametrize("how", ["Ctrl-C twice", "kill -9"])
+def test_processes_do_not_outlive_the_experiment(how, tmp_path):
+    names = ("slow-to-save", "slow-to-save-too")
+    experiment = Experiment(tmp_path, *names)
+    runs = [light_run(name, tmp_path) for name in names]
     processes = [psutil.Process(process_of(run)) for run in runs]
-    numbers = [getattr(signal, name) for name in names]
-    for number in numbers:
-        os.killpg(experiment.pid, number) if number == signal.SIGINT else os.kill(experiment.pid, number)
-        time.sleep(0.1)
-    assert experiment.end() == (-numbers[-1], [])
-    psutil.wait_procs(processes, timeout=10)
-    assert not any(process.is_running() for process in processes)
-    assert all(begun(run).with_suffix(".saved").exists() for run in runs)
+    if how == "kill -9":
+        os.kill(experiment.pid, signal.SIGKILL)
+    else:
+        os.killpg(experiment.pid, signal.SIGINT)
+        wait_until((tmp_path / "stopped").exists)
+        os.killpg(experiment.pid, signal.SIGINT)
+    code, lines = experiment.end()
+    assert (code, [line for line in lines if line.strip("^C")]) == (-9 if how == "kill -9" else -2, [])
+    (tmp_path / "save").touch()
+    assert psutil.wait_procs(processes, timeout=300)[1] == []
+    assert all(saved(run).exists() for run in runs)
 
 
-# --- in processes of their own: trainings ---------------------------------------------------------------------------
+# --- trainings ------------------------------------------------------------------------------------------------------
 
-RANDOM = [
-    "--network",
-    "small:stochastic_depth",
-    "--learning_rate",
-    "0.01",
-]  # whose numbers follow from the draws of Python's own generator
+GATE_AT = 150  # the batch in which a run waits until a gate is open; an epoch has 27
+NETWORK = """
+import os
+from pathlib import Path
+
+from light import wait_until
+from small import stochastic_depth
 
 
-def epochs_of(run: Settings) -> int:
-    """How many epochs are in the result file of a run."""
-    file = run_files(run.path, run.name).results
-    return read_results(file).num_epochs if file.exists() else 0
+def gated(num_classes):
+    network, batches = stochastic_depth(num_classes), []
+
+    def wait_at_gate(network, images):
+        batches.extend([None] * network.training)
+        if len(batches) == {GATE_AT}:
+            wait_until(Path(os.environ["GATE"]).exists)
+
+    network.register_forward_pre_hook(wait_at_gate)
+    return network
+"""
+
+
+def training(path: Path, *flags: str) -> Settings:
+    """The settings of a training on digits, whose numbers follow from the draws of Python's own generator, too."""
+    how = "--dataset digits --batch_size 48 --network gates:gated --learning_rate 0.01 --num_epochs 8 --scheduler none --device cpu"
+    return run_settings.parse([*how.split(), "--checkpoint_seconds", "1e9", "--path", str(path), *flags])
 
 
 def checkpoint(run: Settings) -> dict:
     """The checkpoint of a run, without what it says of time and place."""
-    state = load_checkpoint(run_files(run.path, run.name).checkpoint)
-    return {name: value for name, value in state.items() if name != "settings"}
+    state = load_checkpoint(run_files(run.path, run.run_name).checkpoint)
+    return {name: value for name, value in state.items() if name not in ("settings", "header")}
 
 
 def equal(ours: Any, theirs: Any) -> bool:
@@ -294,6 +251,13 @@ def equal(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, list | tuple):
         return len(ours) == len(theirs) and all(map(equal, ours, theirs))
     return torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
+def is_free(files: RunFiles) -> bool:
+    """Whether no process is at work on a run."""
+    with suppress(BlockingIOError), lock_run(files):
+        return True
+    return False
 
 
 @pytest.fixture
@@ -311,40 +275,51 @@ import sys
 import run_settings
 from experiment.making import make_runs
 
-runs = [run_settings.parse([*sys.argv[1:], "--seed", seed]) for seed in "12"]
+sys.path.append(sys.argv[1])
+runs = [run_settings.parse([*sys.argv[2:], "--seed", seed]) for seed in "12"]
 list(make_runs(runs, [], jobs=2, device="cpu"))
 """
 
 
-def test_killed_run_and_killed_experiment(one_of_two, tmp_path):
+def test_killed_run_and_killed_experiment(one_of_two, tmp_path, monkeypatch):
     """Of both comes in the end, bit for bit, what comes of undisturbed runs in this process.
 
     The runs of the killed experiment save all that they have done since the last checkpoint, that of the first epoch.
     """
-    flags = [*RANDOM, "--num_epochs", "40", "--checkpoint_seconds", "1e9", "--scheduler", "none"]
-    alone, runs = ([small_run(tmp_path / path, *flags, "--seed", n) for n in "12"] for path in ("alone", "disturbed"))
-    list(make_runs(alone, [], device="cpu", train=train.train))
-    command = [sys.executable, "-c", TRAININGS, "--dataset", "digits", "--batch_size", "48", *flags]
-    with subprocess.Popen([*command, "--path", tmp_path / "disturbed"], env=ENVIRONMENT) as experiment:
+    gate = tmp_path / "gate"
+    gate.touch()
+    monkeypatch.setenv("GATE", str(gate))
+    (tmp_path / "gates.py").write_text(NETWORK.replace("{GATE_AT}", str(GATE_AT)))
+    monkeypatch.syspath_prepend(tmp_path)
+    alone, runs = ([training(tmp_path / path, "--seed", seed) for seed in "12"] for path in ("alone", "disturbed"))
+    for run in alone:
+        train.train(run)
+    gate.unlink()
+    flags = run_settings.as_arguments(training(tmp_path / "disturbed"))
+    environment = ENVIRONMENT | {"GATE": str(gate)}
+    with subprocess.Popen([sys.executable, "-c", TRAININGS, tmp_path, *flags], env=environment) as experiment:
         try:
             for run in runs:
-                wait_until(lambda run=run: epochs_of(run) > 5)
+                wait_until(lambda run=run: count_epochs(run) == 5)  # both wait at the gate
             children = psutil.Process(experiment.pid).children()
-            [process] = [child for child in children if f"--name={runs[0].name}" in child.cmdline()]
+            [process] = [child for child in children if "--seed=2" in child.cmdline()]
             process.kill()
-            killed_at = epochs_of(runs[0])
-            wait_until(lambda: epochs_of(runs[0]) > killed_at)
+            wait_until(lambda: count_epochs(runs[1]) == 6)  # it goes on from its first epoch up to the gate
         finally:
             experiment.kill()
+            gate.touch()
     for run in runs:
-        wait_until(lambda run=run: is_free(run_files(run.path, run.name)))
-        assert len(checkpoint(run)["columns"]["epoch"]) == epochs_of(run) > 5
-    assert all(outcome.num_epochs == 40 for _, outcome in make_runs(runs, [], jobs=2, device="cpu"))
+        wait_until(lambda run=run: is_free(run_files(run.path, run.run_name)))
+        assert len(checkpoint(run)["columns"]["epoch"]) == count_epochs(run) > 4
+    assert all(outcome.num_epochs == 8 for _, outcome in make_runs(runs, [], jobs=2, device="cpu"))
     assert all(equal(checkpoint(ours), checkpoint(theirs)) for ours, theirs in zip(runs, alone, strict=True))
 
 
-def is_free(files: RunFiles) -> bool:
-    """Whether no process is at work on a run."""
-    with suppress(BlockingIOError), lock_run(files):
-        return True
-    return False
+def test_reason_of_a_training(tmp_path):
+    """What its last line says."""
+    runs = [training(tmp_path, "--network", "resnet18", *flags) for flags in (["--learning_rate", "1e30"], ["--c=3"])]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / f"{runs[1].run_name}.csv").write_text("nothing\n")
+    reasons = [f"{type(outcome).__name__}: {outcome}" for _, outcome in make_runs(runs, [], jobs=2, device="cpu")]
+    assert any(reason.startswith("FloatingPointError: the loss at epoch 1, step") for reason in reasons)
+    assert any(reason.startswith("ChildProcessError: ") and "is not a result file" in reason for reason in reasons)
