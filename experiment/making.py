@@ -166,7 +166,6 @@ def make_runs(
     with on_cluster(scheduler, runs[0].path, report) if scheduler else Here(jobs, device) as pool:
         try:
             while at_work or (waiting and not stops):
-                show([run for run, _ in at_work.values()])
                 if stops and not told:
                     left, told = pool.stop(at_work.keys(), stop), True
                     at_work = {place: at_work[place] for place in left}
@@ -175,6 +174,7 @@ def make_runs(
                     if waiting and not stops:
                         run = waiting.popleft()
                         at_work[place] = run, pool.begin(place, make, replace(run, restart=False, device=device))
+                show([run for run, _ in at_work.values()])
                 if not at_work:  # there is no worker yet
                     time.sleep(LOOK_SECONDS)
                 wait([future for _, future in at_work.values()], LOOK_SECONDS, FIRST_COMPLETED)

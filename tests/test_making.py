@@ -234,8 +234,9 @@ def gated(num_classes):
 
 def training(path: Path, *flags: str) -> Settings:
     """The settings of a training on digits, whose numbers follow from the draws of Python's own generator, too."""
-    how = "--dataset digits --batch_size 48 --network gates:gated --learning_rate 0.01 --num_epochs 8 --scheduler none --device cpu"
-    return run_settings.parse([*how.split(), "--checkpoint_seconds", "1e9", "--path", str(path), *flags])
+    what = "--dataset digits --batch_size 48 --network gates:gated --learning_rate 0.01 --num_epochs 8"
+    how = "--scheduler none --device cpu --checkpoint_seconds 1e9"
+    return run_settings.parse([*what.split(), *how.split(), "--path", str(path), *flags])
 
 
 def checkpoint(run: Settings) -> dict:

@@ -13,15 +13,15 @@ def planned(*flags: str) -> list[PlannedRun]:
 
 
 def test_order_is_seed_by_seed():
-    assert [(run.setting, run.settings.seed) for run in planned("--seeds", "1-2", "7")] == [
-        (setting, seed) for seed in (1, 2, 7) for setting in ("baseline", "proposed")
+    assert [(run.method, run.settings.seed) for run in planned("--seeds", "1-2", "7")] == [
+        (method, seed) for seed in (1, 2, 7) for method in ("baseline", "proposed")
     ]
     assert len(planned()) == 30
 
 
-def test_settings_of_the_paper():
+def test_methods_of_the_paper():
     found = {
-        run.setting: (run.settings.bn_weight, run.settings.c, run.settings.input_norm)
+        run.method: (run.settings.bn_weight, run.settings.c, run.settings.input_norm)
         for run in planned("--settings", "baseline", "proposed", "init", "rate", "input", "--seeds", "1")
     }
     assert found == {
@@ -33,9 +33,9 @@ def test_settings_of_the_paper():
     }
 
 
-def test_own_settings_and_sweep():
+def test_own_methods_and_sweep():
     found = planned("--settings", "proposed", "half:bn_weight=0.5,c=50", "--bn_weights", "0.01", "0.1", "--seeds", "3")
-    assert [(run.setting, run.settings.bn_weight, run.settings.c, run.settings.input_norm) for run in found] == [
+    assert [(run.method, run.settings.bn_weight, run.settings.c, run.settings.input_norm) for run in found] == [
         ("proposed", 0.1, 100, "bn"),
         ("half", 0.5, 50, "bn"),
         ("bn_weight 0.01", 0.01, 100, "bn"),  # 0.1 is there already, as proposed
@@ -56,9 +56,9 @@ def test_names_of_runs_are_those_of_train():
 # --- learning rates to choose from ----------------------------------------------------------------------------------
 
 
-def test_tuning_runs_are_every_setting_at_each_rate():
+def test_tuning_runs_are_every_method_at_each_rate():
     args = parse([*FLAGS, "--learning_rates", "0.1", "0.02", "--tuning_seeds", "27-28"])
-    assert [(run.settings.seed, run.settings.learning_rate, run.setting) for run in args.tuning_runs] == [
+    assert [(run.settings.seed, run.settings.learning_rate, run.method) for run in args.tuning_runs] == [
         (seed, rate, name) for seed in (27, 28) for rate in (0.02, 0.1) for name in ("baseline", "proposed")
     ]
     assert args.runs == [] and all(run.for_tuning for run in args.tuning_runs)
@@ -70,7 +70,7 @@ def test_runs_at_chosen_rates_come_in_pairs():
     args = parse([*FLAGS, "--learning_rates", "0.1", "0.02", "--seeds", "1-2"])
     runs = plan_runs(args, {"baseline": 0.1, "proposed": 0.02})
     expected = [(1, "baseline", 0.1), (1, "proposed", 0.02), (2, "baseline", 0.1), (2, "proposed", 0.02)]
-    assert [(run.settings.seed, run.setting, run.settings.learning_rate) for run in runs] == expected
+    assert [(run.settings.seed, run.method, run.settings.learning_rate) for run in runs] == expected
     assert not any(run.for_tuning for run in runs)
     # the runs at the default rate are those of the plain experiment
     assert (

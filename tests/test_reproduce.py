@@ -1,4 +1,3 @@
-import argparse
 import errno
 import math
 import os
@@ -9,28 +8,28 @@ import signal
 import struct
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pandas
 import pytest
 from scipy import stats
-from tqdm import tqdm
 
 import figures
 import reproduce
 import run_settings
 import train
 from experiment import display, making, outcomes
+from experiment.plan import PlannedRun, parse
+from light import wait_until
+from run_settings import Settings
 from saved_runs.lock import lock_run
 from saved_runs.paths import run_files
 from saved_runs.results import Results, read_results, write_results
-from training import preparation
 
 FOLDER = Path(__file__).parent
 FLAGS = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "2"]
@@ -46,6 +45,68 @@ def run(path: Path, *flags: str) -> int:
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+@pytest.fixture(autouse=True)
+def trainings_here(small_network, monkeypatch):
+    """Runs are made in threads of this process, in place of processes of their own, and of a small network."""
+
+    def make_run(settings: Settings, experiment: str, **_: str) -> Results | int:
+        try:
+            return train.train(settings)
+        except KeyboardInterrupt as stop:
+            return stop.args[0]
+
+    monkeypatch.setattr(making, "make_run", make_run)
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """They take seconds."""
+    monkeypatch.setattr(figures, "save_figures", lambda *arguments: ([], []))
+
+
+VAL_ACCURACIES = {  # of the first epoch, by bn_weight and learning rate; 17 gains 1 on 16
+    (1.0, 0.01): 60.0,
+    (1.0, 0.1): 70.0,
+    (1.0, 0.4): 72.0,
+    (0.1, 0.01): 80.0,
+    (0.1, 0.1): 71.0,
+    (0.1, 0.4): 80.0,
+}
+
+
+def fake_train(settings: Settings) -> Results:
+    """Results without a training: the first epoch is the best on validation, the second on the test."""
+    val_accuracy = VAL_ACCURACIES.get((settings.bn_weight, settings.learning_rate), 50.0) + settings.seed % 2
+    gain, order = (3, 21) if settings.input_norm == "bn" else (0, 7)
+    test_accuracy = 50 + gain + (order * settings.seed) % 5 + settings.seed / (9 + settings.c)
+    columns = {"train_loss": [1.0, 0.5], "val_loss": [1.0, 1.0], "val_accuracy": [val_accuracy, 10.0]}
+    columns |= {"epoch": [1, 2], "test_accuracy": [test_accuracy, 90 - test_accuracy / 2]}
+    columns = {name: np.array(values) for name, values in columns.items()}
+    results = Results({**run_settings.determining(settings), "name": settings.run_name}, columns)
+    write_results(run_files(settings.path, settings.run_name).results, results)
+    return results
+
+
+@pytest.fixture
+def no_training(monkeypatch, no_figures):
+    """Runs and figures take seconds."""
+    monkeypatch.setattr(train, "train", fake_train)
+
+
+def read_summary(file: Path) -> pandas.DataFrame:
+    """The table with all digits, by method."""
+    return pandas.read_csv(file, comment="#").set_index("setting")
+
+
+def p_value(ours: list[float], theirs: list[float]) -> float:
+    return stats.ttest_1samp(np.subtract(ours, theirs), 0, alternative="greater").pvalue
+
+
+def accuracies_in(folder: Path, runs: str, epoch: int) -> list[float]:
+    """Test accuracies of the runs with the seeds 1 to 4 at an epoch."""
+    return [read_results(folder / f"{runs}-seed{seed}.csv").columns["test_accuracy"][epoch - 1] for seed in range(1, 5)]
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------
@@ -103,8 +164,8 @@ def test_where_runs_are_made(flags, where, tmp_path, monkeypatch):
         (["--settings", "a:bn_weight=x"], "'bn_weight=x' is no bn_weight, c, input_norm, equivalent=VALUE"),
         (["--settings", "a:momentum=0.5"], "'momentum=0.5' is no bn_weight"),
         (["--settings", "a:bn_weight=-1"], "argument --bn_weight: must be a number from 1e-30"),
-        (["--settings", "a:input_norm=x"], "input_norm is one of bn, dataset"),
-        (["--settings", "a:equivalent=x"], "equivalent is one of no, logits, logits+rates"),
+        (["--settings", "a:input_norm=x"], "argument --input_norm: invalid choice: 'x'"),
+        (["--settings", "a:equivalent=x"], "argument --equivalent: invalid choice: 'x'"),
         (["--settings", "baseline:c=5"], "needs a name of its own"),
         (["--settings", ":c=5"], "needs a name of its own"),
         (["--settings", "init", "a:c=1"], "two of init, a are the same"),
@@ -133,7 +194,7 @@ def test_wrong_flag(flags, message, tmp_path, capsys):
 # --- running it -----------------------------------------------------------------------------------------------------
 
 
-def test_experiment(small_network, tmp_path, capsys):
+def test_experiment(tmp_path, capsys):
     assert run(tmp_path, "--seeds", "1-3") == 0
     accuracies = {}
     for setting, name in (("baseline", BASELINE), ("proposed", PROPOSED)):
@@ -168,13 +229,7 @@ def test_experiment(small_network, tmp_path, capsys):
     }
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    """They take seconds."""
-    monkeypatch.setattr(figures, "save_figures", lambda *arguments: ([], []))
-
-
-def test_finished_runs_are_not_run_again(small_network, no_figures, tmp_path, monkeypatch, capsys):
+def test_finished_runs_are_not_run_again(no_training, tmp_path, monkeypatch, capsys):
     assert run(tmp_path, "--seeds", "1") == 0
     first = (tmp_path / "results" / f"{PROPOSED}-seed1.csv").stat().st_mtime_ns
     with monkeypatch.context() as patch:
@@ -187,7 +242,7 @@ def test_finished_runs_are_not_run_again(small_network, no_figures, tmp_path, mo
     assert (tmp_path / "results" / f"{PROPOSED}-seed1.csv").stat().st_mtime_ns > first
 
 
-def test_every_seed_with_a_split_of_its_own(small_network, no_figures, tmp_path):
+def test_every_seed_with_a_split_of_its_own(no_figures, tmp_path):
     assert run(tmp_path, "--seeds", "1-3", "--split_seed", "seed") == 0
     own, accuracies = f"{EXPERIMENT}-split_seed=seed", {}
     for name in ("weight1-c1-dataset", "weight0.1-c100-bn"):
@@ -201,13 +256,11 @@ def test_every_seed_with_a_split_of_its_own(small_network, no_figures, tmp_path)
     assert (row["pairs"], row["p_value"]) == (3, pytest.approx(p_value(*reversed(accuracies.values()))))
 
 
-def test_one_failure_does_not_stop_the_others(small_network, no_figures, tmp_path, monkeypatch, capsys):
-    whole = train.train
-
-    def fails_with_seed_2(settings, **options):
+def test_one_failure_does_not_stop_the_others(no_training, tmp_path, monkeypatch, capsys):
+    def fails_with_seed_2(settings):
         if (settings.seed, settings.bn_weight) == (2, 1):
             raise FloatingPointError("a loss is not\nfinite")
-        return whole(settings, **options)
+        return fake_train(settings)
 
     monkeypatch.setattr(train, "train", fails_with_seed_2)
     assert run(tmp_path, "--seeds", "1-3") == 1
@@ -219,7 +272,7 @@ def test_one_failure_does_not_stop_the_others(small_network, no_figures, tmp_pat
     assert " of 2 " in rows["proposed"] and "interim: 2 of 3" in rows["proposed"]
 
 
-def test_files_of_another_experiment_are_left_alone(small_network, no_figures, tmp_path, capsys):
+def test_files_of_another_experiment_are_left_alone(no_training, tmp_path, capsys):
     assert run(tmp_path, "--seeds", "1", "--name", "mine") == 0
     assert run(tmp_path, "--seeds", "1", "--name", "mine", "--momentum", "0.5") == 1
     assert (
@@ -232,7 +285,7 @@ def test_files_of_another_experiment_are_left_alone(small_network, no_figures, t
     assert run(tmp_path, "--seeds", "1", "--momentum", "0.5") == 0
 
 
-def test_table_is_kept_where_less_would_replace_it(small_network, no_figures, tmp_path, capsys):
+def test_table_is_kept_where_less_would_replace_it(no_training, tmp_path, capsys):
     assert run(tmp_path, "--seeds", "1-2") == 0
     tables = [tmp_path / "results" / f"{EXPERIMENT}{end}" for end in (".csv", ".md", "-command.txt")]
     before = [file.read_bytes() for file in tables]
@@ -249,7 +302,7 @@ def test_table_is_kept_where_less_would_replace_it(small_network, no_figures, tm
     assert [file.read_bytes() for file in tables] != before
 
 
-def test_table_written_in_the_meantime_is_kept(small_network, no_figures, tmp_path, monkeypatch, capsys):
+def test_table_written_in_the_meantime_is_kept(no_training, tmp_path, monkeypatch, capsys):
     """Another command is done while this one makes its runs."""
     make, others = reproduce.make_runs, []
 
@@ -263,7 +316,7 @@ def test_table_written_in_the_meantime_is_kept(small_network, no_figures, tmp_pa
     assert "keeps its table, which has more runs (2 of baseline, 2 of proposed)" in capsys.readouterr().out
 
 
-def test_table_of_other_values_under_the_same_name_is_kept(small_network, no_figures, tmp_path, capsys):
+def test_table_of_other_values_under_the_same_name_is_kept(no_training, tmp_path, capsys):
     assert run(tmp_path, "--seeds", "1", "--settings", "mine:bn_weight=0.2") == 0
     assert run(tmp_path, "--seeds", "1", "--settings", "mine:bn_weight=0.3") == 0
     assert "keeps its table, which has more runs (1 of mine)" in capsys.readouterr().out
@@ -271,8 +324,8 @@ def test_table_of_other_values_under_the_same_name_is_kept(small_network, no_fig
     assert "keeps its table" not in capsys.readouterr().out
 
 
-def test_table_does_not_replace_a_run(small_network, no_figures, tmp_path, capsys):
-    train.main([*FLAGS, "--path", str(tmp_path), "--device", "cpu", "--name", "exp"])
+def test_table_does_not_replace_a_run(no_training, tmp_path, capsys):
+    fake_train(run_settings.parse([*FLAGS, "--path", str(tmp_path), "--name", "exp"]))
     before = (tmp_path / "results" / "exp.csv").read_bytes()
     capsys.readouterr()
     assert run(tmp_path, "--seeds", "1", "--name", "exp") == 1
@@ -282,17 +335,8 @@ def test_table_does_not_replace_a_run(small_network, no_figures, tmp_path, capsy
     assert not list((tmp_path / "results").glob("*seed*"))
 
 
-def test_restart_removes_nothing_where_a_run_is_at_work(small_network, no_figures, tmp_path, capsys):
-    assert run(tmp_path, "--seeds", "1-2") == 0
-    files = {file: file.read_bytes() for file in tmp_path.rglob("*seed*") if file.suffix != ".lock"}
-    with lock_run(run_files(tmp_path, f"{PROPOSED}-seed2")):
-        assert run(tmp_path, "--seeds", "1-2", "--restart") == 3
-    assert "a process is at work on the run of" in capsys.readouterr().err
-    assert {file: file.read_bytes() for file in files} == files
-
-
-def test_restart_opens_one_lock_at_a_time(small_network, no_figures, tmp_path, monkeypatch):
-    """A process may not have as many files open as there are runs."""
+def test_restart_removes_nothing_where_a_run_is_at_work(no_training, tmp_path, monkeypatch, capsys):
+    """It has one lock at a time: a process may not have as many files open as there are runs."""
     locked, most = [], []
 
     @contextmanager
@@ -303,13 +347,18 @@ def test_restart_opens_one_lock_at_a_time(small_network, no_figures, tmp_path, m
             yield
             locked.remove(files)
 
-    assert run(tmp_path, "--seeds", "1") == 0
     monkeypatch.setattr(outcomes, "lock_run", counted_lock)
+    assert run(tmp_path, "--seeds", "1-2") == 0
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*seed*") if file.suffix != ".lock"}
+    with lock_run(run_files(tmp_path, f"{PROPOSED}-seed2")):
+        assert run(tmp_path, "--seeds", "1-2", "--restart") == 3
+    assert "a process is at work on the run of" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in files} == files
     assert run(tmp_path, "--seeds", "1", "--restart") == 0
     assert max(most) == 1
 
 
-def test_changed_result_file(small_network, no_figures, tmp_path, monkeypatch, capsys):
+def test_changed_result_file(no_figures, tmp_path, monkeypatch, capsys):
     """Its run's checkpoint mends it; without one, nothing is concluded from it."""
     flags, name = ["--seeds", "1-2", "--scheduler", "none"], f"{EXPERIMENT}-scheduler=none-weight0.1-c100-bn-seed2"
     assert run(tmp_path, *flags) == 0
@@ -332,7 +381,7 @@ def test_changed_result_file(small_network, no_figures, tmp_path, monkeypatch, c
     assert file.read_text() == changed
 
 
-def test_folder_that_can_only_be_read(small_network, no_figures, tmp_path, monkeypatch, capsys):
+def test_folder_that_can_only_be_read(no_training, tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.EROFS, "Read-only file system")
 
@@ -351,7 +400,7 @@ def test_folder_that_can_only_be_read(small_network, no_figures, tmp_path, monke
     assert captured.err == f"reproduce.py: error: [Errno 30] cannot write it: Read-only file system: '{summary}'\n"
 
 
-def test_report(small_network, tmp_path, monkeypatch, capsys):
+def test_report(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(figures, "save_figures", lambda *arguments: ([], []))
         assert run(tmp_path, "--seeds", "1-2") == 0
@@ -367,75 +416,47 @@ def test_report(small_network, tmp_path, monkeypatch, capsys):
 
 
 @contextmanager
-def interrupted_at_seed(seed: int, monkeypatch) -> Iterator[None]:
-    """SIGTERM comes when the first run with this seed begins."""
+def stopped_at_seed(seed: int, monkeypatch) -> Iterator[None]:
+    """SIGTERM arrives when the first run with this seed begins, which ends."""
     whole = train.train
 
-    def interrupted(settings, **options):
+    def stopped(settings):
         if settings.seed == seed:
+            os.kill(os.getpid(), signal.SIGTERM)
             raise KeyboardInterrupt(signal.SIGTERM)
-        return whole(settings, **options)
+        return whole(settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train", interrupted)
+        patch.setattr(train, "train", stopped)
         yield
 
 
-def test_interrupted_experiment_goes_on(small_network, no_figures, tmp_path, monkeypatch, capsys):
-    with interrupted_at_seed(2, monkeypatch):
+def test_stopped_experiment_goes_on(no_training, tmp_path, monkeypatch, capsys):
+    """Another signal does not cost the table: clusters repeat it."""
+
+    def send(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return []
+
+    with stopped_at_seed(2, monkeypatch), monkeypatch.context() as patch:
+        patch.setattr(reproduce, "mixed_circumstances", send)
         assert run(tmp_path, "--seeds", "1-3") == 143
     captured = capsys.readouterr()
-    assert captured.err.startswith("reproduce.py: stopped;")
-    assert "| interim: 1 of 3 |" in captured.out
+    assert captured.err.startswith("reproduce.py: stopped; the epochs") and "again to resume" in captured.err
+    assert "| interim: 1 of 3 |" in captured.out and (tmp_path / "results" / f"{EXPERIMENT}.md").exists()
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 2
     assert run(tmp_path, "--seeds", "1-3") == 0
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 6
+    capsys.readouterr()
+    with stopped_at_seed(2, monkeypatch):
+        assert run(tmp_path, "--seeds", "1-3", "--restart") == 143
+    assert "run the same command without --restart to resume" in capsys.readouterr().err
+    assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 2  # what was there before is gone
+    assert run(tmp_path, "--seeds", "1-3") == 0
+    assert capsys.readouterr().out.startswith("6 runs of 2 epochs, 1 at a time; 2 are finished\n")
 
 
 # --- what is reported -----------------------------------------------------------------------------------------------
-
-
-VAL_ACCURACIES = {  # of the first epoch, by bn_weight and learning rate; 17 gains 1 on 16
-    (1.0, 0.01): 60.0,
-    (1.0, 0.1): 70.0,
-    (1.0, 0.4): 72.0,
-    (0.1, 0.01): 80.0,
-    (0.1, 0.1): 71.0,
-    (0.1, 0.4): 80.0,
-}
-
-
-def fake_train(settings: argparse.Namespace, **_: Any) -> Results:
-    """Results without a training: the first epoch is the best on validation, the second on the test."""
-    val_accuracy = VAL_ACCURACIES[settings.bn_weight, settings.learning_rate] + settings.seed % 2
-    gain, order = (3, 21) if settings.input_norm == "bn" else (0, 7)
-    test_accuracy = 50 + gain + (order * settings.seed) % 5 + settings.seed / (9 + settings.c)
-    columns = {"train_loss": [1.0, 0.5], "val_loss": [1.0, 1.0], "val_accuracy": [val_accuracy, 10.0]}
-    columns |= {"epoch": [1, 2], "test_accuracy": [test_accuracy, 90 - test_accuracy / 2]}
-    columns = {name: np.array(values) for name, values in columns.items()}
-    results = Results({**run_settings.determining(settings), "name": settings.run_name}, columns)
-    write_results(run_files(settings.path, settings.run_name).results, results)
-    return results
-
-
-@pytest.fixture
-def no_training(monkeypatch, small_network, no_figures):
-    """Runs and figures take seconds."""
-    monkeypatch.setattr(train, "train", fake_train)
-
-
-def read_summary(file: Path) -> pandas.DataFrame:
-    """The table with all digits, by setting."""
-    return pandas.read_csv(file, comment="#").set_index("setting")
-
-
-def p_value(ours: list[float], theirs: list[float]) -> float:
-    return stats.ttest_1samp(np.subtract(ours, theirs), 0, alternative="greater").pvalue
-
-
-def accuracies_in(folder: Path, runs: str, epoch: int) -> list[float]:
-    """Test accuracies of the runs with the seeds 1 to 4 at an epoch."""
-    return [read_results(folder / f"{runs}-seed{seed}.csv").columns["test_accuracy"][epoch - 1] for seed in range(1, 5)]
 
 
 def test_contrasts(no_training, tmp_path, monkeypatch, capsys):
@@ -567,8 +588,8 @@ def test_tuned_experiment_shares_runs_at_the_default_rate(no_training, tmp_path,
     assert (tmp_path / "results" / f"{EXPERIMENT}-learning_rates=0.1.csv").exists()
 
 
-def test_interrupted_tuning_goes_on(no_training, tmp_path, monkeypatch, capsys):
-    with interrupted_at_seed(17, monkeypatch):
+def test_stopped_tuning_goes_on(no_training, tmp_path, monkeypatch, capsys):
+    with stopped_at_seed(17, monkeypatch):
         assert run(tmp_path, "--seeds", "1-2", *RATES) == 143
     captured = capsys.readouterr()
     assert captured.err.startswith("reproduce.py: stopped;")
@@ -595,13 +616,12 @@ def test_signal_at_the_end_of_the_tuning_leaves_the_other_runs_alone(no_training
     assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
     chosen = {file: file.stat().st_mtime_ns for file in (tmp_path / "results").glob("*-seed[12].csv")}
 
-    def stopped_after_the_last(settings, **options):
+    def stopped_after_the_last(settings):
         if (settings.seed, settings.learning_rate, settings.bn_weight) == (17, 0.4, 0.1):
-            signal.raise_signal(signal.SIGTERM)
-        return fake_train(settings, **options)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fake_train(settings)
 
     monkeypatch.setattr(train, "train", stopped_after_the_last)
-    monkeypatch.setattr(making, "on_signals", lambda handle: nullcontext())  # the training has its own
     assert run(tmp_path, "--seeds", "1-2", *RATES, "--restart") == 143
     assert "run the same command without --restart" in capsys.readouterr().err
     assert {file: file.stat().st_mtime_ns for file in chosen} == chosen
@@ -618,15 +638,15 @@ def test_commands_of_a_tuned_experiment(no_training, tmp_path, monkeypatch, caps
     assert run(tmp_path, *flags, "--list") == 0
     captured = capsys.readouterr()
     assert (captured.out.count("\n"), captured.err) == (16, "")
-    names = [run_settings.parse(shlex.split(line)[2:]).name for line in captured.out.splitlines()[12:]]
+    names = [run_settings.parse(shlex.split(line)[2:]).run_name for line in captured.out.splitlines()[12:]]
     assert names == [f"{name}-seed{n}" for n in (1, 2) for name in (CHOSEN_BASELINE, CHOSEN_PROPOSED)]
 
 
-def diverging(settings: argparse.Namespace, **options: Any) -> Results:
+def diverging(settings: Settings) -> Results:
     """The runs of the baseline's best rate diverge with seed 17."""
     if (settings.bn_weight, settings.learning_rate, settings.seed) == (1.0, 0.4, 17):
         raise FloatingPointError("the loss at epoch 1, step 2 is nan")
-    return fake_train(settings, **options)
+    return fake_train(settings)
 
 
 def test_diverged_tuning_run_counts_as_nothing(no_training, tmp_path, monkeypatch, capsys):
@@ -668,10 +688,10 @@ def test_run_that_diverged_with_other_settings_is_made(no_training, tmp_path, mo
 
 
 def test_nothing_is_chosen_where_a_tuning_run_fails(no_training, tmp_path, monkeypatch, capsys):
-    def fails(settings, **options):
+    def fails(settings):
         if (settings.learning_rate, settings.seed) == (0.1, 17):
             raise OSError("no space left")
-        return fake_train(settings, **options)
+        return fake_train(settings)
 
     monkeypatch.setattr(train, "train", fails)
     assert run(tmp_path, "--seeds", "1-2", *RATES) == 1
@@ -681,12 +701,12 @@ def test_nothing_is_chosen_where_a_tuning_run_fails(no_training, tmp_path, monke
     assert not list((tmp_path / "results").glob("*-seed[12].csv"))
 
 
-def test_figures_of_settings_at_different_rates(small_network, tmp_path, monkeypatch):
+def test_figures_of_settings_at_different_rates(tmp_path, monkeypatch):
     monkeypatch.setitem(VAL_ACCURACIES, (0.1, 0.1), 99.0)
     whole = train.train
 
-    def train_to_compare(settings, **options):
-        return (fake_train if settings.seed > 2 else whole)(settings, **options)
+    def train_to_compare(settings):
+        return (fake_train if settings.seed > 2 else whole)(settings)
 
     monkeypatch.setattr(train, "train", train_to_compare)
     assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
@@ -708,7 +728,7 @@ def test_figures_of_settings_at_different_rates(small_network, tmp_path, monkeyp
     ],
     ids=" ".join,
 )
-def test_folder_of_one_experiment(flags, no_training, no_figures, tmp_path, capsys):
+def test_folder_of_one_experiment(flags, no_training, tmp_path, capsys):
     """Its command is that of the experiment, without what says where and how the runs are made."""
     how = ["--jobs=1", "--checkpoint_seconds", "5", "--tensorboard", "--scheduler", "none"]
     assert run(tmp_path, *how, *flags) == 0
@@ -722,7 +742,7 @@ def test_folder_of_one_experiment(flags, no_training, no_figures, tmp_path, caps
     assert report.startswith(text)
 
 
-def test_folder_of_several_experiments(no_training, no_figures, tmp_path, monkeypatch, capsys):
+def test_folder_of_several_experiments(no_training, tmp_path, monkeypatch, capsys):
     """One is finished; of two, a run is finished and the command was killed. Another text says nothing."""
     results = tmp_path / "results"
     with pytest.raises(SystemExit):
@@ -756,73 +776,45 @@ def test_folder_of_several_experiments(no_training, no_figures, tmp_path, monkey
 # --- signals and terminals -------------------------------------------------------------------------------------------
 
 
-def test_another_sigterm_does_not_cost_the_table(small_network, no_figures, tmp_path, monkeypatch, capsys):
-    """Clusters repeat it."""
-
-    def send(_):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-        return []
-
-    monkeypatch.setattr(reproduce, "mixed_circumstances", send)
-    with interrupted_at_seed(2, monkeypatch):
-        assert run(tmp_path, "--seeds", "1-3") == 143
-    captured = capsys.readouterr()
-    assert "| interim: 1 of 3 |" in captured.out and captured.err.startswith("reproduce.py: stopped; the epochs")
-    assert (tmp_path / "results" / f"{EXPERIMENT}.md").exists()
-
-
-def test_signal_before_a_training_begins(small_network, tmp_path, monkeypatch):
-    def load(*_, **__):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(60)
-
-    monkeypatch.setattr(preparation, "load_image_set", load)
-    assert run(tmp_path, "--seeds", "1-3") == 130
-    assert not list((tmp_path / "results").glob("*seed*"))
-
-
-def test_restarted_experiment_goes_on_without_the_flag(small_network, no_figures, tmp_path, monkeypatch, capsys):
-    assert run(tmp_path, "--seeds", "1-3") == 0
-    with interrupted_at_seed(2, monkeypatch):
-        assert run(tmp_path, "--seeds", "1-3", "--restart") == 143
-    assert "run the same command without --restart to resume" in capsys.readouterr().err
-    assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 2  # what was there before is gone
-    assert run(tmp_path, "--seeds", "1-3") == 0
-    assert capsys.readouterr().out.startswith("6 runs of 2 epochs, 1 at a time; 2 are finished\n")
-
-
-def test_time_left(monkeypatch, capsys):
-    """Two runs at a time, of 100 and 120 s; a third has begun 20 s ago, and three are left."""
+def test_time_left(tmp_path, monkeypatch, capsys):
+    """In 60 seconds, two epochs are made; of one run, there was an epoch before."""
     now = 0.0
-    monkeypatch.setattr(display, "time", argparse.Namespace(monotonic=lambda: now))
-    a, b, c, *_ = runs = [argparse.Namespace(name=name) for name in "abcdef"]
-    shown = display.Display({run.name: None for run in runs}, 2, [])
-    shown.tell(a, ""), shown.tell(b, "")
-    now = 100.0
-    shown.end("a", "has ended", [], failed=False), shown.tell(c, "")
-    now = 120.0
-    shown.end("b", "has ended", [], failed=False)
-    assert capsys.readouterr().out.endswith("4/8 has ended (about 03:30 left)\n")  # (110 - 20 + 3 · 110) / 2 s
+    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=lambda: now))
+    (tmp_path / "results").mkdir()
+    a, b, *_ = planned = parse([*FLAGS, "--path", str(tmp_path), "--seeds", "1-2"]).runs
+
+    def write_epochs(run: PlannedRun, number: int) -> None:
+        rows = ["# seed: 1", "epoch,train_loss", *(f"{epoch},0.5" for epoch in range(1, number + 1)), "3,0"]
+        run_files(tmp_path, run.settings.run_name).results.write_text("\n".join(rows))  # the last one is not whole
+
+    write_epochs(b, 1)
+    shown = display.Display({run.settings.run_name: run for run in planned}, 2, [])
+    shown.show([a.settings, b.settings])
+    write_epochs(a, 2)
+    now = 60.0
+    shown.end(a.settings.run_name, "has ended", [], failed=False)
+    assert capsys.readouterr().out.endswith("3/6 has ended (about 02:30 left)\n")  # 60 s · 5 / 2
 
 
 def test_terminal_shows_all_that_moves(no_training, tmp_path, monkeypatch, capsys):
-    def train_with_a_bar(settings: argparse.Namespace, show_bar: bool, **_: Any) -> Results:
-        with tqdm(total=2, desc="epoch 1/2", disable=not show_bar) as bar:
-            seen, deadline = len(shown), time.monotonic() + 60
-            bar.update()
-            bar.refresh()
-            print("a warning", file=sys.stderr)
-            while b"epoch 1/2:  50%" not in shown[seen:] and time.monotonic() < deadline:  # until it is drawn
-                time.sleep(0.01)
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+    shown = b""
+
+    def shows(words: str) -> bool:
+        return words.encode() in shown
+
+    def train_by_epochs(settings: Settings) -> Results:
+        method = "proposed" if settings.bn_weight < 1 else "baseline"
+        wait_until(lambda: shows(f"{method}, seed {settings.seed}: epoch 1/2"))
+        file = run_files(settings.path, settings.run_name).results
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("epoch\n1,0.5\n")
+        wait_until(lambda: shows(f"{method}, seed {settings.seed}: epoch 2/2"))
         return fake_train(settings)
 
-    monkeypatch.setattr(train, "train", train_with_a_bar)
-    monkeypatch.setattr(display, "REDRAW_SECONDS", 0.01)
-    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+    monkeypatch.setattr(train, "train", train_by_epochs)
     main, child = pty.openpty()
     fcntl.ioctl(main, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    shown = b""
 
     def read() -> None:  # as long as something is shown: a terminal holds little that is not read
         nonlocal shown
@@ -838,9 +830,8 @@ def test_terminal_shows_all_that_moves(no_training, tmp_path, monkeypatch, capsy
     reader.join()
     os.close(main)
     text = shown.decode()
-    assert re.search(r"50%.*2/4 \[\d\d:\d\d, about \d\d:\d\d left\]", text)
-    assert re.search(r"\r\d\d:\d\d baseline, seed 1: epoch 1/2: +50%", text) and "proposed, seed 2: epoch" in text
-    assert text.count("a warning") == 4
+    assert re.search(r" 62%.*2/4 \[\d\d:\d\d, about \d\d:\d\d left\]", text)  # two runs and a half
+    assert re.search(r"\r\d\d:\d\d baseline, seed 1: epoch 1/2", text)
     header = r"\| setting  \| seeds \| accuracy \(%\) \| difference \| p +\| p \(Holm\) \|"
     assert re.search(header, text) and "| proposed | 1 " in text
     assert " finished\n| setting " in capsys.readouterr().out  # nothing but the table at the end
