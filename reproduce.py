@@ -9,11 +9,11 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import replace
 
-from command_line.endings import answer_at_once, end, how_to_resume, one_line_endings, say, warn
-from command_line.signals import on_signals
+from command_line.endings import HOW_TO_RESUME, answer_at_once, end, one_line_endings, say, warn
+from command_line.signals import ARRIVED, catch_signals, raise_if_stopped
 from experiment.plan import PlannedRun, parse, ranges
 from run_settings import DATASETS
 
@@ -59,7 +59,7 @@ def compare(experiment: Experiment) -> list[Comparison]:
 
 def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
     """Find what has come of runs, and make the others unless only a report is asked for or a signal has arrived."""
-    plan, stops = experiment.plan, experiment.stops
+    plan = experiment.plan
     if not experiment.restarts:
         experiment.read(planned)
     left, num_done = experiment.left(planned), experiment.num_done(planned)
@@ -68,7 +68,7 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
         how = f"on {plan.scheduler}" if plan.scheduler else f"{plan.jobs} at a time"
         kind = "tuning runs" if planned[0].for_tuning else "runs"
         say(f"{len(planned)} {kind} of {epochs}, {how}; {num_done} are finished")
-    if plan.report is not None or stops or not left:
+    if plan.report is not None or ARRIVED or not left:
         return
     if experiment.restarts:
         remove(list(left.values()))
@@ -79,17 +79,17 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
 
     runs = [run.settings for run in left.values()]
     display = Display(left, num_done, rows())
-    made = make_runs(runs, stops, plan.jobs, plan.scheduler, plan.device, say, display.show)
-    with on_signals(stops.append), closing(display), closing(made):
+    made = make_runs(runs, plan.jobs, plan.scheduler, plan.device, say, display.show)
+    with catch_signals(raising=False), closing(display), closing(made):
         try:
             for settings, outcome in made:
                 if isinstance(outcome, int):
-                    stops.append(outcome)
+                    ARRIVED.append(outcome)  # at the run itself
                     continue
                 text = experiment.note(left[settings.run_name], outcome)
                 display.end(settings.run_name, text, rows(), failed=not isinstance(outcome, Results))
         except ClusterError as error:
-            if not stops:  # or else nothing more was expected of the cluster
+            if not ARRIVED:  # or else nothing more was expected of the cluster
                 experiment.failed["the experiment"] = str(error)
 
 
@@ -153,7 +153,7 @@ def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Se
         return
     rows = [row | experiment.tuning_of(row["setting"]) for row in table_rows(comparisons, plan.methods)]
     written = [*write_table(stem, plan.shared, rows, text), experiment.write_command()]
-    if not experiment.stops:
+    if not ARRIVED:
         from figures import save_figures  # matplotlib is not needed where runs are made
 
         made, missing = save_figures(stem, runs, experiment.folder.absolute().parent / "networks", comparisons)
@@ -165,7 +165,7 @@ def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Se
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `one_line_endings` for its exit codes, of which 1 also means that a run failed."""
     given = sys.argv[1:] if argv is None else argv
-    with one_line_endings("reproduce.py"), ExitStack() as handlers:
+    with one_line_endings("reproduce.py"):
         plan, command = parse(given), command_of(given)
         if plan.report is not None and sum(word.startswith("-") for word in given) == 1:
             found = find_experiments(plan.report)
@@ -183,19 +183,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         read_table_seeds(experiment.folder / plan.table_name, plan.shared)  # which refuses a table of other settings
         if plan.report is None and not plan.scheduler:
             check_here(plan)
+            raise_if_stopped()
         make(experiment, plan.tuning_runs)
         tuning = experiment.choose_learning_rates()
         make(experiment, experiment.runs)
-        if experiment.stops:
-            handlers.enter_context(on_signals(experiment.stops.append))  # another one is no reason to lose the table
-        if not (experiment.finished or experiment.diverged or experiment.failed or experiment.stops):
+        if not (experiment.finished or experiment.diverged or experiment.failed or ARRIVED):
             kind = "tuning " * bool(tuning)
             hint = "give --report and the folder alone to see what it has"
             raise ValueError(f"{experiment.folder} has no finished {kind}run of this experiment: {hint}")
         report(experiment, compare(experiment), tuning)
-    if experiment.stops:
-        again = "without --restart" if plan.first.restart else "again"
-        end(128 + experiment.stops[0], how_to_resume(again), "reproduce.py")
+        if ARRIVED:
+            end(128 + ARRIVED[0], HOW_TO_RESUME, "reproduce.py")
     if experiment.failed:
         sys.exit(1)
 

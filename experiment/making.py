@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 
 from command_line.endings import AT_WORK, DIVERGED
+from command_line.files import AtWorkError
 from command_line.flag_types import FlagError
-from command_line.signals import STOP_AT_END_OF_INPUT, STOP_SIGNALS
+from command_line.signals import ARRIVED, STOP_AT_END_OF_INPUT, STOP_SIGNALS
 from experiment.cluster import on_cluster
 from run_settings import Settings, as_arguments
 from saved_runs.paths import run_files
@@ -36,10 +37,6 @@ BEING_MADE: list[str] = []  # the experiment of each run that this process is at
 
 class LostError(Exception):
     """The process or the worker of a run is gone; the run can go on in another one."""
-
-
-class BusyError(Exception):
-    """Another process is at work on a run."""
 
 
 def make_run(run: Settings, experiment: str, **environment: str) -> Outcome:
@@ -81,7 +78,7 @@ def make_run(run: Settings, experiment: str, **environment: str) -> Outcome:
         return LostError(f"its process was killed by {signal.Signals(-code).name}")
     if code == AT_WORK:
         time.sleep(LOCK_SECONDS)
-    kinds = {2: FlagError, AT_WORK: BusyError, DIVERGED: FloatingPointError}
+    kinds = {2: FlagError, AT_WORK: AtWorkError, DIVERGED: FloatingPointError}
     return kinds.get(code, ChildProcessError)(reason_in(errors.decode(errors="replace"), code))
 
 
@@ -133,12 +130,12 @@ class Here(ThreadPoolExecutor):
 
 def make_runs(
     runs: Sequence[Settings],
-    stops: list[int],
     jobs: int = 1,
     scheduler: str | None = None,
     device: str | None = None,
     report: Callable[[str], None] = lambda line: None,
     show: Callable[[Sequence[Settings]], None] = lambda at_work: None,
+    stops: Sequence[int] = ARRIVED,
 ) -> Iterator[tuple[Settings, Outcome]]:
     """Make runs; yields each with what came of it, in the order in which they end.
 
@@ -147,13 +144,13 @@ def make_runs(
 
     Args:
         runs: their settings, with absolute paths.
-        stops: where a handler of signals puts their numbers. As soon as there is one, no further run begins, and those
-            at work end after their next step and are saved; what comes of them is the number.
         jobs: how many runs to make at a time. They share out the cores and the GPUs of this machine.
         scheduler: address of the scheduler of a Dask cluster, each of whose workers makes one run at a time.
         device: of every run. Without it, the accelerator that torch finds, else the CPU.
         report: called with a line where a run waits or a worker is of no use.
         show: called with the runs at work, again and again.
+        stops: numbers of signals that have arrived. As soon as there is one, no further run begins, and those at work
+            end after their next step and are saved; what comes of them is the number.
 
     Raises:
         FlagError: a flag is wrong, here or on the machine that makes the runs.
@@ -188,7 +185,7 @@ def make_runs(
                     del at_work[place]
                     if isinstance(outcome, FlagError):
                         raise outcome
-                    if isinstance(outcome, BusyError):
+                    if isinstance(outcome, AtWorkError):
                         if run not in busy:
                             report(f"{run.run_name} waits: {outcome}")
                         busy.add(run)

@@ -40,7 +40,6 @@ class Experiment:
         finished: the results of runs, by name.
         failed: why runs have failed, by name.
         diverged: why runs of the tuning have diverged, by name; these have not failed.
-        stops: numbers of the signals that have arrived.
     """
 
     def __init__(self, plan: argparse.Namespace, command: str) -> None:
@@ -51,7 +50,6 @@ class Experiment:
         self.finished: dict[str, Results] = {}
         self.failed: dict[str, str] = {}
         self.diverged: dict[str, str] = {}
-        self.stops: list[int] = []
 
     def write_command(self) -> Path:
         """Write the command beside the results, by which `find_experiments` finds the experiment; returns the file."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import run_settings
 from command_line.endings import AT_WORK, DIVERGED
-from command_line.signals import interrupt, on_signals, stop_at_end_of_input
+from command_line.signals import catch_signals, raise_if_stopped, stop_at_end_of_input
 from run_settings import Settings
 from saved_runs.results import COLUMNS, header_lines
 
@@ -76,7 +76,7 @@ def make_run(run: Settings) -> None:
         (run.path / "done").touch()
     goes_on = {"patient": (run.path / "done").exists, "slow": lambda: False}
     goes_on["interrupted"] = goes_on["slow"] if first_time else saved(run).exists
-    wait_until(goes_on.get(kind, lambda: True))
+    wait_until(lambda: raise_if_stopped() or goes_on.get(kind, lambda: True)())
     (run.path / "results").mkdir(exist_ok=True)
     header = {"device": run.device, "threads": os.environ.get("OMP_NUM_THREADS"), "restart": run.restart}
     lines = [*header_lines(header), ",".join(COLUMNS), "1,1.0,1.0,50.0,50.0", ""]
@@ -98,10 +98,10 @@ def die(*_: Any, **__: Any) -> None:
 
 def main() -> None:
     """The command line: the flags of train.py."""
-    stop_at_end_of_input()
     run = run_settings.parse()
     try:
-        with on_signals(interrupt):
+        with catch_signals(raising=True):
+            stop_at_end_of_input()
             make_run(run)
     except KeyboardInterrupt as stop:
         if run.name.startswith("slow-to-save"):

@@ -27,7 +27,7 @@ def light_runs(monkeypatch):
 
 def outcomes(path: Path, *names: str, **options: Any) -> dict[str, Outcome]:
     """What comes of stand-ins, by name."""
-    made = make_runs([light_run(name, path) for name in names], **{"stops": [], **options})
+    made = make_runs([light_run(name, path) for name in names], **options)
     return {run.name: outcome for run, outcome in made}
 
 
@@ -86,7 +86,7 @@ def test_workers_without_the_project(tmp_path):
         first = started.add_worker()
         wait_until(lambda: len(known := started.workers(1)) == 1 and address not in known)
         runs = [light_run(name, tmp_path) for name in "ab"]
-        made = make_runs(runs, [], scheduler=started.address, report=reported.append)
+        made = make_runs(runs, scheduler=started.address, report=reported.append)
         next(made)
         started.add_worker(PYTHONPATH="")
         started.add_worker()
@@ -141,7 +141,7 @@ def test_cluster_that_comes_and_goes(logged, tmp_path, monkeypatch):
             assert "it was lost 1 times: its worker tcp" in str(outcomes(tmp_path, "a", scheduler=started.address)["a"])
         first = started.add_worker()
         runs = [light_run(name, tmp_path) for name in ("interrupted", "slow")]
-        made = make_runs(runs, [], scheduler=started.address)
+        made = make_runs(runs, scheduler=started.address)
 
         def disturb() -> None:
             process_of(runs[0])

@@ -40,7 +40,7 @@ def light_runs(tmp_path, monkeypatch):
 
 def outcomes(path: Path, *names: str, **options: Any) -> dict[str, Outcome]:
     """What comes of stand-ins, by name."""
-    made = make_runs([light_run(name, path) for name in names], **{"stops": [], **options})
+    made = make_runs([light_run(name, path) for name in names], **options)
     return {run.name: outcome for run, outcome in made}
 
 
@@ -80,7 +80,7 @@ def test_every_outcome(light_runs, tmp_path):
 def test_run_alone(light_runs, tmp_path, monkeypatch):
     """It does not begin anew where it is tried again, and has all cores."""
     monkeypatch.delenv("OMP_NUM_THREADS")
-    [(_, outcome)] = make_runs([light_run("a", tmp_path, "--restart")], [])
+    [(_, outcome)] = make_runs([light_run("a", tmp_path, "--restart")])
     assert outcome.header == {"device": None, "threads": None, "restart": False}
 
 
@@ -140,21 +140,14 @@ import sys
 from pathlib import Path
 
 import light
-from command_line.signals import on_signals
+from command_line.signals import ARRIVED, catch_signals
 from experiment import making
-from experiment.making import make_runs
 
-making.TRAIN, stops, path = light.COMMAND, [], Path(sys.argv[1])
-
-
-def stop(number):
-    stops.append(number)
-    (path / "stopped").touch()
-
-
+making.TRAIN, path = light.COMMAND, Path(sys.argv[1])
 runs = [light.light_run(name, path) for name in sys.argv[2:]]
-with on_signals(stop):
-    for run, outcome in make_runs(runs, stops, jobs=2, device="cpu"):
+note = lambda at_work: ARRIVED and (path / "stopped").touch()
+with catch_signals(raising=False):
+    for run, outcome in making.make_runs(runs, jobs=2, device="cpu", show=note):
         print(run.name, outcome if isinstance(outcome, int) else "done", flush=True)
 """
 
@@ -162,11 +155,13 @@ with on_signals(stop):
 class Experiment:
     """An experiment of stand-ins on a terminal of its own, in a program without a guard for its `__main__`."""
 
-    def __init__(self, path: Path, *names: str) -> None:
+    def __init__(self, path: Path, *names: str, ignored: int | None = None) -> None:
         program = path / "program.py"
         program.write_text(PROGRAM)
         self.pid, self.terminal = pytest.importorskip("pty").fork()
         if self.pid == 0:
+            if ignored:
+                signal.signal(ignored, signal.SIG_IGN)
             os.execve(sys.executable, [sys.executable, program, str(path), *names], ENVIRONMENT)
 
     def end(self) -> tuple[int, list[str]]:
@@ -179,8 +174,9 @@ class Experiment:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), shown.decode().splitlines()
 
 
-def test_ctrl_c_in_a_terminal(tmp_path):
-    experiment = Experiment(tmp_path, "a", "slow")
+@pytest.mark.parametrize("ignored", [None, signal.SIGTERM], ids=["", "SIGTERM is ignored"])
+def test_ctrl_c_in_a_terminal(ignored, tmp_path):
+    experiment = Experiment(tmp_path, "a", "slow", ignored=ignored)
     process_of(light_run("slow", tmp_path))
     wait_until((tmp_path / "results" / "a.csv").exists)
     os.killpg(experiment.pid, signal.SIGINT)
@@ -278,7 +274,7 @@ from experiment.making import make_runs
 
 sys.path.append(sys.argv[1])
 runs = [run_settings.parse([*sys.argv[2:], "--seed", seed]) for seed in "12"]
-list(make_runs(runs, [], jobs=2, device="cpu"))
+list(make_runs(runs, jobs=2, device="cpu"))
 """
 
 
@@ -312,15 +308,16 @@ def test_killed_run_and_killed_experiment(one_of_two, tmp_path, monkeypatch):
     for run in runs:
         wait_until(lambda run=run: is_free(run_files(run.path, run.run_name)))
         assert len(checkpoint(run)["columns"]["epoch"]) == count_epochs(run) > 4
-    assert all(outcome.num_epochs == 8 for _, outcome in make_runs(runs, [], jobs=2, device="cpu"))
+    assert all(outcome.num_epochs == 8 for _, outcome in make_runs(runs, jobs=2, device="cpu"))
     assert all(equal(checkpoint(ours), checkpoint(theirs)) for ours, theirs in zip(runs, alone, strict=True))
 
 
 def test_reason_of_a_training(tmp_path):
     """What its last line says."""
-    runs = [training(tmp_path, "--network", "resnet18", *flags) for flags in (["--learning_rate", "1e30"], ["--c=3"])]
+    small = ["--network", "small:stochastic_depth"]
+    runs = [training(tmp_path, *small, *flags) for flags in (["--learning_rate", "1e30"], ["--c=3"])]
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / f"{runs[1].run_name}.csv").write_text("nothing\n")
-    reasons = [f"{type(outcome).__name__}: {outcome}" for _, outcome in make_runs(runs, [], jobs=2, device="cpu")]
-    assert any(reason.startswith("FloatingPointError: the loss at epoch 1, step") for reason in reasons)
+    reasons = [f"{type(outcome).__name__}: {outcome}" for _, outcome in make_runs(runs, jobs=2, device="cpu")]
+    assert any(reason.startswith("FloatingPointError: the loss ") for reason in reasons)
     assert any(reason.startswith("ChildProcessError: ") and "is not a result file" in reason for reason in reasons)
