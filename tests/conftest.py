@@ -16,6 +16,7 @@ from sklearn import datasets
 import small
 import trained_networks
 from command_line.signals import STOP_SIGNALS
+from experiment import making
 from image_sets import cifar
 from training import preparation
 
@@ -42,6 +43,12 @@ def small_network(few_digits, monkeypatch):
     """Train a small network on them."""
     monkeypatch.setattr(preparation, "construct_network", small.construct_small_network)
     monkeypatch.setattr(trained_networks, "construct_network", small.construct_small_network)
+
+
+@pytest.fixture
+def runs_here(monkeypatch):
+    """The runs of an experiment are made in threads of this process."""
+    monkeypatch.setattr(making, "make_run", small.make_run_here)
 
 
 @pytest.fixture

@@ -35,12 +35,13 @@ from torch import nn
 
 import figures
 import reproduce
+import run_settings
 import small
 import t_test
 import train
 import trained_networks
 from command_line.files import DamagedFileError, add_digest
-from experiment import plan
+from experiment import making, plan
 from image_sets import cifar
 from saved_runs.results import read_results
 from training import preparation
@@ -284,12 +285,12 @@ BAD += ["a:c=nan", "a:bn_weight=1e999", "/dev/null", "/dev/null/x", "/proc/x", "
 
 def try_flags(path: Path, draw: random.Random, number: int, counts: Counter) -> None:
     """Give the flags of all commands bad values. Nothing is trained: runs are finished, or not begun."""
-    results = train.train(preparation.parse([*SMALL, "--num_epochs", "1", "--path", str(path)]))
+    results = train.train(run_settings.parse([*SMALL, "--num_epochs", "1", "--path", str(path)]))
     train.train, whole_train = lambda *_, **__: results, train.train
     reproduce.make_runs, make_runs = lambda *_, **__: (_ for _ in ()), reproduce.make_runs
     [file] = (path / "results").glob("*.csv")
     bases = {
-        train: ([*SMALL, "--path", path], train.flags.make_parser()),
+        train: ([*SMALL, "--path", path], run_settings.make_parser()),
         reproduce: ([*SMALL, "--path", path, "--seeds", "1"], plan.make_parser()),
         t_test: (["--proposed", file, "--baseline", file], t_test.make_parser()),
         figures: ([file, "--output", path], figures.make_parser()),
@@ -342,6 +343,7 @@ def main() -> None:
     draw, found = random.Random(args.draws), 0
     small.train_small()
     preparation.construct_network = trained_networks.construct_network = construct_network
+    making.make_run = small.make_run_here
     cifar.download_and_extract_archive = refuse_to_download
     figures.save = note_figure
     torch.set_num_threads(1)

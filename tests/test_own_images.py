@@ -88,7 +88,7 @@ def test_statistics_of_the_images_are_those_of_the_run(beetles, capsys):
     assert capsys.readouterr().err.startswith(changed + run.header["mean"] + ", now 0.")
 
 
-def test_experiment_says_that_its_images_have_changed(beetles, capsys, monkeypatch):
+def test_experiment_says_that_its_images_have_changed(runs_here, beetles, capsys, monkeypatch):
     monkeypatch.setattr(figures, "save_figures", lambda *_: ([], []))  # which takes seconds
     experiment = flags("--num_epochs", "1", "--seeds")
     reproduce.main([*experiment, "1"])
@@ -112,7 +112,7 @@ def test_experiment_says_that_its_images_have_changed(beetles, capsys, monkeypat
         ),
     ],
 )
-def test_what_is_wrong_for_all_runs_is_said_once(beetles, capsys, change, others, code, message):
+def test_what_is_wrong_for_all_runs_is_said_once(runs_here, beetles, capsys, change, others, code, message):
     if change:
         (beetles / "test").rename(beetles / "exam")
     with pytest.raises(SystemExit, match=str(code)):

@@ -183,7 +183,9 @@ def small(num_classes):
     ],
 )
 @pytest.mark.parametrize("command", [train, reproduce])
-def test_bad_network_ends_a_command_in_one_line(write_module, tmp_path, capsys, code, flags, message, command):
+def test_bad_network_ends_a_command_in_one_line(
+    runs_here, write_module, tmp_path, capsys, code, flags, message, command
+):
     name = write_module(code)
     with pytest.raises(SystemExit) as stop:
         command.main(["--dataset", "digits", "--network", f"{name}:small", "--device", "cpu", *flags])

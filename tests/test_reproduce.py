@@ -23,13 +23,15 @@ import figures
 import reproduce
 import run_settings
 import train
-from experiment import display, making, outcomes
+from experiment import display, outcomes
 from experiment.plan import PlannedRun, parse
 from light import wait_until
 from run_settings import Settings
 from saved_runs.lock import lock_run
 from saved_runs.paths import run_files
 from saved_runs.results import Results, read_results, write_results
+
+pytestmark = pytest.mark.usefixtures("small_network", "runs_here")
 
 FOLDER = Path(__file__).parent
 FLAGS = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "2"]
@@ -45,19 +47,6 @@ def run(path: Path, *flags: str) -> int:
     except SystemExit as stop:
         return stop.code
     return 0
-
-
-@pytest.fixture(autouse=True)
-def trainings_here(small_network, monkeypatch):
-    """Runs are made in threads of this process, in place of processes of their own, and of a small network."""
-
-    def make_run(settings: Settings, experiment: str, **_: str) -> Results | int:
-        try:
-            return train.train(settings)
-        except KeyboardInterrupt as stop:
-            return stop.args[0]
-
-    monkeypatch.setattr(making, "make_run", make_run)
 
 
 @pytest.fixture
