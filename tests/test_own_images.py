@@ -64,7 +64,7 @@ def test_run_is_not_resumed_with_other_images(beetles, capsys):
     )
     assert Path("results/x.csv").read_bytes() == before
     train.main([*few, "1"])  # a finished run needs none
-    assert "7 validation" in train.main([*few, "1", "--restart"]).settings["images"]
+    assert "7 validation" in train.main([*few, "1", "--restart"]).header["images"]
     assert train.main([*few, "2"]).num_epochs == 2
 
 
@@ -96,7 +96,7 @@ def test_experiment_says_that_its_images_have_changed(runs_here, beetles, capsys
     (beetles / "test" / "Käfer" / "0.png").unlink()
     reproduce.main([*experiment, "1-2"])
     assert "not all runs have the same images: 54 training, 6 validation and 8 test" in capsys.readouterr().out
-    assert "images" in read_results(next(Path("results").glob("*-seed1.csv"))).settings
+    assert "images" in read_results(next(Path("results").glob("*-seed1.csv"))).header
 
 
 @pytest.mark.parametrize(
