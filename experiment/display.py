@@ -34,7 +34,8 @@ class Display:
         self.epochs_before = sum(self.epochs.values())
         self.left = {name: run.settings.num_epochs for name, run in runs.items()}  # epochs of runs that have not ended
         self.start = time.monotonic()
-        self.began: dict[str, float] = {}  # when each run at work did
+        self.at_work: list[str] = []
+        self.began: dict[str, float] = {}  # when each run did
         self.on_terminal = sys.stderr.isatty()
         self.options = {"disable": not self.on_terminal, "leave": False, "dynamic_ncols": True}
         bar = "{percentage:3.0f}%|{bar}| {desc} [{elapsed}{postfix}]"
@@ -43,19 +44,19 @@ class Display:
 
     def show(self, at_work: Sequence[Settings]) -> None:
         """Show how far the runs at work are."""
-        for settings in at_work:
-            if settings.run_name not in self.began and not self.on_terminal:
-                say(f"{settings.run_name} begins")
-            self.epochs[settings.run_name] = count_epochs(settings)
-        now = time.monotonic()
-        self.began = {settings.run_name: self.began.get(settings.run_name, now) for settings in at_work}
+        self.at_work = [settings.run_name for settings in at_work]
+        for name, settings in zip(self.at_work, at_work, strict=True):
+            if name not in self.began and not self.on_terminal:
+                say(f"{name} begins")
+            self.began.setdefault(name, time.monotonic())
+            self.epochs[name] = count_epochs(settings)
         self.draw()
 
     def end(self, name: str, text: str, rows: Sequence[str], failed: bool) -> None:
         """A run has ended, of which there is `text` to say; a terminal shows it where the run has failed."""
         self.epochs[name] = count_epochs(self.runs[name].settings)
         del self.left[name]
-        self.began.pop(name, None)
+        self.at_work.remove(name)
         self.num_done, self.rows = self.num_done + 1, rows
         if failed or not self.on_terminal:
             time_left = self.time_left()
@@ -75,15 +76,15 @@ class Display:
         if not self.on_terminal:
             return
         texts = list(self.rows)
-        for name, began in self.began.items():
-            num_epochs, described = self.runs[name].settings.num_epochs, describe(self.runs[name])
-            epoch = min(self.epochs[name] + 1, num_epochs)
-            texts.append(f"{tqdm.format_interval(time.monotonic() - began)} {described}: epoch {epoch}/{num_epochs}")
+        for name in self.at_work:
+            elapsed = tqdm.format_interval(time.monotonic() - self.began[name])
+            epoch = min(self.epochs[name] + 1, self.left[name])
+            texts.append(f"{elapsed} {describe(self.runs[name])}: epoch {epoch}/{self.left[name]}")
         while len(self.lines) < len(texts):
             self.lines.append(tqdm(bar_format="{desc}{bar}", position=len(self.lines) + 1, **self.options))
         for line, text in zip_longest(self.lines, texts, fillvalue=""):
             line.set_description_str(text)
-        self.bar.n = self.num_done + sum(self.epochs[name] / self.left[name] for name in self.began)
+        self.bar.n = self.num_done + sum(self.epochs[name] / self.left[name] for name in self.at_work)
         self.bar.set_description_str(f"{self.num_done}/{self.num_runs}", refresh=False)
         self.bar.set_postfix_str(self.time_left())
 

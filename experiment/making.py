@@ -185,16 +185,17 @@ def make_runs(
                     del at_work[place]
                     if isinstance(outcome, FlagError):
                         raise outcome
-                    if isinstance(outcome, AtWorkError):
-                        if run not in busy:
-                            report(f"{run.run_name} waits: {outcome}")
+                    if isinstance(outcome, AtWorkError) and run not in busy:
                         busy.add(run)
-                        waiting.append(run)
-                    elif isinstance(outcome, LostError) and losses[run] < ATTEMPTS - 1:
+                        report(f"{run.run_name} waits: another process is at work on it")
+                    if isinstance(outcome, LostError):
                         losses[run] += 1
-                        waiting.appendleft(run)
+                        if losses[run] == ATTEMPTS:
+                            outcome = ChildProcessError(f"it was lost {ATTEMPTS} times: {outcome}")
+                    if isinstance(outcome, AtWorkError):
+                        waiting.append(run)
                     elif isinstance(outcome, LostError):
-                        yield run, ChildProcessError(f"it was lost {ATTEMPTS} times: {outcome}")
+                        waiting.appendleft(run)
                     else:
                         yield run, stops[0] if stops and isinstance(outcome, int) else outcome
         finally:

@@ -74,7 +74,7 @@ def test_every_outcome(light_runs, tmp_path):
         "diverged": "FloatingPointError: it is diverged",
         "noisy": "ChildProcessError: it ended with exit code 1",
     }
-    assert reported == ["busy waits: it is busy"]
+    assert reported == ["busy waits: another process is at work on it"]
 
 
 def test_run_alone(light_runs, tmp_path, monkeypatch):
