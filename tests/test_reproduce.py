@@ -1,5 +1,4 @@
 import errno
-import math
 import os
 import re
 import shlex
@@ -186,11 +185,11 @@ def test_wrong_flag(flags, message, tmp_path, capsys):
 def test_experiment(tmp_path, capsys):
     assert run(tmp_path, "--seeds", "1-3") == 0
     accuracies = {}
-    for setting, name in (("baseline", BASELINE), ("proposed", PROPOSED)):
-        accuracies[setting] = []
+    for method, name in (("baseline", BASELINE), ("proposed", PROPOSED)):
+        accuracies[method] = []
         for seed in (1, 2, 3):
             table = pandas.read_csv(tmp_path / "results" / f"{name}-seed{seed}.csv", comment="#")
-            accuracies[setting].append(table["test_accuracy"][table["val_accuracy"].idxmax()])
+            accuracies[method].append(table["test_accuracy"][table["val_accuracy"].idxmax()])
     ours, theirs = accuracies["proposed"], accuracies["baseline"]
     summary = pandas.read_csv(tmp_path / "results" / f"{EXPERIMENT}.csv", comment="#").set_index("setting")
     assert summary["mean"].tolist() == pytest.approx([np.mean(theirs), np.mean(ours)])
@@ -400,8 +399,9 @@ def test_report(tmp_path, monkeypatch, capsys):
     assert run(tmp_path, "--report", str(committed), "--seeds", "1-5") == 0
     assert " of 2 " in capsys.readouterr().out
     assert (committed / f"{EXPERIMENT}-forest.pdf").exists()
-    assert run(tmp_path, "--report") == 1
-    assert f"{tmp_path / 'results'} has no finished run of this experiment" in capsys.readouterr().err
+    for flags, kind in (([], ""), (RATES, "tuning ")):
+        assert run(tmp_path, *flags, "--report") == 1
+        assert f"{tmp_path / 'results'} has no finished {kind}run of this experiment" in capsys.readouterr().err
 
 
 @contextmanager
@@ -466,6 +466,9 @@ def test_contrasts(no_training, tmp_path, monkeypatch, capsys):
         holm = min(1, max((3 - j) * q for j, q in enumerate(ordered) if q <= p))
         assert summary.loc[name, "corrected_p_value"] == pytest.approx(holm)
     assert summary["seeds"].sum() == 12
+    better = np.subtract(accuracies["proposed"], accuracies["baseline"])
+    assert summary.loc["proposed", "effect_size"] == pytest.approx(better.mean() / better.std(ddof=1))
+    assert summary.loc["proposed", "sign_flip_p_value"] == 2**-4  # all are better
     text = (tmp_path / "results" / f"{EXPERIMENT}.md").read_text()
     _, contrasts, certainty, short = text.split("\n\n")
     assert short.startswith("runs of 54 steps: for about 100 steps, batch norm's")  # 2 epochs of 27
@@ -475,21 +478,6 @@ def test_contrasts(no_training, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert run(tmp_path, *flags, "--report") == 0  # reads its own table
     assert capsys.readouterr().out.startswith(f"{text}\nwritten: ")
-
-
-def test_how_sure_it_is(no_training, tmp_path):
-    assert run(tmp_path, "--seeds", "1-4") == 0
-    row = read_summary(tmp_path / "results" / f"{EXPERIMENT}.csv").loc["proposed"]
-    ours, theirs = (accuracies_in(tmp_path / "results", runs, epoch=1) for runs in (PROPOSED, BASELINE))
-    differences = np.subtract(ours, theirs)
-    assert row["effect_size"] == pytest.approx(differences.mean() / differences.std(ddof=1))
-    assert row["sign_flip_p_value"] == 2**-4  # all are better
-
-    def power(effect: float, n: int) -> float:
-        return stats.nct.sf(stats.t.ppf(0.95, n - 1), n - 1, effect * math.sqrt(n))
-
-    assert row["seeds_needed"] == next(n for n in range(2, 99) if power(row["effect_size"], n) >= 0.8)
-    assert power(row["detectable_difference"] / differences.std(ddof=1), 4) == pytest.approx(0.8)
 
 
 def test_committed_table_is_what_its_command_reports(no_figures, tmp_path):
@@ -519,12 +507,10 @@ def test_last_epoch_has_a_table_of_its_own(no_training, tmp_path, capsys):
     assert (tmp_path / "results" / f"{EXPERIMENT}-last.md").read_text().endswith(note)
     assert note not in best[1].decode()
     assert "# select: last\n" in (tmp_path / "results" / f"{EXPERIMENT}-last.csv").read_text()
-
-
-def test_runs_are_reported_by_the_last_epoch(no_training, tmp_path, capsys):
-    assert run(tmp_path, "--seeds", "1", "--select", "last") == 0
-    accuracy = read_results(tmp_path / "results" / f"{BASELINE}-seed1.csv").columns["test_accuracy"][1]
-    assert f"{BASELINE}-seed1 test accuracy {accuracy:.3f} %" in capsys.readouterr().out
+    capsys.readouterr()
+    assert run(tmp_path, "--seeds", "5", "--select", "last") == 0
+    accuracy = read_results(tmp_path / "results" / f"{BASELINE}-seed5.csv").columns["test_accuracy"][1]
+    assert f"{BASELINE}-seed5 test accuracy {accuracy:.3f} %" in capsys.readouterr().out
 
 
 # --- learning rates to choose from ----------------------------------------------------------------------------------
@@ -536,7 +522,7 @@ CHOSEN_BASELINE = f"{EXPERIMENT}-learning_rate=0.4-weight1-c1-dataset"
 CHOSEN_PROPOSED = f"{EXPERIMENT}-learning_rate=0.01-weight0.1-c100-bn"
 
 
-def test_every_setting_is_compared_at_its_own_rate(no_training, tmp_path, capsys):
+def test_every_method_is_compared_at_its_own_rate(no_training, tmp_path, capsys):
     assert run(tmp_path, "--seeds", "1-4", *RATES) == 0
     folder = tmp_path / "results"
     made = {file.name for file in folder.glob("*-seed[1-4].csv")}
@@ -544,12 +530,12 @@ def test_every_setting_is_compared_at_its_own_rate(no_training, tmp_path, capsys
     assert len(list(folder.glob("*-seed1[67].csv"))) == 12
     summary = read_summary(folder / f"{TUNED}.csv")
     assert summary["learning_rate"].to_dict() == {"baseline": 0.4, "proposed": 0.01}  # the smaller one on a tie
-    for bn_weight, setting in ((1.0, "baseline"), (0.1, "proposed")):
+    for bn_weight, method in ((1.0, "baseline"), (0.1, "proposed")):
         for rate in (0.01, 0.1, 0.4):
             mean = VAL_ACCURACIES[bn_weight, rate] + 0.5
-            assert summary.loc[setting, f"val_accuracy_at_{rate}"] == mean
-            remark = "chosen" if summary.loc[setting, "learning_rate"] == rate else ""
-            row = rf"\| {setting} \| {rate} +\| 2 +\| {mean:.2f} +\| {remark} +\|\n"
+            assert summary.loc[method, f"val_accuracy_at_{rate}"] == mean
+            remark = "chosen" if summary.loc[method, "learning_rate"] == rate else ""
+            row = rf"\| {method} \| {rate} +\| 2 +\| {mean:.2f} +\| {remark} +\|\n"
             assert re.search(row, (folder / f"{TUNED}.md").read_text())
     ours, theirs = accuracies_in(folder, CHOSEN_PROPOSED, epoch=1), accuracies_in(folder, CHOSEN_BASELINE, epoch=1)
     assert summary.loc["proposed", "p_value"] == pytest.approx(p_value(ours, theirs))
@@ -595,12 +581,6 @@ def test_stopped_tuning_goes_on(no_training, tmp_path, monkeypatch, capsys):
         assert run(tmp_path, "--seeds", "1-2", *RATES, "--report") == 0
 
 
-def test_report_without_tuning_runs(no_training, tmp_path, capsys):
-    assert run(tmp_path, "--seeds", "1") == 0
-    assert run(tmp_path, "--seeds", "1", *RATES, "--report") == 1
-    assert "results has no finished tuning run of this experiment" in capsys.readouterr().err
-
-
 def test_signal_at_the_end_of_the_tuning_leaves_the_other_runs_alone(no_training, tmp_path, monkeypatch, capsys):
     assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
     chosen = {file: file.stat().st_mtime_ns for file in (tmp_path / "results").glob("*-seed[12].csv")}
@@ -643,10 +623,7 @@ def test_diverged_tuning_run_counts_as_nothing(no_training, tmp_path, monkeypatc
     assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert (
-        "seed17 counts as 0 %: FloatingPointError: the loss at epoch 1, step 2 is nan (about 00:00 left)\n"
-        in captured.out
-    )
+    assert "seed17 counts as 0 %: FloatingPointError: the loss at epoch 1, step 2 is nan (about " in captured.out
     text = (tmp_path / "results" / f"{TUNED}.md").read_text()
     assert re.search(r"\| baseline \| 0.4 +\| 2 +\| 36.00 +\| 1 diverged +\|", text)  # of 72 and 0
     assert "A tuning run that diverged counts as 0 %." in text
@@ -664,18 +641,6 @@ def test_diverged_tuning_run_counts_as_nothing(no_training, tmp_path, monkeypatc
     assert not list((tmp_path / "results").glob("*diverged*"))
 
 
-def test_run_that_diverged_with_other_settings_is_made(no_training, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "train", diverging)
-    flags = ["--seeds", "1", *RATES, "--name", "mine"]
-    assert run(tmp_path, *flags) == 0
-    for file in (tmp_path / "results").glob("*.csv"):
-        file.unlink()
-    monkeypatch.setattr(train, "train", fake_train)
-    assert run(tmp_path, *flags, "--momentum", "0.5") == 0
-    summary = read_summary(tmp_path / "results" / "mine-learning_rates=0.01+0.1+0.4.csv")
-    assert summary.loc["baseline", "learning_rate"] == 0.4
-
-
 def test_nothing_is_chosen_where_a_tuning_run_fails(no_training, tmp_path, monkeypatch, capsys):
     def fails(settings):
         if (settings.learning_rate, settings.seed) == (0.1, 17):
@@ -690,7 +655,7 @@ def test_nothing_is_chosen_where_a_tuning_run_fails(no_training, tmp_path, monke
     assert not list((tmp_path / "results").glob("*-seed[12].csv"))
 
 
-def test_figures_of_settings_at_different_rates(tmp_path, monkeypatch):
+def test_figures_of_methods_at_different_rates(tmp_path, monkeypatch):
     monkeypatch.setitem(VAL_ACCURACIES, (0.1, 0.1), 99.0)
     whole = train.train
 
