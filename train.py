@@ -24,8 +24,7 @@ from torch import nn, optim
 
 from image_sets.batches import Batch, Batches
 from run_settings import Settings
-from saved_runs.paths import run_files
-from saved_runs.results import Results
+from saved_runs.results import Results, run_files
 from seeds import make_deterministic
 from training import together
 from training.devices import compute_logits, speed_up, use_precision

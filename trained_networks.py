@@ -4,6 +4,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,8 +18,7 @@ from image_sets.loading import load_image_set
 from networks import construct_network
 from run_settings import DATASETS, DEFAULTS, Value, split_seed
 from saved_runs.checkpoint import load_saved
-from saved_runs.paths import run_files
-from saved_runs.results import Results, read_results
+from saved_runs.results import Results, read_results, run_files
 from seeds import keep_random_states
 
 
@@ -97,10 +97,10 @@ def find_num_classes(settings: Mapping[str, Value]) -> int:
     """
     if settings["dataset"] in DATASETS:
         return DATASETS[settings["dataset"]].num_classes
-    said = re.search(r" of ([\d,]+) classes", str(settings.get("images", "")))
-    if said is None:
+    found = re.search(r" of ([\d,]+) classes", str(settings.get("images", "")))
+    if found is None:
         raise ValueError(f"the result file does not say how many classes the images of {settings['dataset']} have")
-    return int(said[1].replace(",", ""))
+    return int(found[1].replace(",", ""))
 
 
 def load_weights(file: str | os.PathLike) -> dict[str, Tensor]:
@@ -111,13 +111,12 @@ def load_weights(file: str | os.PathLike) -> dict[str, Tensor]:
         ValueError: it is damaged, or holds something else.
     """
     content = read_file(file)
-    try:
+    weights = None
+    with suppress(Exception):  # which one depends on where the damage is
         check_digest(content)
         weights = load_saved(content)
-    except Exception as error:  # which one depends on where the damage is
-        raise ValueError(f"{file} is damaged, or does not hold the weights of a network") from error
     if not isinstance(weights, dict) or not any(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{file} does not hold the weights of a network")
+        raise ValueError(f"{file} is damaged, or does not hold the weights of a network")
     return weights
 
 

@@ -1,12 +1,17 @@
 """Files that are read at once or refused, written whole or not at all, and checksums at their end."""
 
+import errno
+import glob
 import hashlib
 import io
 import os
-import secrets
+import platform
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 DIGEST_SIZE = hashlib.sha256().digest_size
+MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"  # in names of files that are being written
 
 
 class AtWorkError(BlockingIOError):
@@ -43,14 +48,18 @@ def has_digest(content: bytes) -> bool:
 def write_atomically(file: str | os.PathLike, content: bytes) -> None:
     """Put `content` into `file` so that at any moment, a crash included, it holds all the old or all the new.
 
-    A file that holds it already is left alone, so that nothing fails where there is nothing to do.
+    What killed processes of this machine have left of writing it is removed. A file that holds the content already is
+    left alone, so that nothing fails where there is nothing to do.
     """
     file = Path(file)
-    check_plain(file)
-    if file.exists() and file.stat().st_size == len(content) and file.read_bytes() == content:
+    for left in file.parent.glob(f"{glob.escape(file.name)}.{MACHINE}-*.tmp"):
+        with suppress(OSError, ValueError):
+            if not is_alive(int(left.stem.rpartition("-")[2])):
+                left.unlink()
+    if file.is_file() and file.stat().st_size == len(content) and file.read_bytes() == content:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")  # no other process writes into this one
+    temporary = file.with_name(f"{file.name}.{MACHINE}-{os.getpid()}.tmp")  # no other process writes into this one
     try:
         with open(temporary, "wb") as stream:
             stream.write(content)
@@ -63,7 +72,10 @@ def write_atomically(file: str | os.PathLike, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def remove_temporaries(file: Path) -> None:
-    """Remove what killed processes have left of the writing of `file`. None may be at it now."""
-    for temporary in file.parent.glob(f"{file.name}.????????.tmp"):
-        temporary.unlink(missing_ok=True)
+def is_alive(process: int) -> bool:
+    """Whether there is a process with this id on this machine."""
+    try:
+        os.kill(process, 0)
+    except OSError as error:  # EPERM: it is another user's
+        return error.errno == errno.EPERM
+    return True

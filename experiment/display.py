@@ -12,7 +12,7 @@ from command_line.endings import say
 from command_line.flag_types import as_typed
 from experiment.plan import PlannedRun
 from run_settings import Settings
-from saved_runs.paths import run_files
+from saved_runs.results import run_files
 
 
 class Display:

@@ -20,10 +20,8 @@ from experiment.tuning import (
     tuning_table,
 )
 from run_settings import Value
-from saved_runs.checkpoint import read_finished
 from saved_runs.lock import lock_run
-from saved_runs.paths import run_files
-from saved_runs.results import Results
+from saved_runs.results import Results, read_finished, run_files
 
 
 class Experiment:

@@ -13,15 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn, optim
 
 from command_line.files import DamagedFileError, add_digest, has_digest, read_file, write_atomically
-from run_settings import Settings, determining, differences
-from saved_runs.paths import RunFiles
-from saved_runs.results import Results, format_results, read_results, write_results
-from seeds import keep_random_states, set_random_states
+from run_settings import Settings
+from saved_runs.results import REMEDY, Results, RunFiles, check_settings, read_finished, write_results
 
 FORMAT = 1  # raise it when a change makes older checkpoints useless
-REMEDY = "remove it to start over, or give another --name"
 REMOVE_BOTH = "remove it and the result file of its run to start over, or give another --name"
 
 
@@ -67,18 +65,12 @@ def load_checkpoint(file: str | os.PathLike) -> dict[str, Any]:
         ValueError: it is damaged, cut short, or of another version of this program.
     """
     content = read_file(file)
-    if not has_digest(content):
-        raise ValueError(f"the checkpoint {file} is cut short, damaged or none of this program's: {REMOVE_BOTH}")
-    try:
-        state = load_saved(content)
-        other_format = state["format"] != FORMAT
-        if not other_format:
-            check_state(state)
-    except Exception as error:  # which one depends on what is missing, or of another type
-        raise ValueError(f"the checkpoint {file} does not hold the state of a run: {REMOVE_BOTH}") from error
-    if other_format:
-        raise ValueError(f"the checkpoint {file} was written by another version of this program: {REMOVE_BOTH}")
-    return state
+    with suppress(Exception):  # which one depends on what is in it
+        if has_digest(content) and (state := load_saved(content))["format"] == FORMAT:
+            return state
+    raise ValueError(
+        f"the checkpoint {file} is cut short, damaged or of another version of this program: {REMOVE_BOTH}"
+    )
 
 
 def load_saved(content: bytes) -> Any:
@@ -87,16 +79,26 @@ def load_saved(content: bytes) -> Any:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def check_state(state: dict[str, Any]) -> None:
-    """Raise an error where this cannot be what `Run.record` has made. What is in its networks, `Run.resume` sees."""
-    results = results_so_far(state)
-    format_results(results)
-    float(results.header["seconds"])
-    with keep_random_states():
-        set_random_states(state["random"])
-    for name in ("best_weights", "network", "optimizer", "scheduler"):
-        if not isinstance(state[name], dict):
-            raise TypeError(name)
+def parameter_names(network: nn.Module, optimizer: optim.Optimizer) -> list[str]:
+    """The names of an optimizer's parameters, in the order of its `state_dict`; "" for one not of the network."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    return [names.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def check_parameters(file: Path, state: dict[str, Any], network: nn.Module, optimizer: optim.Optimizer) -> None:
+    """ValueError where the optimizer in the state of a checkpoint has other parameters, or in another order.
+
+    Its momentum goes by position: that of one would be taken for that of another. Checkpoints of early versions do not
+    name them, and pass.
+    """
+    names = parameter_names(network, optimizer)
+    for position, (before, now) in enumerate(zip(state.get("parameters", names), names, strict=False)):
+        if before != now:
+            raise ValueError(
+                f"{file} has the momentum of {before} where that of {now} should be (parameter {position}): let the"
+                " network make its layers in the same order each time, from a list and not from a set, and give"
+                " --restart to start over"
+            )
 
 
 def recover_run(files: RunFiles, settings: Settings) -> tuple[Results | None, dict[str, Any] | None]:
@@ -127,47 +129,10 @@ def recover_run(files: RunFiles, settings: Settings) -> tuple[Results | None, di
         raise
     results = results_so_far(state)
     check_settings(files.checkpoint, results, settings)
-    if not results.has_made(settings.num_epochs):
+    if results.num_epochs < settings.num_epochs:
         with suppress(DamagedFileError):  # it is written anew
             finished = read_finished(files.results, settings)
             if finished is not None:  # in another place, and the file was put here
                 return finished, None
     write_outcome(files, state)
     return results, state
-
-
-def read_finished(file: Path, settings: Settings) -> Results | None:
-    """What is in the result file of a run, None where there is no such file or it has not all epochs yet.
-
-    Raises:
-        ValueError: the file is damaged, or of a run with other settings.
-        OSError: it cannot be read.
-    """
-    if not file.exists():
-        return None
-    try:
-        results = read_results(file)
-    except DamagedFileError as error:
-        raise DamagedFileError(f"{error}: {REMEDY}") from None
-    check_settings(file, results, settings)
-    return results if results.has_made(settings.num_epochs) else None
-
-
-def check_settings(file: Path, earlier: Results, settings: Settings) -> None:
-    """ValueError, with what differs, where a run with `settings` would not have had the `earlier` results."""
-    unlike = differences(earlier.header, determining(settings))
-    constant = "scheduler" not in unlike and settings.scheduler == "none"
-    if constant and settings.num_epochs >= earlier.num_epochs:
-        unlike.pop("num_epochs", None)  # without a schedule, the epochs so far do not depend on how many follow
-    if not unlike:
-        return
-    listed = "; ".join(f"{name} was {before}, now {now}" for name, (before, now) in unlike.items())
-    hint = ""
-    if list(unlike) == ["num_epochs"]:
-        hint = " (the cosine schedule depends on it from the first epoch on)"
-        if constant:
-            hint = f" (it has {earlier.num_epochs} epochs already)"
-    raise ValueError(
-        f"{file} is of a run with other settings: {listed}{hint}."
-        " Give another --name, the settings it had, or --restart to start over"
-    )

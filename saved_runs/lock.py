@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from filelock import FileLock, Timeout
 
 from command_line.files import AtWorkError
-from saved_runs.paths import RunFiles
+from saved_runs.results import RunFiles
 
 
 @contextmanager
@@ -18,16 +18,12 @@ def lock_run(files: RunFiles) -> Iterator[None]:
         OSError: the file cannot be made, or not be locked.
     """
     files.lock.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(files.lock, blocking=False)
     try:
-        lock.acquire()
+        lock = FileLock(files.lock, blocking=False).acquire()
     except Timeout:
-        raise AtWorkError(
-            f"a process is at work on the run of {files.results} already: wait for it, or give another --name"
-        ) from None
+        problem = f"a process is at work on the run of {files.results} already"
+        raise AtWorkError(f"{problem}: wait for it, or give another --name") from None
     except OSError as error:
         raise OSError(error.errno, f"cannot lock it: {error.strerror}", str(files.lock)) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()

@@ -1,7 +1,7 @@
-"""The results of a run and their file.
+"""The files of a run, its results, and whether it is finished.
 
-It is CSV: the run's settings as `# key: value` lines, then its numbers, one line an epoch. The last of the `#` lines
-holds the SHA-256 of all other lines, so that a changed number is noticed; older files lack it.
+A result file is CSV: the run's settings as `# key: value` lines, then its numbers, one line an epoch. The last of the
+`#` lines holds the SHA-256 of all other lines, so that a changed number is noticed; older files lack it.
 """
 
 import hashlib
@@ -9,18 +9,42 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from command_line.files import DamagedFileError, read_file, write_atomically
-from run_settings import DATASETS, DEFAULTS, OWN_SEED, WITHOUT_EFFECT, Value
+from run_settings import DATASETS, DEFAULTS, OWN_SEED, WITHOUT_EFFECT, Settings, Value, determining, differences
 
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "test_accuracy")
+TYPES = (int, float, float, float, float)
 CHECKSUM = "sha256"  # stands where the name of a setting does
 SETTLED = 100  # training steps after which running statistics have forgotten where they started
 UNSETTLED = f"for about {SETTLED} steps, batch norm's running statistics have not settled, and accuracies say little"
+REMEDY = "remove it to start over, or give another --name"
+
+
+class RunFiles(NamedTuple):
+    """The files of a run."""
+
+    results: Path
+    best_weights: Path
+    checkpoint: Path
+    lock: Path
+
+
+def run_files(path: Path, name: str) -> RunFiles:
+    """Where the files of the run `name` are below the folder `path`."""
+    networks = path / "networks"
+    return RunFiles(
+        results=path / "results" / f"{name}.csv",
+        best_weights=networks / f"{name}-best.pt",
+        checkpoint=networks / f"{name}-last.pt",
+        lock=networks / f"{name}.lock",
+    )
 
 
 @dataclass
@@ -60,11 +84,7 @@ class Results:
     @property
     def finished(self) -> bool:
         """Whether the run has made all the epochs it was to make."""
-        return self.has_made(self.header.get("num_epochs", math.inf))
-
-    def has_made(self, num_epochs: float) -> bool:
-        """Whether a run of that many epochs would be finished with this."""
-        return self.num_epochs >= num_epochs
+        return self.num_epochs >= self.header.get("num_epochs", math.inf)
 
     @property
     def best_row(self) -> int:
@@ -91,31 +111,17 @@ def write_results(file: str | os.PathLike, results: Results) -> None:
     """Write `file` whole or not at all, creating its folder if it is missing. `read_results` gives the same back.
 
     Raises:
-        ValueError: the results cannot have come from a run; see `format_results`.
+        ValueError: `read_results` would not: see `check_setting`; or the columns are of unequal length.
         OSError: the file cannot be written; an older one is then still there.
     """
-    write_atomically(file, format_results(results))
-
-
-def format_results(results: Results) -> bytes:
-    """What the result file holds.
-
-    ValueError where the results cannot have come from a run: the name of a setting is not an identifier or its value
-    not of its kind (see `check_setting`), the columns are not those of `COLUMNS`, of equal length, or a row is
-    impossible (see `check_row`).
-    """
-    if set(results.columns) != set(COLUMNS):
-        raise ValueError(f"columns must be {', '.join(COLUMNS)}, not {', '.join(results.columns)}")
     for key, value in results.header.items():
         check_setting(key, value)
-    header = [line.encode() for line in header_lines(results.header)]
-    lines = [",".join(COLUMNS).encode()]
+    top = [line.encode() for line in header_lines(results.header)]
     rows = zip(*(results.columns[name].tolist() for name in COLUMNS), strict=True)
-    for number, row in enumerate(rows, start=1):
-        check_row(row, number, results.header)
-        lines.append(",".join(map(repr, row)).encode())  # repr: the shortest digits that give the same float back
-    lines = [*header, checksum_line([*header, *lines]), *lines]
-    return b"".join(line + b"\n" for line in lines)
+    texts = (COLUMNS, *(map(repr, row) for row in rows))  # repr: the shortest digits that give the same float back
+    lines = [",".join(row).encode() for row in texts]
+    lines = [*top, checksum_line([*top, *lines]), *lines]
+    write_atomically(file, b"".join(line + b"\n" for line in lines))
 
 
 def checksum_line(lines: Iterable[bytes]) -> bytes:
@@ -129,11 +135,10 @@ def read_results(file: str | os.PathLike) -> Results:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DamagedFileError: it was changed after it was written, or what is in it cannot have come from a run.
+        DamagedFileError: it was changed after it was written, or is no result file.
     """
-    settings: dict[str, Value] = {}
-    header = None
-    rows = []
+    header: dict[str, Value] = {}
+    rows: list[list[float]] | None = None  # None up to the line of their names
     *lines, rest = read_file(file).replace(b"\r\n", b"\n").split(b"\n")
     if rest:
         raise DamagedFileError(f"{file} is not a result file, or cut short: its last line has no end")
@@ -144,69 +149,78 @@ def read_results(file: str | os.PathLike) -> Results:
         if line in checksums:
             continue
         try:
-            line = line.decode()
-            if header is None and line.startswith("# "):
-                key, value = line[2:].split(": ", 1)
-                settings[key] = from_text(value)
-                check_setting(key, settings[key])
-            elif header is None:
-                header = tuple(line.split(","))
-                if header != COLUMNS:
-                    raise ValueError
+            texts = line.decode().split(",")
+            if rows is not None:
+                rows.append([convert(text) for convert, text in zip(TYPES, texts, strict=True)])
+                if rows[-1][0] != len(rows):
+                    raise ValueError("not the next epoch")
+            elif line.startswith(b"# "):
+                key, value = line.decode()[2:].split(": ", 1)
+                header[key] = from_text(value)
+                check_setting(key, header[key])
+            elif tuple(texts) == COLUMNS:
+                rows = []
             else:
-                if not re.fullmatch(r"\d{1,18}(,-?\d[\d.e+-]*)+", line, re.ASCII):
-                    raise ValueError
-                epoch, *numbers = line.split(",")
-                rows.append((int(epoch), *map(float, numbers)))
-                check_row(rows[-1], len(rows), settings)
+                raise ValueError("no line of a result file")
         except ValueError:
             raise DamagedFileError(f"{file} is not a result file, or damaged, at line {number}") from None
-    if header is None:
+    if rows is None:
         raise DamagedFileError(f"{file} is not a result file: it has no line '{','.join(COLUMNS)}'")
-    columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
-    types = [np.int64] + [np.float64] * (len(COLUMNS) - 1)
-    arrays = {name: np.array(c, dtype=t) for name, c, t in zip(COLUMNS, columns, types, strict=True)}
-    return Results(settings, arrays, checked=bool(checksums))
+    columns = zip(*rows, strict=True) if rows else [()] * len(COLUMNS)
+    arrays = {name: np.array(c, dtype=kind) for name, c, kind in zip(COLUMNS, columns, TYPES, strict=True)}
+    return Results(header, arrays, checked=bool(checksums))
+
+
+def read_finished(file: Path, settings: Settings) -> Results | None:
+    """What is in the result file of a run, None where there is no such file or it has not all epochs yet.
+
+    Raises:
+        ValueError: the file is damaged, or of a run with other settings.
+        OSError: it cannot be read.
+    """
+    if not file.exists():
+        return None
+    try:
+        results = read_results(file)
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}: {REMEDY}") from None
+    check_settings(file, results, settings)
+    return results if results.num_epochs >= settings.num_epochs else None
+
+
+def check_settings(file: Path, earlier: Results, settings: Settings) -> None:
+    """ValueError, with what differs, where a run with `settings` would not have had the `earlier` results."""
+    unlike = differences(earlier.header, determining(settings))
+    if settings.scheduler == "none" and "scheduler" not in unlike and settings.num_epochs >= earlier.num_epochs:
+        unlike.pop("num_epochs", None)  # without a schedule, the epochs so far do not depend on how many follow
+    if unlike:
+        listed = "; ".join(f"{name} was {before}, now {now}" for name, (before, now) in unlike.items())
+        reasons = {"cos": "the cosine schedule depends on it from the first epoch on"}
+        reasons["none"] = f"it has {earlier.num_epochs} epochs already"
+        reason = f" ({reasons[settings.scheduler]})" if list(unlike) == ["num_epochs"] else ""
+        remedy = "Give another --name, the settings it had, or --restart to start over"
+        raise ValueError(f"{file} is of a run with other settings: {listed}{reason}. {remedy}")
 
 
 def check_setting(key: str, value: Value) -> None:
-    """ValueError where `key` is no identifier or that of the checksum, or `value` not what this flag can have."""
+    """ValueError where `key` is no identifier or that of the checksum, or `value` not of the type of this setting."""
     if not key.isidentifier() or key == CHECKSUM:
         raise ValueError(f"the name of a setting must be an identifier other than {CHECKSUM}, not {key!r}")
     if not isinstance(value, Value):
         raise ValueError(f"a setting must be text, a number, a bool or None, not {value!r}")
-    default = DEFAULTS.get(key)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return
-    if (key, value) == ("split_seed", OWN_SEED):
-        return
-    if default is not None and type(value) is not type(default) and key not in WITHOUT_EFFECT:
+    default = None if key in WITHOUT_EFFECT or (key, value) == ("split_seed", OWN_SEED) else DEFAULTS.get(key)
+    like_default = type(value) in (int, float) if isinstance(default, float) else type(value) is type(default)
+    if default is not None and not like_default:
         raise ValueError(f"the setting {key} must be like {default!r}, not {value!r}")
 
 
-def check_row(row: Sequence[float], number: int, settings: Mapping[str, Value]) -> None:
-    """ValueError where a run with these settings cannot have had these numbers (of `COLUMNS`) in epoch `number`."""
-    epoch, *losses, val_accuracy, test_accuracy = row
-    possible = (
-        len(row) == len(COLUMNS)
-        and type(epoch) is int
-        and all(type(value) in (int, float) for value in row)
-        and epoch == number <= settings.get("num_epochs", number)
-        and all(0 <= loss < math.inf for loss in losses)
-        and 0 <= val_accuracy <= 100
-        and 0 <= test_accuracy <= 100
-    )
-    if not possible:
-        raise ValueError(f"these cannot be the numbers of epoch {number}: {', '.join(map(repr, row))}")
-
-
-def header_lines(settings: Mapping[str, Value]) -> list[str]:
-    """The lines by which a file says its settings."""
-    return [f"# {name}: {to_text(value)}" for name, value in settings.items()]
+def header_lines(header: Mapping[str, Value]) -> list[str]:
+    """A header as the lines of a file."""
+    return [f"# {name}: {to_text(value)}" for name, value in header.items()]
 
 
 def read_header(lines: Iterable[str]) -> dict[str, Value]:
-    """The settings in the lines of a file, of which others are passed over."""
+    """The header in the lines of a file, of which others are passed over."""
     texts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
     return {name: from_text(text) for name, text in texts.items()}
 

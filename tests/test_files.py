@@ -4,6 +4,8 @@ not read."""
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +16,14 @@ import figures
 import reproduce
 import t_test
 import train
-from command_line.files import check_plain, read_file, remove_temporaries, write_atomically
+from command_line.files import MACHINE, read_file, write_atomically
 from folders import make_folder
-from image_sets.folders import find_images, own_size, read_image
+from image_sets.folders import find_images
 from image_sets.loading import load_image_set
 from run_settings import PAPER
 from saved_runs.results import COLUMNS, Results, write_results
 
+ROOT = Path(__file__).parent.parent
 SPECIAL = {
     "pipe": os.mkfifo,
     "socket": lambda file: socket.socket(socket.AF_UNIX).bind(str(file)),
@@ -31,12 +34,8 @@ SPECIAL = {
 @pytest.fixture(autouse=True)
 def watchdog(tmp_path, monkeypatch) -> Iterator[None]:
     """A test that waits for a pipe ends. Names are relative, as that of a socket must be short."""
-
-    def end(*_):
-        pytest.exit("a test hangs")
-
     monkeypatch.chdir(tmp_path)
-    earlier = signal.signal(signal.SIGALRM, end)
+    earlier = signal.signal(signal.SIGALRM, lambda *_: pytest.exit("a test hangs"))
     signal.alarm(60)
     yield
     signal.alarm(0)
@@ -45,61 +44,45 @@ def watchdog(tmp_path, monkeypatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("make", SPECIAL.values(), ids=SPECIAL)
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-@pytest.mark.parametrize("use", [read_file, read_image, lambda file: own_size([file]), lambda file: write(file)])
-def test_what_is_no_plain_file_is_refused(make, use):
-    file = Path("x.png")
+def test_what_is_no_file_is_not_read_but_replaced(make):
+    file = Path("x.csv")
     make(file)
-    before = file.lstat()
-    with pytest.raises(OSError, match=r"^x.png is a pipe, a socket or a device, where a file should be$"):
-        use(file)
-    assert file.lstat() == before
-
-
-def write(file: Path) -> None:
+    with pytest.raises(OSError, match=r"^x.csv is a pipe, a socket or a device, where a file should be$"):
+        read_file(file)
     write_atomically(file, b"new")
-
-
-def test_files_and_folders_are_plain():
-    Path("file").touch()
-    Path("link").symlink_to("file")
-    Path("broken").symlink_to("nothing")
-    for name in ("file", "link", "broken", "nothing", "."):
-        check_plain(name)
+    assert file.read_bytes() == b"new" and not file.is_symlink()
 
 
 def experiment() -> list[Path]:
-    """The result files of the proposed setting and the baseline, as reproduce.py leaves them, with the same seed."""
+    """The result files of the proposed method and the baseline, as reproduce.py leaves them, with the same seed."""
     files = []
-    for setting, name in {"proposed": "weight0.1-c100-bn", "baseline": "weight1-c1-dataset"}.items():
+    for method, name in {"proposed": "weight0.1-c100-bn", "baseline": "weight1-c1-dataset"}.items():
         files.append(Path("results", f"digits-resnet18-num_epochs=1-{name}-seed1.csv"))
-        settings = {"dataset": "digits", "network": "resnet18", "seed": 1, "num_epochs": 1} | PAPER[setting]
+        header = {"dataset": "digits", "network": "resnet18", "seed": 1, "num_epochs": 1} | PAPER[method]
         columns = {name: np.array([1 if name == "epoch" else 50.0]) for name in COLUMNS}
-        write_results(files[-1], Results(settings, columns))
+        write_results(files[-1], Results(header, columns))
     return files
 
 
 DIGITS = ["--dataset", "digits", "--num_epochs", "1", "--device", "cpu"]
-BASELINE = ["--bn_weight", "1", "--c", "1", "--input_norm", "dataset"]
 RUN = "digits-resnet18-num_epochs=1-weight1-c1-dataset-seed1"
 COMMANDS = {
     "t_test.py": lambda ours, theirs: t_test.main(["--proposed", ours, "--baseline", theirs]),
     "figures.py": lambda ours, theirs: figures.main([ours, theirs, "--output", "figures"]),
     "reproduce.py": lambda *_: reproduce.main([*DIGITS, "--seeds", "1", "--report"]),
-    "train.py": lambda *_: train.main([*DIGITS, *BASELINE]),
-    "train.py --restart": lambda *_: train.main([*DIGITS, *BASELINE, "--restart"]),
+    "train.py": lambda *_: train.main([*DIGITS, "--bn_weight", "1", "--c", "1", "--input_norm", "dataset"]),
 }
-CASES = [(command, f"results/{RUN}.csv", how) for command in [*COMMANDS][:4] for how in ("pipe", "permission")]
-CASES += [("reproduce.py", "results/digits-resnet18-num_epochs=1.csv", how) for how in ("pipe", "permission")]
-CASES += [("train.py", f"networks/{RUN}-last.pt", how) for how in ("pipe", "permission")]
-CASES += [("train.py --restart", f"networks/{RUN}-best.pt", "pipe")]
+CASES = [(command, f"results/{RUN}.csv") for command in COMMANDS]
+CASES += [("reproduce.py", "results/digits-resnet18-num_epochs=1.csv"), ("train.py", f"networks/{RUN}-last.pt")]
 
 
-@pytest.mark.parametrize(("command", "name", "trouble"), CASES)
+@pytest.mark.parametrize(("command", "name"), CASES)
+@pytest.mark.parametrize("trouble", ["is a pipe", "Permission denied"])
 def test_command_ends_in_one_line(small_network, capsys, monkeypatch, command, name, trouble):
     files, file = experiment(), Path(name)
     file.unlink(missing_ok=True)
     file.parent.mkdir(exist_ok=True)
-    if trouble == "pipe":
+    if trouble == "is a pipe":
         os.mkfifo(file)
     else:
         file.write_text("")
@@ -107,8 +90,7 @@ def test_command_ends_in_one_line(small_network, capsys, monkeypatch, command, n
     with pytest.raises(SystemExit, match="1"):
         COMMANDS[command](*map(str, files))
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and file.stem in error
-    assert ("is a pipe" if trouble == "pipe" else "Permission denied") in error
+    assert error.count("\n") == 1 and file.stem in error and trouble in error
 
 
 def forbid_reading(forbidden: Path, monkeypatch) -> None:
@@ -140,14 +122,6 @@ def test_pipe_among_images(image_size):
         load_image_set("small", "", image_size=image_size, workers=0)
 
 
-def test_pipe_in_place_of_statistics():
-    file = make_folder(Path("small"), num_train=30, num_test=6, size=(16, 16)) / "statistics-16x16.json"
-    os.mkfifo(file)
-    with pytest.raises(OSError, match=r"statistics-16x16.json is a pipe"):
-        load_image_set("small", "")
-    assert file.is_fifo()
-
-
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, call):
     file = tmp_path / "file"
@@ -169,7 +143,9 @@ def test_two_processes_that_write_one_file(tmp_path, monkeypatch):
 
     def other_writes_too(temporary, target):
         monkeypatch.setattr(os, "replace", replace)
-        write_atomically(file, b"other")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", os.getppid)
+            write_atomically(file, b"other")
         found.append(file.read_bytes())
         replace(temporary, target)
 
@@ -179,18 +155,20 @@ def test_two_processes_that_write_one_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_what_killed_processes_leave_is_removed(tmp_path, monkeypatch):
-    def die(*_, **__):
-        raise OSError
-
-    names = ("x.csv", "x.csv.12345.tmp", "y.csv.12345678.tmp", "x.csv.y.csv.12345678.tmp")
-    others = [tmp_path / name for name in names]
+def test_what_a_killed_process_leaves_goes_with_the_next_write(tmp_path):
+    names = ("y.csv", f"y.csv.{MACHINE}-{os.getppid()}.tmp", f"x[1].csv.y.csv.{MACHINE}-1.tmp", "x[1].csv.mine.tmp")
+    others = {tmp_path / name for name in names}
     for other in others:
         other.touch()
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(os, "replace", die)
-        patch.setattr(Path, "unlink", die)
-        write_atomically(tmp_path / "x.csv", b"new")
-    assert len(list(tmp_path.iterdir())) == 5
-    remove_temporaries(tmp_path / "x.csv")
-    assert sorted(tmp_path.iterdir()) == sorted(others)
+    file = tmp_path / "x[1].csv"
+    code = "import os, sys; from command_line import files; os.replace = lambda *_: os.kill(os.getpid(), 9); "
+    command = [sys.executable, "-c", code + "files.write_atomically(sys.argv[1], b'new')", file]
+    killed = subprocess.run(command, cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    [left] = set(tmp_path.iterdir()) - others
+    assert left.suffix == ".tmp" and left.read_bytes() == b"new"
+    write_atomically(file, b"new")
+    assert set(tmp_path.iterdir()) == others | {file}
+    left.touch()
+    write_atomically(file, b"new")  # nothing else is to do
+    assert set(tmp_path.iterdir()) == others | {file}

@@ -25,7 +25,7 @@ from light import light_run, process_of, saved, wait_until
 from run_settings import Settings
 from saved_runs.checkpoint import load_checkpoint
 from saved_runs.lock import lock_run
-from saved_runs.paths import RunFiles, run_files
+from saved_runs.results import RunFiles, run_files
 
 # --- stand-ins ------------------------------------------------------------------------------------------------------
 

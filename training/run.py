@@ -19,7 +19,7 @@ from run_settings import DATASETS, Settings, Value
 from saved_runs.checkpoint import FORMAT, REMOVE_BOTH, read_finished, recover_run, save_run
 from saved_runs.circumstances import code_version, describe_run
 from saved_runs.lock import lock_run
-from saved_runs.paths import run_files
+from saved_runs.results import run_files
 from saved_runs.results import COLUMNS, SETTLED, UNSETTLED, Results, write_results
 from saved_runs.tensorboard_curves import Curves
 from seeds import random_states, set_random_states
