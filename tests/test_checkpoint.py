@@ -24,18 +24,19 @@ from torch import nn
 
 import train
 from cluster import ENVIRONMENT
-from command_line.signals import interrupt, on_signals
+from command_line.signals import ARRIVED, catch_signals
+from image_sets.batches import Batches
 from kill_and_restart import FLAGS, finish, outcome, processes, same, start
 from saved_runs import checkpoint, circumstances
-from saved_runs import run as saved_run
 from saved_runs.checkpoint import load_checkpoint, save_run, save_with_digest
 from saved_runs.lock import AtWorkError, lock_run
 from saved_runs.results import read_results, run_files, write_results
-from saved_runs.run import Run
 from seeds import make_deterministic
 from small import stop_in_epoch
 from trained_networks import load_weights
 from training import preparation
+from training import run as saved_run
+from training.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +158,7 @@ def test_signals_save_and_say_how_to_go_on(alone, tmp_path, monkeypatch, capsys,
         run(tmp_path, "--checkpoint_seconds", "1e9")
     assert stop.value.code == code
     error = capsys.readouterr().err
-    assert error.startswith("train.py: stopped; ") and "same command again" in error
+    assert error.startswith("train.py: stopped; ") and "run the same command again, without --restart" in error
     assert outcome(tmp_path)["columns"]["epoch"].tolist() == [1, 2]
     run(tmp_path)
     assert same(outcome(tmp_path), outcome(alone))
@@ -178,19 +179,10 @@ def test_stop_during_the_last_save(alone, tmp_path, monkeypatch):
 
 
 def test_sigterm_again_while_saving_changes_nothing():
-    stops = []
-    with on_signals(stops.append):
+    with catch_signals(raising=False):
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
-    assert stops == [signal.SIGTERM]
-
-
-def test_stopped_run_with_restart_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    """As soon as it has replaced the old run, giving the same command once more would start over."""
-    run(tmp_path, "--num_epochs", "2")
-    for epoch, how in [(1, "again"), (2, "without --restart")]:
-        run_into_stop(epoch, monkeypatch, tmp_path, "--num_epochs", "2", "--restart")
-        assert f"the same command {how} to resume" in capsys.readouterr().err
+        assert ARRIVED == [signal.SIGTERM] * 3
 
 
 @pytest.fixture
@@ -246,7 +238,7 @@ def test_killed_within_the_last_save(tmp_path, monkeypatch, function):
 
 def interrupt_twice() -> None:
     """What a child process does: press Ctrl-C, and once more while the first is being dealt with."""
-    with on_signals(interrupt):
+    with catch_signals(raising=True):
         try:
             os.kill(os.getpid(), signal.SIGINT)
             signal.pause()
@@ -662,16 +654,18 @@ class Branches(nn.Module):
 def resume_branches(tmp_path) -> Callable[..., torch.optim.Optimizer]:
     """A function that resumes a run of two branches, or makes its first epoch, and returns the optimizer."""
     settings = preparation.parse([*FLAGS, "--path", str(tmp_path)])
+    image_set = preparation.load_images(settings)
 
     def go_on(*names: str, begin: bool = False, fused: bool = False) -> torch.optim.Optimizer:
         network = Branches(*names)
         biases, weights = ([getattr(branch, kind) for branch in network.children()] for kind in ("bias", "weight"))
         optimizer = torch.optim.SGD([{"params": biases}, {"params": weights}], 0.1, 0.9, fused=fused)
         with Run(settings) as run:
-            run.resume(network, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+            run.resume(network, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), image_set)
             if begin:
-                (network.a(torch.ones(2)).sum() + 3 * network.b(torch.ones(2)).sum()).backward()
-                optimizer.step()
+                for _ in run.steps(Batches(image_set, "train", len(image_set.splits["train"]), False)):
+                    (network.a(torch.ones(2)).sum() + 3 * network.b(torch.ones(2)).sum()).backward()
+                    optimizer.step()
                 run.record(1, 1.0, 1.0, 50.0, 50.0)
         return optimizer
 

@@ -88,42 +88,34 @@ def test_whatever_is_written_is_read(tmp_path_factory, settings, rows):
 def test_format_of_the_file(tmp_path):
     file = tmp_path / "results.csv"
     write_results(file, make_results(dataset="cifar10", seed=1, c=100.0))
-    settings = "# dataset: cifar10\n# seed: 1\n# c: 100.0\n"
+    header = "# dataset: cifar10\n# seed: 1\n# c: 100.0\n"
     numbers = (
         "epoch,train_loss,val_loss,val_accuracy,test_accuracy\n"
         "1,2.5,3.141592653589793,10.0,11.0\n"
         "2,0.3333333333333333,0.30000000000000004,90.25,89.5\n"
         "3,1e-300,1e+22,90.25,99.0\n"
     )
-    checksum = hashlib.sha256((settings + numbers).encode()).hexdigest()
-    assert file.read_text() == f"{settings}# sha256: {checksum}\n{numbers}"
+    checksum = hashlib.sha256((header + numbers).encode()).hexdigest()
+    assert file.read_text() == f"{header}# sha256: {checksum}\n{numbers}"
 
 
 def test_whatever_is_changed_in_a_file_is_noticed(tmp_path):
-    """Every digit and letter of it, and every line that is left out, twice there, or in another place."""
+    """A digit of each line, and every line that is left out, twice there, or in another place."""
     file = tmp_path / "results.csv"
     results = make_results(dataset="digits", seed=1, c=100.0, bn_weight=0.1, num_epochs=3)
     write_results(file, results)
-    whole = file.read_text()
-    lines = whole.splitlines(keepends=True)
-    changed = [whole[:n] + ("7" if whole[n] != "7" else "8") + whole[n + 1 :] for n in range(len(whole))]
+    lines = file.read_text().splitlines(keepends=True)
     checksum = next(n for n, line in enumerate(lines) if line.startswith("# sha256: "))
-    for n in range(len(lines)):
-        changed += [lines[:n] + lines[n + 1 :]] * (n != checksum)
-        changed += [lines[: n + 1] + lines[n:], lines[:n] + lines[n + 1 : n + 2] + lines[n : n + 1] + lines[n + 2 :]]
-    noticed = 0
-    for one in changed:
-        file.write_bytes("".join(one).encode())
-        try:
-            ours = read_results(file)
-        except DamagedFileError as error:
-            assert str(file) in str(error)
-            noticed += "was changed after it was written: it does not fit its checksum" in str(error)
-        else:  # the checksum stands elsewhere, or no longer counts as one: what it is about is as it was
-            assert {name: ours.header[name] for name in results.header} == results.header
-            np.testing.assert_equal(ours.columns, results.columns)
-            assert "".join(one) == whole or len(one) != len(whole) or "# sha256: " not in one
-    assert noticed > 0.9 * len(changed)
+    for n, line in enumerate(lines):
+        before, after = lines[:n], lines[n + 1 :]
+        changed = [[*before, line[:-2] + chr(ord(line[-2]) ^ 1) + "\n", *after]]
+        if n != checksum:  # without it, the file counts as an older one
+            changed += [[*before, *after], [*before, line, line, *after], [*before, *after[:1], line, *after[1:]]]
+        for damaged in changed:
+            file.write_text("".join(damaged))
+            if damaged != lines and damaged[checksum].startswith("# sha256: "):
+                with pytest.raises(DamagedFileError, match=r"results\.csv was changed after it was written"):
+                    read_results(file)
 
 
 def test_older_file_has_no_checksum(tmp_path):
@@ -171,10 +163,18 @@ def test_no_epochs_yet(tmp_path):
 
 
 HEADER = "epoch,train_loss,val_loss,val_accuracy,test_accuracy\n"
-IMPOSSIBLE_ROWS = ["nan,3,4,5", "2,inf,4,5", "-2,3,4,5", "2,3,500,5", "2,3,4,-7", "2,3,4,5,6", "2,3,4", "2,3,4,100.1"]
-IMPOSSIBLE_ROWS += ["2,3,4,nan", "1_0,3,4,5", " 2,3,4,5", "2,3,4,", "2,1e999,4,5"]
-IMPOSSIBLE_SETTINGS = ["seed: [1]", "seed: 1.5", "seed: true", "num_epochs: two", "c: many", "compile: 1", "dataset: 5"]
-IMPOSSIBLE_SETTINGS += ["seed: seed", "split_seed: seeds"]
+WRONG_SETTINGS = ["seed: [1]", "seed: 1.5", "seed: true", "num_epochs: two", "c: many", "compile: 1", "dataset: 5"]
+WRONG_SETTINGS += ["seed: seed", "split_seed: seeds"]
+WRONG_ROWS = [
+    "1,2,3,4",
+    "1,2,3,4,5,6",
+    "1,2,3,4,",
+    "1,x,3,4,5",
+    "1.5,2,3,4,5",
+    "2,2,3,4,5",
+    ",2,3,4,5",
+    "9" * 23 + ",2,3,4,5",
+]
 
 
 @pytest.mark.parametrize(
@@ -183,24 +183,19 @@ IMPOSSIBLE_SETTINGS += ["seed: seed", "split_seed: seeds"]
         ("", "has no line 'epoch,train_loss"),
         ("# seed: 1\n", "has no line 'epoch,train_loss"),
         ("epoch,loss\n1,2\n", "at line 1"),
-        ("# seed 1\nepoch,train_loss,val_loss,val_accuracy,test_accuracy\n", "at line 1"),
-        ("# a b: 1\nepoch,train_loss,val_loss,val_accuracy,test_accuracy\n", "at line 1"),
-        ("epoch,train_loss,val_loss,val_accuracy,test_accuracy\n1,2,3,4\n", "at line 2"),
-        ("epoch,train_loss,val_loss,val_accuracy,test_accuracy\n1,2,3,4,5\n2,x,3,4,5\n", "at line 3"),
-        ("epoch,train_loss,val_loss,val_accuracy,test_accuracy\n1.5,2,3,4,5\n", "at line 2"),
-        ("epoch,train_loss,val_loss,val_accuracy,test_accuracy\n1,2,3,4,97.2", "cut short"),
-        (b"\xff\xfe\n", "at line 1"),
-        *((f"{HEADER}1,{row}\n", "at line 2") for row in IMPOSSIBLE_ROWS),
-        *((f"{HEADER}{epoch},2,3,4,5\n", "at line 2") for epoch in ("0", "-1", "2", "1_0", "+1", "9" * 23, "")),
+        (f"# seed 1\n{HEADER}", "at line 1"),
+        (f"# a b: 1\n{HEADER}", "at line 1"),
+        (f"{HEADER}1,2,3,4,97.2", "cut short"),
+        ("ÿ\n", "at line 1"),
+        *((f"{HEADER}{row}\n", "at line 2") for row in WRONG_ROWS),
         (f"{HEADER}1,2,3,4,5\n1,2,3,4,5\n", "at line 3"),
-        (f"# num_epochs: 1\n{HEADER}1,2,3,4,5\n2,2,3,4,5\n", "at line 4"),
-        *((f"# name: x\n# {line}\n{HEADER}1,2,3,4,5\n", "at line 2") for line in IMPOSSIBLE_SETTINGS),
+        *((f"# name: x\n# {line}\n{HEADER}1,2,3,4,5\n", "at line 2") for line in WRONG_SETTINGS),
     ],
 )
 def test_damaged_file(tmp_path, content, message):
     file = tmp_path / "results.csv"
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=message) as error:
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(DamagedFileError, match=message) as error:
         read_results(file)
     assert str(file) in str(error.value)
 
@@ -217,52 +212,18 @@ def test_missing_file(tmp_path):
         read_results(tmp_path / "results.csv")
 
 
-@pytest.mark.parametrize(
-    "settings", [{"sha256": "x"}, {"a b": 1}, {"a:": 1}, {"": 1}, {"a": [1]}, {"a": np.arange(2)}, {"a": 1j}]
-)
-def test_settings_that_cannot_be_written(tmp_path, settings):
-    with pytest.raises(ValueError, match="setting"):
-        write_results(tmp_path / "results.csv", make_results(**settings))
-    assert not list(tmp_path.iterdir())
+WRONG_HEADERS = [{"sha256": "x"}, {"a b": 1}, {"a:": 1}, {"": 1}, {"a": [1]}, {"a": 1j}, {"num_epochs": "two"}]
 
 
-@pytest.mark.parametrize(
-    ("column", "value"),
-    [("epoch", 3), ("train_loss", math.nan), ("val_loss", math.inf), ("val_accuracy", -7), ("test_accuracy", 500)],
-)
-def test_numbers_that_cannot_be_written(tmp_path, column, value):
+@pytest.mark.parametrize("header", WRONG_HEADERS)
+def test_header_that_cannot_be_written(tmp_path, header):
     """What `read_results` would refuse."""
-    results = make_results()
-    results.columns[column][1] = value
-    with pytest.raises(ValueError, match="these cannot be the numbers of epoch 2"):
-        write_results(tmp_path / "results.csv", results)
-    with pytest.raises(ValueError, match="the numbers of epoch 3"):
-        write_results(tmp_path / "results.csv", make_results(num_epochs=2))
-    with pytest.raises(ValueError, match="the setting num_epochs must be like 180, not 'two'"):
-        write_results(tmp_path / "results.csv", make_results(num_epochs="two"))
+    with pytest.raises(ValueError, match="setting"):
+        write_results(tmp_path / "results.csv", make_results(**header))
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", COLUMNS)
-@pytest.mark.parametrize("change", [str, complex, bool, lambda value: [value], lambda value: None])
-def test_what_is_no_number_is_not_written(tmp_path, name, change):
-    """As from a damaged checkpoint; an epoch is no float either."""
-    results = make_results()
-    results.columns[name] = np.array([change(value) for value in results.columns[name].tolist()])
-    with pytest.raises(ValueError, match="these cannot be the numbers of epoch 1"):
-        write_results(tmp_path / "results.csv", results)
-    results = make_results()
-    results.columns["epoch"] = results.columns["epoch"].astype(float)
-    with pytest.raises(ValueError, match="these cannot be the numbers of epoch 1"):
-        write_results(tmp_path / "results.csv", results)
-    assert not list(tmp_path.iterdir())
-
-
-def test_columns_that_cannot_be_written(tmp_path):
-    results = make_results()
-    results.columns["loss"] = results.columns.pop("val_loss")
-    with pytest.raises(ValueError, match="columns must be epoch, train_loss"):
-        write_results(tmp_path / "results.csv", results)
+def test_columns_of_unequal_length(tmp_path):
     results = make_results()
     results.columns["val_loss"] = results.columns["val_loss"][:2]
     with pytest.raises(ValueError, match="shorter"):

@@ -1,4 +1,5 @@
 import shutil
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ from tensorboard.summary.writer import event_file_writer
 
 import train
 from saved_runs import checkpoint
-from saved_runs import run as saved_run
 from saved_runs.results import COLUMNS, read_results
 from small import stop_in_epoch
+from training import run as saved_run
 
 NAME = "run"
 FLAGS = ["--dataset", "digits", "--batch_size", "16", "--learning_rate", "0.05", "--device", "cpu", "--name", NAME]
@@ -20,15 +21,18 @@ FLAGS = ["--dataset", "digits", "--batch_size", "16", "--learning_rate", "0.05",
 
 @pytest.fixture
 def make_run(small_network, tmp_path, monkeypatch):
-    """Make a run of five epochs, or what is left of it.
+    """Make a run of five epochs, or what is left of it, up to an epoch in which it is stopped.
 
     Files of one second are read in the order of a number in their names, as text: 10 before 9. As in a process of a
     run's own, it begins at 0.
     """
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
-    def make(*flags: str, tensorboard: bool = True) -> None:
-        train.main([*FLAGS, "--num_epochs", "5", "--path", str(tmp_path), *["--tensorboard"] * tensorboard, *flags])
+    def make(*flags: str, tensorboard: bool = True, stop: int | None = None) -> None:
+        with monkeypatch.context() as patch, suppress(SystemExit) if stop else nullcontext():
+            if stop:
+                stop_in_epoch(stop, patch)
+            train.main([*FLAGS, "--num_epochs", "5", "--path", str(tmp_path), *["--tensorboard"] * tensorboard, *flags])
 
     return make
 
@@ -73,18 +77,12 @@ def test_a_run_is_shown(make_run, tmp_path):
     assert (shown_settings["dataset"].string_value, shown_settings["scheduler"].string_value) == ("digits", "none")
 
 
-def test_a_run_that_goes_on(make_run, tmp_path, monkeypatch):
+def test_a_run_that_goes_on(make_run, tmp_path):
     """Once from its last epoch, once, as after a kill, from a checkpoint that is older than the curves."""
-    with monkeypatch.context() as patch:
-        stop_in_epoch(2, patch)
-        with pytest.raises(SystemExit):
-            make_run()
+    make_run(stop=2)
     files = tmp_path / "networks"
     shutil.copytree(files, tmp_path / "after one epoch")
-    with monkeypatch.context() as patch:
-        stop_in_epoch(4, patch)
-        with pytest.raises(SystemExit):
-            make_run()
+    make_run(stop=4)
     assert [point.step for point in shown(tmp_path).Scalars("train_loss")] == [1, 2, 3]
     shutil.rmtree(files)
     shutil.move(tmp_path / "after one epoch", files)
@@ -95,11 +93,8 @@ def test_a_run_that_goes_on(make_run, tmp_path, monkeypatch):
     check_curves(tmp_path)
 
 
-def test_flag_given_later(make_run, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_in_epoch(4, patch)
-        with pytest.raises(SystemExit):
-            make_run(tensorboard=False)
+def test_flag_given_later(make_run, tmp_path):
+    make_run(tensorboard=False, stop=4)
     make_run()
     check_curves(tmp_path)
     assert [point.step for point in shown(tmp_path).Histograms("γ/2")] == [4, 5]
