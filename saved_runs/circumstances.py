@@ -1,8 +1,10 @@
 """What the numbers of a run depend on besides its flags: the code, the machine, the versions of what it uses."""
 
+import ast
 import hashlib
 import platform
 import subprocess
+import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -12,6 +14,8 @@ import torchvision
 
 from run_settings import Settings, Value, determining
 from saved_runs.results import Results
+
+ROOT = Path(__file__).parent.parent
 
 
 def describe_run(settings: Settings, seconds: float, earlier: Results | None, processes: int = 1) -> dict[str, Value]:
@@ -36,13 +40,53 @@ def describe_run(settings: Settings, seconds: float, earlier: Results | None, pr
 @cache
 def code_version() -> str:
     """The commit of this project's repository, '-dirty' with changes; without a repository, a hash of its modules."""
-    folder = Path(__file__).parent.parent
     with suppress(OSError, subprocess.SubprocessError):
-        if (folder / ".git").exists():
-            command = ["git", "-C", folder, "describe", "--always", "--dirty"]
+        if (ROOT / ".git").exists():
+            command = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    modules = b"".join(file.read_bytes() for file in sorted((*folder.glob("*.py"), *folder.glob("*/*.py"))))
+    modules = b"".join(file.read_bytes() for file in sorted((*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))))
     return f"modules {hashlib.sha256(modules).hexdigest()[:12]}"
+
+
+def network_code(network: str) -> str | None:
+    """A hash of the code of a network of one's own, MODULE:FUNCTION, which must have been built before.
+
+    It is of this module and of those that it imports, directly or not, from the folder that it was imported from; not
+    of this project's own, which `code_version` names. None where there is no file, as of torchvision's networks.
+    """
+    module, _, function = network.partition(":")
+    name = getattr(sys.modules.get(module), "__file__", None) if function else None
+    if name is None:
+        return None
+    file = Path(name).absolute()
+    folder = file.parents[module.count(".") + (file.name == "__init__.py")]
+    project = imported_files(ROOT / "train.py", ROOT) if folder == ROOT else set()
+    files = {file} | imported_files(file, folder) - project
+    listed = sorted((file.relative_to(folder).as_posix(), file.read_bytes()) for file in files)
+    return hashlib.sha256(repr(listed).encode()).hexdigest()[:12]
+
+
+def imported_files(file: Path, folder: Path) -> set[Path]:
+    """The module in a file and those in a folder, in which it lies, that it imports, at any depth and in any line."""
+    found, left = set(), [file]
+    while left:
+        file = left.pop()
+        if file in found or not file.is_file():
+            continue
+        found.add(file)
+        package = file.relative_to(folder).parts[:-1]
+        with suppress(SyntaxError):  # of a file that has the name of a module from elsewhere
+            for node in ast.walk(ast.parse(file.read_bytes())):
+                names: list[list[str]] = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name.split(".") for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    base = [*package[: len(package) + 1 - node.level]] if node.level else []
+                    base += node.module.split(".") if node.module else []
+                    names = [[*base, alias.name] for alias in node.names]
+                for stem in (folder.joinpath(*parts[:n]) for parts in names for n in range(1, len(parts) + 1)):
+                    left += [stem.with_name(f"{stem.name}.py"), stem / "__init__.py"]
+    return found
 
 
 def machine_name(device: torch.device) -> str:

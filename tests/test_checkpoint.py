@@ -436,7 +436,7 @@ def test_code_version_without_a_repository(tmp_path, monkeypatch):
     modules[0].parent.mkdir()
     for module in modules:
         module.write_text(f"# {module.name}")
-    monkeypatch.setattr(circumstances, "__file__", str(modules[0]))
+    monkeypatch.setattr(circumstances, "ROOT", tmp_path)
     expected = hashlib.sha256(b"# circumstances.py# train.py").hexdigest()[:12]
     assert circumstances.code_version.__wrapped__() == f"modules {expected}"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
