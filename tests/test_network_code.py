@@ -50,11 +50,13 @@ def test_what_it_depends_on(own, tmp_path):
 
 
 def test_module_in_a_package(own, tmp_path):
-    before = network_code(f"{own}_parts.sizes:net")
-    for file, counts in {f"{own}_parts/absolute.py": True, f"{own}_parts/layers.py": False}.items():
-        (tmp_path / file).write_text("")
-        assert (network_code(f"{own}_parts.sizes:net") != before) == counts
-        before = network_code(f"{own}_parts.sizes:net")
+    (tmp_path / f"{own}_parts" / "__init__.py").write_text(f"from {own}_parts.other import *\n")
+    for network in (f"{own}_parts.sizes:net", f"{own}_parts:net"):  # the former imports from the package
+        for file, counts in {"other": True, "layers": False}.items():
+            before = network_code(network)
+            with (tmp_path / f"{own}_parts" / f"{file}.py").open("a") as stream:
+                stream.write("# changed")
+            assert (network_code(network) != before) == counts
 
 
 def test_another_place_changes_nothing(own, tmp_path, monkeypatch):
