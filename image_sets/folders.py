@@ -12,15 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.Image import Transpose
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from command_line.files import check_plain, read_file
+from command_line.files import read_file
 from command_line.signals import until_stopped
 from run_settings import SMALL_IMAGE
 
@@ -36,16 +35,6 @@ Images = Sequence[Path] | Tensor  # files, or uint8 (N, 3, H, W)
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, from 0 to 1
 
 ORIENTATION = 0x0112  # EXIF's tag for how the camera was held
-UPRIGHT = 1
-TURNS = {  # what makes images of the other orientations upright; from 5 on, height and width are exchanged
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}
 
 
 @dataclass
@@ -149,12 +138,15 @@ def read_image(file: Path) -> Tensor:
     content = read_file(file)
     try:
         with Image.open(io.BytesIO(content)) as opened:
-            if simplejpeg and opened.format == "JPEG" and opened.mode == "RGB" and find_orientation(opened) == UPRIGHT:
+            if simplejpeg and opened.format == "JPEG" and opened.mode == "RGB" and find_orientation(opened) == 1:
                 with suppress(ValueError):  # of a slight damage, which PIL may pass over
                     return torch.from_numpy(simplejpeg.decode_jpeg(content)).permute(2, 0, 1)
             opened.load()
-            turn = TURNS.get(find_orientation(opened))
-            image = opened if turn is None else opened.transpose(turn)
+            image = opened
+            if find_orientation(image) != 1:
+                # of its metadata only what its pixels depend on: the rest would be rewritten, which may fail
+                image.info = {name: image.info[name] for name in image.info if name == "transparency"}
+                image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # PIL would cut off at 255
             elif image.mode in ("I", "F"):
@@ -169,9 +161,9 @@ def read_image(file: Path) -> Tensor:
 def find_orientation(image: Image.Image) -> int:
     """How an image is to be turned, by its EXIF, from 1 to 8; 1, upright, where that is unreadable or senseless."""
     with suppress(Exception):  # which one depends on where the damage is
-        if (found := image.getexif().get(ORIENTATION)) in TURNS:
+        if (found := image.getexif().get(ORIENTATION)) in range(2, 9):
             return found
-    return UPRIGHT
+    return 1
 
 
 def get_image(images: Images, index: int) -> Tensor:
@@ -184,9 +176,9 @@ def own_size(files: Iterable[Path]) -> Size | None:
     """Height and width that all these images have, upright, or None where they differ or one is not small."""
     sizes = set()
     for file in files:
-        check_plain(file)
+        content = read_file(file)
         try:
-            with Image.open(file) as image:
+            with Image.open(io.BytesIO(content)) as image:
                 width, height = image.size
                 exchanged = find_orientation(image) >= 5 and image.format != "TIFF"  # whose size is upright already
         except Exception as error:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from command_line.files import check_plain, write_atomically
+from command_line.files import read_file, write_atomically
 from command_line.signals import until_stopped
 from image_sets.folders import FoundImages, Size, Statistics
 
@@ -33,7 +32,7 @@ def compute_statistics(batches: Iterable[Tensor], num_images: int, show_bar: boo
     mean = sums / count
     deviation = np.sqrt([(q * count - s**2) / count**2 for s, q in zip(sums.tolist(), squares.tolist(), strict=True)])
     if not deviation.all():
-        raise ValueError("the images all have the same value in a channel: use --input_norm bn")
+        raise ValueError("the images all have the same value in a channel: use input_norm='bn'")
     return tuple((mean / 255).tolist()), tuple((deviation / 255).tolist())
 
 
@@ -44,19 +43,15 @@ def keep_statistics(
 
     It is kept in the folder of the data set, as JSON, with a checksum of the names, sizes and times of change of the
     files of its training images. Where nothing can be written there, `report` is given a line that says so.
-    OSError where there is a pipe, a socket or a device in its place.
     """
     files = [(str(file.relative_to(found.folder)), file.stat()) for file in found.files]
     listed = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
     made_from = hashlib.sha256(repr(listed).encode()).hexdigest()
     file = found.folder / f"statistics-{size[0]}x{size[1]}.json"
-    check_plain(file)
     with suppress(Exception):  # there may be anything in it, or nothing
-        kept = json.loads(file.read_text())
-        mean, std = (tuple(map(float, kept[name])) for name in ("mean", "std"))
-        sound = len(mean) == len(std) == 3 and min(std) > 0 and math.isfinite(sum(mean + std))
-        if sound and kept["made_from"] == made_from:
-            return mean, std
+        kept = json.loads(read_file(file))
+        if kept["made_from"] == made_from:
+            return tuple(kept["mean"]), tuple(kept["std"])
     mean, std = compute()
     content = {"mean": mean, "std": std, "made_from": made_from}
     try:

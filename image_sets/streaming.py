@@ -1,15 +1,11 @@
 """Images that are too large to be kept decoded: streamed by several processes, ahead of time."""
 
 import atexit
-import os
 import signal
 import threading
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing.util import Finalize
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -22,7 +18,6 @@ from image_sets.folders import Images, Size, get_image, resize
 
 Key = tuple[int, int | None]  # which image, and the seed of its augmentation, None for none
 
-LOADERS: WeakSet[DataLoader] = WeakSet()
 MARGIN = 256 / 224  # for evaluation, images are resized by this much more before their centre is cropped
 
 
@@ -45,13 +40,12 @@ class StreamedImages:
         self.size = size
         self.plan = Plan()
         options = {"batch_sampler": self.plan, "collate_fn": stack, "pin_memory": pin_memory}
-        options |= {"num_workers": workers, "persistent_workers": workers > 0}
-        options |= {"worker_init_fn": Follower(os.getpid())}
+        options |= {"num_workers": workers, "persistent_workers": workers > 0, "worker_init_fn": leave_signals}
         options |= {"generator": torch.Generator()}  # it draws seeds for its processes, which nothing here depends on
         with warnings.catch_warnings(action="ignore"):  # of more processes than cores, which someone asked for
             self.loader = DataLoader(Decoder(images, size, flip), **options)
-        LOADERS.add(self.loader)
-        Finalize(self, end_workers, [self.loader], exitpriority=0)
+        # at exit, before torch's own function for it, after which it leaves the processes to Python
+        atexit.register(Finalize(self, end_workers, [self.loader]))
 
     def batches(self, keys: Iterable[Sequence[Key]]) -> Iterator[Tensor]:
         """A batch for each of the `keys`, uint8 (n, 3, H, W), on the CPU.
@@ -62,23 +56,25 @@ class StreamedImages:
         """
         self.plan.keys = keys
         try:
-            for batch in start(self.loader):
-                self.check_alone(keys)
+            iterator = start(self.loader)
+            while True:
+                batch = next(iterator, None)
+                if self.loader.num_workers and self.plan.keys is not keys:
+                    raise ValueError(
+                        "two loops over the same images share one pool of workers:"
+                        " finish the first, or load the images with workers=0"
+                    )
+                if batch is None:
+                    return
                 if isinstance(batch, str):
                     raise ValueError(batch)
                 yield batch
-            self.check_alone(keys)
         except (RuntimeError, ConnectionError, EOFError) as error:
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise ChildProcessError(
-                f"a process that decodes images was lost ({in_one_line(error)}); fewer --workers take less memory"
+                f"a process that decodes images was lost ({in_one_line(error)}); fewer workers take less memory"
             ) from error
-
-    def check_alone(self, keys: Iterable[Sequence[Key]]) -> None:
-        """ValueError where the processes have gone on to the keys of another pass."""
-        if self.loader.num_workers and self.plan.keys is not keys:
-            raise ValueError("a pass over the images has begun within another one, which needs --workers 0")
 
 
 class Decoder(Dataset):
@@ -131,32 +127,14 @@ def start(loader: DataLoader) -> Iterator[Tensor | str]:
     return iterator
 
 
+def leave_signals(_: int) -> None:
+    """Let a process leave the signals that stop a run to its parent, after whose end torch ends it within seconds."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def end_workers(loader: DataLoader) -> None:
     """End the processes of a DataLoader, which do not heed the signal by which Python would end them."""
     if loader._iterator is not None:
         loader._iterator._shutdown_workers()
         loader._iterator = None
-
-
-@atexit.register  # before torch's own function for the end, after which it leaves these processes to Python
-def end_all_workers() -> None:
-    """End the processes of all DataLoaders that are left."""
-    for loader in list(LOADERS):
-        end_workers(loader)
-
-
-@dataclass
-class Follower:
-    """Lets a process leave signals to its parent, and end soon after it, however that ends."""
-
-    parent: int
-
-    def __call__(self, _: int) -> None:
-        def follow() -> None:
-            while os.getppid() == self.parent:
-                time.sleep(0.2)
-            os._exit(1)
-
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        threading.Thread(target=follow, daemon=True).start()
