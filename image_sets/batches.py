@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from image_sets.loading import ImageSet
 
@@ -49,9 +48,6 @@ class Batches:
                 raise ValueError("there are no statistics to normalize with: load the images with statistics=True")
             statistics = torch.tensor([image_set.mean, image_set.std], dtype=torch.float32, device=self.indices.device)
             self.mean, self.std = statistics.view(2, 3, 1, 1)
-        # a DataLoader of positions whose one batch is the whole order
-        positions = range(len(self.indices))
-        self.orders = DataLoader(positions, len(positions), shuffle=self.training, collate_fn=torch.tensor)
 
     @property
     def num_images(self) -> int:
@@ -62,7 +58,7 @@ class Batches:
         return math.ceil(self.num_images / self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        [order] = self.orders
+        order = draw_order(self.num_images, self.training)
         parts = self.shares(self.indices[order.to(self.indices.device)])
         taken = self.augmented(parts) if self.training else self.image_set.take(parts)
         for part, images in zip(parts, taken, strict=True):
@@ -91,3 +87,12 @@ class Batches:
         flipped = self.shares((torch.rand(self.num_images) < 0.5).to(self.indices.device).view(-1, 1, 1, 1))
         for batch, flips in zip(self.image_set.take(parts), flipped, strict=True):
             yield torch.where(flips, batch.flip(-1), batch)
+
+
+def draw_order(number: int, shuffle: bool) -> Tensor:
+    """The order, int64 (number,), in which a DataLoader of torch's goes through so many items, with its draws."""
+    torch.empty((), dtype=torch.int64).random_()  # for processes of its own, whether it has any or not
+    if not shuffle:
+        return torch.arange(number)
+    seed = torch.empty((), dtype=torch.int64).random_().item()
+    return torch.randperm(number, generator=torch.Generator().manual_seed(seed))

@@ -6,13 +6,27 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import transforms
 
-from image_sets.batches import Batches
+from image_sets.batches import Batches, draw_order
 from image_sets.loading import load_image_set
 
 
 def test_unknown_split():
     with pytest.raises(ValueError, match="one of train, val, test, not 'validation'"):
         Batches(load_image_set("digits"), "validation", 8, normalize=False)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("number", [1, 2, 31, 1000, 50_000])
+def test_order_is_that_of_a_data_loader(number, shuffle):
+    """Of this version of torch: three epochs, and what the global generator gives afterwards."""
+    torch.manual_seed(number)
+    loader = DataLoader(range(number), batch_size=16, shuffle=shuffle)
+    expected, expected_state = [torch.cat(list(loader)) for _ in range(3)], torch.get_rng_state()
+    torch.manual_seed(number)
+    ours, our_state = [draw_order(number, shuffle) for _ in range(3)], torch.get_rng_state()
+    for order, expected_order in zip(ours, expected, strict=True):
+        assert torch.equal(order, expected_order)
+    assert torch.equal(our_state, expected_state)
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -112,6 +112,19 @@ def orientation(kind: int, count: int, value: bytes) -> bytes:
     return b"Exif\0\0II*\0" + struct.pack("<I", 8) + entry + bytes(4)
 
 
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_turned_where_the_rest_of_the_exif_cannot_be_written_again(tmp_path, ending):
+    width = struct.pack("<HHI", 0x0100, 2, 4) + b"wide"  # a text, in the place of a number
+    exif = orientation(3, 1, struct.pack("<H", 6))
+    exif = exif[:14] + struct.pack("<H", 2) + width + exif[16:]
+    file = tmp_path / f"image.{ending}"
+    smooth_image(RANDOM, 20, 30).save(file, exif=exif)
+    with Image.open(file) as image, pytest.raises((TypeError, ValueError, AttributeError, struct.error)):
+        ImageOps.exif_transpose(image)
+    with Image.open(file) as image:
+        assert (pixels(file) == np.rot90(np.asarray(image), -1)).all()
+
+
 SENSELESS = {
     "0": orientation(3, 1, struct.pack("<H", 0)),
     "9": orientation(3, 1, struct.pack("<H", 9)),
