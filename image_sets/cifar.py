@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import download_and_extract_archive
 
 from image_sets.folders import FoundImages
 
 CIFAR10_STATISTICS = ((0.4916, 0.4823, 0.4467), (0.2472, 0.2437, 0.2618))  # mean and std, as in the paper's code
 DOWNLOAD_TIMEOUT = 60.0  # seconds for which a server may be silent
-TITLES = {CIFAR10: "CIFAR-10", CIFAR100: "CIFAR-100"}
 
 
 def find_cifar(dataset: type[CIFAR10], folder: Path, download: bool) -> FoundImages:
@@ -41,8 +40,9 @@ def find_cifar(dataset: type[CIFAR10], folder: Path, download: bool) -> FoundIma
         test = dataset(folder, train=False)
     except (OSError, RuntimeError, HTTPException) as error:
         reason = f"could not be downloaded: {error}" if download else str(error).partition(". ")[0]
+        title = dataset.__name__.replace("R", "R-")
         raise FileNotFoundError(
-            f"{TITLES[dataset]} is not in {folder}, or a file of it is damaged ({reason}): unpack {dataset.filename}"
+            f"{title} is not in {folder}, or a file of it is damaged ({reason}): unpack {dataset.filename}"
             f" there, so that it holds the folder {dataset.base_folder}; the data set 'digits' needs no files"
         ) from error
     images = np.concatenate([part.data.transpose(0, 3, 1, 2) for part in (train, test)])
@@ -60,7 +60,7 @@ def find_cifar(dataset: type[CIFAR10], folder: Path, download: bool) -> FoundIma
 def download_cifar(dataset: type[CIFAR10], folder: Path) -> CIFAR10:
     """The training images, downloaded and unpacked where they are not whole, by one process at a time."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock_file = folder / f"{TITLES[dataset].replace('-', '').lower()}.lock"
+    lock_file = folder / f"{dataset.__name__.lower()}.lock"
     with FileLock(lock_file):
         timeout = socket.getdefaulttimeout()
         try:

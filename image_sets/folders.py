@@ -1,9 +1,11 @@
 """Folders of images: found, read, brought to one size."""
 
+import hashlib
 import io
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -14,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -34,7 +35,12 @@ Size = tuple[int, int]  # height and width of an image in pixels
 Images = Sequence[Path] | Tensor  # files, or uint8 (N, 3, H, W)
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, from 0 to 1
 
-ORIENTATION = 0x0112  # EXIF's tag for how the camera was held
+# what PIL always reads; a GIF may have several images, others need libraries that PIL may have been built without
+ENDINGS = (*IMG_EXTENSIONS, ".jpe", ".jfif")
+OF_SYSTEMS = ("@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information")
+OF_SYSTEMS += ("__MACOSX", "lost+found", "Thumbs.db", "desktop.ini")
+MOST_PIXELS = 2**27  # of an image that is resized: 400 MB
+BITS, WHITE_IS_ZERO, ORIENTATION = 258, 262, 274  # tags of TIFF, the last one of EXIF too: how the camera was held
 
 
 @dataclass
@@ -62,51 +68,88 @@ class FoundImages:
     statistics: Statistics | None = None
 
 
-class Classes(ImageFolder):
-    """torchvision's ImageFolder without hidden folders and files."""
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        classes = class_names(directory)
-        return classes, {name: label for label, name in enumerate(classes)}
+def visible(folder: str | Path) -> list[os.DirEntry]:
+    """What is in a folder, without what is hidden or of a system."""
+    return [entry for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.name not in OF_SYSTEMS]
 
 
-def class_names(directory: str | Path) -> list[str]:
-    """The names of the folders in a folder, sorted, without hidden ones."""
-    folders = (entry.name for entry in os.scandir(directory) if entry.is_dir())
-    return sorted(name for name in folders if not name.startswith("."))
+def class_names(folder: str | Path) -> list[str]:
+    """The names of the visible folders in a folder, sorted."""
+    return sorted(entry.name for entry in visible(folder) if entry.is_dir())
 
 
-def is_image(folder: Path, file: str) -> bool:
-    """Whether a file somewhere in a folder has the name of an image, and nothing on the way to it is hidden."""
-    hidden = f"{os.sep}." in file.removeprefix(str(folder))
-    return has_file_allowed_extension(file, IMG_EXTENSIONS) and not hidden
-
-
-def find_images(folder: Path) -> FoundImages:
+def find_images(folder: Path, report: Callable[[str], None] = lambda line: None) -> FoundImages:
     """The images of `folder`/train/CLASS and `folder`/test/CLASS (or val/CLASS where there is no test/).
 
-    Classes and files are in the order of their names, as torchvision's ImageFolder has them.
+    Classes and files are in the order of their names, as torchvision's ImageFolder has them. `report` is given a line
+    that counts the files that do not end with one of `ENDINGS`, if any.
 
     Raises:
         FileNotFoundError: one of these folders is missing, or has no image.
-        ValueError: there are fewer than two classes, or training and test images are not of the same.
+        ValueError: there are fewer than two classes, training and test images have others, or links lead to a folder or
+            an image twice.
     """
     parts = find_parts(folder)
-    train, test = (Classes(part, is_valid_file=partial(is_image, part), allow_empty=True) for part in parts)
-    if unlike := sorted(set(train.classes) ^ set(test.classes)):
+    classes, of_test = map(class_names, parts)
+    if unlike := sorted(set(classes) ^ set(of_test)):
         raise ValueError(f"{parts[0]} and {parts[1]} must have the same classes; only one has {listed(unlike)}")
-    for part, found in zip(parts, (train, test), strict=True):
-        if len(found.classes) < 2:
-            raise ValueError(f"{part} must have a folder for each class, at least two; it has {len(found.classes)}")
-        labels = {label for _, label in found.samples}
-        if empty := [name for name, label in found.class_to_idx.items() if label not in labels]:
-            raise FileNotFoundError(
-                f"{part} has no image of {listed(empty)}: files end with {' '.join(IMG_EXTENSIONS)}"
-            )
-    samples = train.samples + test.samples
-    files, labels = [Path(file) for file, _ in samples], [label for _, label in samples]
-    num_train = len(train.samples)
-    return FoundImages(files, labels, train.classes, num_train, folder, files[:num_train])
+    if len(classes) < 2:
+        raise ValueError(f"{parts[0]} must have a folder for each class, at least two; it has {len(classes)}")
+    seen: dict[tuple[int, int], str] = {}
+    for above in (folder, *folder.resolve().parents):
+        note(str(above), seen)
+    files, labels, num_train, left_out = [], [], 0, Counter()
+    for part in parts:
+        num_train = len(files)
+        note(str(part), seen)
+        by_class = [sorted(walk(str(part / name), seen, left_out)) for name in classes]
+        if empty := [name for name, found in zip(classes, by_class, strict=True) if not found]:
+            raise FileNotFoundError(f"{part} has no image of {listed(empty)}: {counted(left_out)}")
+        files += [Path(*file) for found in by_class for file in found]
+        labels += [label for label, found in enumerate(by_class) for _ in found]
+    if left_out:
+        report(f"{folder}: {counted(left_out)}")
+    return FoundImages(files, labels, classes, num_train, folder, files[:num_train])
+
+
+def walk(folder: str, seen: dict[tuple[int, int], str], left_out: Counter[str]) -> Iterator[tuple[str, str]]:
+    """Folder and name of each image in a folder and in those below, in no order; the endings of others are counted."""
+    note(folder, seen)
+    for entry in visible(folder):
+        if entry.is_dir():
+            yield from walk(entry.path, seen, left_out)
+        elif has_file_allowed_extension(entry.name, ENDINGS):
+            note(entry.path, seen)
+            yield folder, entry.name
+        else:
+            left_out[os.path.splitext(entry.name)[1].lower() or "without an ending"] += 1
+
+
+def note(path: str, seen: dict[tuple[int, int], str]) -> None:
+    """Note by device and inode that a file or folder has been seen. ValueError, with both names, where it had been."""
+    stat = os.stat(path)
+    first = seen.setdefault((stat.st_dev, stat.st_ino), path)
+    if first != path:
+        raise ValueError(f"{path} and {first} are the same, by a link: remove one, or images count more than once")
+
+
+def counted(left_out: Counter[str]) -> str:
+    """How images end, and how many files of which other ending are left out."""
+    others = listed([f"{number} {ending}" for ending, number in left_out.most_common()])
+    return f"images end with {' '.join(ENDINGS)}" + f"; left out are {others}" * bool(left_out)
+
+
+def identify(found: FoundImages, contents: bool) -> str:
+    """A short hash of the images of a folder: of their names in it, labels, classes, and contents or sizes in bytes.
+
+    It is the same for a copy on another machine. Contents are read, so they are for images that are decoded at once.
+    """
+    digest = hashlib.sha256(ascii(found.classes).encode())
+    above = len(found.folder.parts)
+    for file, label in zip(found.images, found.labels, strict=True):
+        last = hashlib.sha256(read_file(file)).hexdigest() if contents else file.stat().st_size
+        digest.update(ascii((file.parts[above:], label, last)).encode())
+    return digest.hexdigest()[:16]
 
 
 def find_parts(folder: Path) -> list[Path]:
@@ -129,7 +172,7 @@ def listed(names: Sequence[str]) -> str:
 def read_image(file: Path) -> Tensor:
     """The image in a file, uint8 (3, H, W), upright, in red, green and blue as PIL converts it.
 
-    Of 16-bit grey the upper 8 bits are taken; transparency is ignored.
+    Of grey of more than 8 bits the upper 8 are taken; transparency is ignored.
 
     Raises:
         OSError: the file cannot be read.
@@ -147,8 +190,10 @@ def read_image(file: Path) -> Tensor:
                 # of its metadata only what its pixels depend on: the rest would be rewritten, which may fail
                 image.info = {name: image.info[name] for name in image.info if name == "transparency"}
                 image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # PIL would cut off at 255
+            if image.mode.startswith("I;16") or (image.mode == "I" and opened.format == "PPM"):  # not as in other "I"
+                tags = getattr(opened, "tag_v2", {})
+                grey = (np.asarray(image) >> tags.get(BITS, (16,))[0] - 8).astype(np.uint8)  # PIL would cut off at 255
+                image = Image.fromarray(255 - grey if tags.get(WHITE_IS_ZERO) == 0 else grey)
             elif image.mode in ("I", "F"):
                 raise ValueError(f"pixels of mode {image.mode} have no scale of their own: convert it")
             elif "transparency" in image.info:
@@ -166,10 +211,17 @@ def find_orientation(image: Image.Image) -> int:
     return 1
 
 
-def get_image(images: Images, index: int) -> Tensor:
-    """One of the images, uint8 (3, H, W); raises as `read_image` does."""
-    image = images[index]
-    return image if isinstance(image, Tensor) else read_image(image)
+def get_image(images: Images, index: int, fit: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `fit` makes of one of the images, uint8 (3, H, W). ValueError, with the file's name, where it cannot."""
+    file = images[index]
+    if isinstance(file, Tensor):
+        return fit(file)
+    image = read_image(file)
+    try:
+        return fit(image)
+    except (ValueError, RuntimeError, MemoryError) as error:
+        height, width = image.shape[1:]
+        raise ValueError(f"{file}, of {height}×{width} pixels, cannot be resized: {error}") from error
 
 
 def own_size(files: Iterable[Path]) -> Size | None:
@@ -199,7 +251,10 @@ def resize(image: Tensor, size: Size, margin: float = 1) -> Tensor:
     """The centre of an image whose shorter side is resized to `margin` times the height in `size`."""
     if image.shape[1:] == size and margin == 1:
         return image
-    image = v2.functional.resize(image, [round(size[0] * margin)], antialias=True)
+    shorter = round(size[0] * margin)
+    if shorter**2 * max(image.shape[1:]) > MOST_PIXELS * min(image.shape[1:]):
+        raise ValueError(f"with a shorter side of {shorter} it would have more than {MOST_PIXELS:,}")
+    image = v2.functional.resize(image, [shorter], antialias=True)
     return v2.functional.center_crop(image, list(size))
 
 
@@ -211,7 +266,7 @@ def decode_all(images: Images, size: Size, workers: int, show_bar: bool = False)
     decoded = torch.empty(len(images), 3, *size, dtype=torch.uint8)
 
     def decode(index: int) -> None:
-        decoded[index] = resize(get_image(images, index), size)
+        decoded[index] = get_image(images, index, partial(resize, size=size))
 
     with ThreadPoolExecutor(workers) as threads, closing(threads.map(decode, range(len(images)))) as done:
         bar = tqdm(done, "decoding", len(images), unit="image", disable=not show_bar, leave=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from image_sets.cifar import find_cifar
-from image_sets.folders import FoundImages, Size, decode_all, find_images, own_size
+from image_sets.folders import FoundImages, Size, decode_all, find_images, identify, own_size
 from image_sets.statistics import compute_statistics, keep_statistics
 from image_sets.streaming import StreamedImages
 from run_settings import DATASETS, LARGE_IMAGE, SMALL_IMAGE
@@ -34,6 +34,7 @@ class ImageSet:
         splits: for 'train', 'val' and 'test' the indices into the two above, int64, on that device.
         classes: the name of each label.
         flip: whether training images are mirrored left to right at random.
+        image_hash: of the images of a folder, see `identify`.
         mean, std: of the three channels of the training and validation images, on a scale from 0 to 1, if known.
     """
 
@@ -42,6 +43,7 @@ class ImageSet:
     splits: dict[str, Tensor]
     classes: list[str]
     flip: bool
+    image_hash: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -59,9 +61,10 @@ class ImageSet:
 
     @property
     def notes(self) -> dict[str, str]:
-        """What a result file says of the images: `numbers` and, if known, `mean` and `std`."""
+        """What a result file says of the images: `numbers` and, if known, `mean`, `std` and `image_hash`."""
         statistics = {"mean": self.mean, "std": self.std} if self.mean else {}
-        return {"images": self.numbers, **{name: " ".join(map(repr, of)) for name, of in statistics.items()}}
+        notes = {"images": self.numbers, **{name: " ".join(map(repr, of)) for name, of in statistics.items()}}
+        return notes | ({"image_hash": self.image_hash} if self.image_hash else {})
 
     def sample(self, split: str, num_images: int) -> Tensor:
         """Indices of at most so many images of a split: the first ones, or evenly spread where classes come in turn."""
@@ -112,17 +115,17 @@ def load_image_set(
         download: whether to download CIFAR into `folder` where it, or a file of it, is missing or damaged.
         statistics: whether mean and standard deviation are needed. For a folder they are kept in a file, see
             `keep_statistics`.
-        report: called with a line of text where they cannot be kept.
+        report: called with a line of text where they cannot be kept, or files in the folder are left out.
         show_bar: whether to draw a progress bar on standard error while images are decoded.
 
     Raises:
-        ValueError: a file is no image, or the classes are not those that a data set must have.
+        ValueError: a file is no image, or the folder is not as `find_images` needs it, or has the name of a known set.
         FileNotFoundError: there is no such data set, or a part of it is missing and cannot be downloaded.
         NotADirectoryError: `folder` is a file.
         OSError: a file cannot be read, or one of CIFAR is damaged and is not to be or cannot be downloaded anew.
     """
     folder, device = Path(folder), torch.device(device)
-    found = find(name, folder, download, split_seed)
+    found = find(name, folder, download, split_seed, report)
     flip = flip and found.flip
     workers = torch.get_num_threads() if workers is None else workers
     decoded = isinstance(found.images, Tensor)
@@ -136,7 +139,8 @@ def load_image_set(
         images = StreamedImages(found.images, size, flip, workers, pin_memory=device.type == "cuda")
     labels = torch.tensor(found.labels)
     splits = split_indices(labels, found.num_train, device, split_seed)
-    image_set = ImageSet(images, labels.to(device), splits, found.classes, flip)
+    image_hash = None if decoded else identify(found, contents=isinstance(images, Tensor))
+    image_set = ImageSet(images, labels.to(device), splits, found.classes, flip, image_hash)
     if statistics:
         parts = torch.arange(found.num_train, device=device).split(100)
         compute = partial(compute_statistics, image_set.take(parts), found.num_train, show_bar)
@@ -144,15 +148,17 @@ def load_image_set(
     return image_set
 
 
-def find(name: str, folder: Path, download: bool, split_seed: int) -> FoundImages:
+def find(name: str, folder: Path, download: bool, split_seed: int, report: Callable[[str], None]) -> FoundImages:
     """The images of a data set; see `load_image_set`."""
+    if name in DATASETS and (folder / name / "train").is_dir():
+        raise ValueError(f"{name} is a data set that is known already: give the folder {folder / name} another name")
     if name == "digits":
         return find_digits(split_seed)
     if name in CIFAR:
         return find_cifar(CIFAR[name], folder, download)
     if not (folder / name).is_dir():
         raise FileNotFoundError(f"there is no folder {folder / name}, and {name} is none of {', '.join(DATASETS)}")
-    return find_images(folder / name)
+    return find_images(folder / name, report)
 
 
 def find_digits(split_seed: int) -> FoundImages:

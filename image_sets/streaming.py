@@ -5,6 +5,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from multiprocessing.util import Finalize
 
 import torch
@@ -81,18 +82,19 @@ class Decoder(Dataset):
     """What a process does with the key of an image; see `StreamedImages`."""
 
     def __init__(self, images: Images, size: Size, flip: bool) -> None:
-        self.images, self.size = images, size
+        self.images, self.center = images, partial(resize, size=size, margin=MARGIN)
         self.augment = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(0.5 * flip)])
 
     def __getitem__(self, key: Key) -> Tensor | str:
         """One image, uint8 (3, H, W), or what is wrong with it: errors would lose their form between processes."""
         index, seed = key
         try:
-            image = get_image(self.images, index)
+            return get_image(self.images, index, self.center if seed is None else partial(self.augmented, seed))
         except (OSError, ValueError) as error:
             return str(error)
-        if seed is None:
-            return resize(image, self.size, MARGIN)
+
+    def augmented(self, seed: int, image: Tensor) -> Tensor:
+        """A random part of an image, mirrored half of the time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.augment(image)
