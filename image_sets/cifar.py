@@ -18,9 +18,7 @@ DOWNLOAD_TIMEOUT = 60.0  # seconds for which a server may be silent
 
 
 def find_cifar(dataset: type[CIFAR10], folder: Path, download: bool) -> FoundImages:
-    """The images of CIFAR-10 or CIFAR-100; the statistics of CIFAR-10 are those of the paper's code.
-
-    torchvision checks the files by their MD5 sums.
+    """The images of CIFAR-10 or CIFAR-100, with whole files by their MD5 sums; statistics as in the paper's code.
 
     Args:
         dataset: torchvision's class for it.

@@ -102,7 +102,7 @@ def find_images(folder: Path, report: Callable[[str], None] = lambda line: None)
     for part in parts:
         num_train = len(files)
         note(str(part), seen)
-        by_class = [sorted(walk(str(part / name), seen, left_out)) for name in classes]
+        by_class = [sorted(walk(str(part / name), seen, left_out)) for name in until_stopped(classes)]
         if empty := [name for name, found in zip(classes, by_class, strict=True) if not found]:
             raise FileNotFoundError(f"{part} has no image of {listed(empty)}: {counted(left_out)}")
         files += [Path(*file) for found in by_class for file in found]
@@ -146,7 +146,7 @@ def identify(found: FoundImages, contents: bool) -> str:
     """
     digest = hashlib.sha256(ascii(found.classes).encode())
     above = len(found.folder.parts)
-    for file, label in zip(found.images, found.labels, strict=True):
+    for file, label in until_stopped(zip(found.images, found.labels, strict=True)):
         last = hashlib.sha256(read_file(file)).hexdigest() if contents else file.stat().st_size
         digest.update(ascii((file.parts[above:], label, last)).encode())
     return digest.hexdigest()[:16]
@@ -157,10 +157,8 @@ def find_parts(folder: Path) -> list[Path]:
     parts = [folder / "train", folder / "test" if (folder / "test").exists() else folder / "val"]
     for part in parts:
         if not part.is_dir():
-            names = "train" if part.name == "train" else "test (or val)"
-            raise FileNotFoundError(
-                f"{folder} has no folder {names}: images belong into {folder}/train/CLASS and so on"
-            )
+            name = "train" if part.name == "train" else "test (or val)"
+            raise FileNotFoundError(f"{folder} has no folder {name}: images belong into {folder}/train/CLASS and so on")
     return parts
 
 

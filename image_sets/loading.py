@@ -120,9 +120,8 @@ def load_image_set(
 
     Raises:
         ValueError: a file is no image, or the folder is not as `find_images` needs it, or has the name of a known set.
-        FileNotFoundError: there is no such data set, or a part of it is missing and cannot be downloaded.
-        NotADirectoryError: `folder` is a file.
-        OSError: a file cannot be read, or one of CIFAR is damaged and is not to be or cannot be downloaded anew.
+        FileNotFoundError: there is no such data set, or a part of it is missing (or damaged) and cannot be downloaded.
+        OSError: a file cannot be read.
     """
     folder, device = Path(folder), torch.device(device)
     found = find(name, folder, download, split_seed, report)

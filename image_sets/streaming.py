@@ -61,10 +61,7 @@ class StreamedImages:
             while True:
                 batch = next(iterator, None)
                 if self.loader.num_workers and self.plan.keys is not keys:
-                    raise ValueError(
-                        "two loops over the same images share one pool of workers:"
-                        " finish the first, or load the images with workers=0"
-                    )
+                    raise ValueError("two loops share one pool of workers: finish the first, or load with workers=0")
                 if batch is None:
                     return
                 if isinstance(batch, str):
@@ -82,19 +79,21 @@ class Decoder(Dataset):
     """What a process does with the key of an image; see `StreamedImages`."""
 
     def __init__(self, images: Images, size: Size, flip: bool) -> None:
-        self.images, self.center = images, partial(resize, size=size, margin=MARGIN)
+        self.images, self.size = images, size
         self.augment = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(0.5 * flip)])
 
     def __getitem__(self, key: Key) -> Tensor | str:
         """One image, uint8 (3, H, W), or what is wrong with it: errors would lose their form between processes."""
         index, seed = key
         try:
-            return get_image(self.images, index, self.center if seed is None else partial(self.augmented, seed))
+            return get_image(self.images, index, partial(self.fit, seed))
         except (OSError, ValueError) as error:
             return str(error)
 
-    def augmented(self, seed: int, image: Tensor) -> Tensor:
-        """A random part of an image, mirrored half of the time."""
+    def fit(self, seed: int | None, image: Tensor) -> Tensor:
+        """The image as it is for evaluation, or for training by its seed."""
+        if seed is None:
+            return resize(image, self.size, MARGIN)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.augment(image)

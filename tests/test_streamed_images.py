@@ -110,7 +110,7 @@ def test_a_pass_within_another_is_refused(images):
     image_set = load(images, workers=2)
     train_batches, test_batches = (Batches(image_set, split, 4, normalize=False) for split in ("train", "test"))
     for other in (lambda: next(iter(test_batches)), lambda: list(test_batches)):
-        with pytest.raises(ValueError, match="two loops over the same images share one pool of workers"):
+        with pytest.raises(ValueError, match="two loops share one pool of workers: finish"):
             for _ in train_batches:
                 other()
     assert len(list(train_batches)) == len(train_batches)
