@@ -139,16 +139,16 @@ def counted(left_out: Counter[str]) -> str:
     return f"images end with {' '.join(ENDINGS)}" + f"; left out are {others}" * bool(left_out)
 
 
-def identify(found: FoundImages, contents: bool) -> str:
-    """A short hash of the images of a folder: of their names in it, labels, classes, and contents or sizes in bytes.
+def identify(found: FoundImages, contents: Sequence[str] = ()) -> str:
+    """A short hash of the images of a folder: of classes, names in it, labels, and `contents` or else sizes in bytes.
 
-    It is the same for a copy on another machine. Contents are read, so they are for images that are decoded at once.
+    `contents` has the SHA-256 of each file. The hash is the same for a copy on another machine.
     """
     digest = hashlib.sha256(ascii(found.classes).encode())
     above = len(found.folder.parts)
-    for file, label in until_stopped(zip(found.images, found.labels, strict=True)):
-        last = hashlib.sha256(read_file(file)).hexdigest() if contents else file.stat().st_size
-        digest.update(ascii((file.parts[above:], label, last)).encode())
+    for index, (file, label) in until_stopped(enumerate(zip(found.images, found.labels, strict=True))):
+        size_or_content = contents[index] if contents else file.stat().st_size
+        digest.update(ascii((file.parts[above:], label, size_or_content)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -256,18 +256,18 @@ def resize(image: Tensor, size: Size, margin: float = 1) -> Tensor:
     return v2.functional.center_crop(image, list(size))
 
 
-def decode_all(images: Images, size: Size, workers: int, show_bar: bool = False) -> Tensor:
-    """All images in one tensor, uint8 (N, 3, H, W), decoded by `workers` threads; see `read_image`.
+def decode_all(images: Images, size: Size, workers: int, show_bar: bool = False) -> tuple[Tensor, list[str]]:
+    """All images in one tensor, uint8 (N, 3, H, W), decoded by `workers` threads, and the SHA-256 of each file.
 
-    KeyboardInterrupt as soon as a signal has arrived.
+    KeyboardInterrupt as soon as a signal has arrived. See `read_image`.
     """
     decoded = torch.empty(len(images), 3, *size, dtype=torch.uint8)
 
-    def decode(index: int) -> None:
+    def decode(index: int) -> str:
         decoded[index] = get_image(images, index, partial(resize, size=size))
+        # a file that has just been read is in memory
+        return "" if isinstance(images, Tensor) else hashlib.sha256(read_file(images[index])).hexdigest()
 
     with ThreadPoolExecutor(workers) as threads, closing(threads.map(decode, range(len(images)))) as done:
         bar = tqdm(done, "decoding", len(images), unit="image", disable=not show_bar, leave=False)
-        for _ in until_stopped(bar):
-            pass
-    return decoded
+        return decoded, list(until_stopped(bar))

@@ -130,15 +130,17 @@ def load_image_set(
     decoded = isinstance(found.images, Tensor)
     own = tuple(found.images.shape[2:]) if decoded else None if image_size else own_size(found.images)
     size = (image_size, image_size) if image_size else own or (LARGE_IMAGE, LARGE_IMAGE)
+    contents = []
     if decoded and size == own:
         images = found.images.to(device)
     elif max(size) <= SMALL_IMAGE:
-        images = decode_all(found.images, size, max(workers, 1), show_bar).to(device)
+        images, contents = decode_all(found.images, size, max(workers, 1), show_bar)
+        images = images.to(device)
     else:
         images = StreamedImages(found.images, size, flip, workers, pin_memory=device.type == "cuda")
     labels = torch.tensor(found.labels)
     splits = split_indices(labels, found.num_train, device, split_seed)
-    image_hash = None if decoded else identify(found, contents=isinstance(images, Tensor))
+    image_hash = None if decoded else identify(found, contents)
     image_set = ImageSet(images, labels.to(device), splits, found.classes, flip, image_hash)
     if statistics:
         parts = torch.arange(found.num_train, device=device).split(100)

@@ -11,6 +11,7 @@ import pytest
 import simplejpeg
 import torch
 from PIL import Image, ImageOps
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from folders import CLASSES, make_folder, smooth_image
@@ -44,6 +45,103 @@ def test_files_classes_and_labels(tmp_path):
     assert list(zip(found.images, found.labels, strict=True)) == expected
     assert found.classes == classes and found.num_train == 7
     assert found.files == found.images[:7] and found.folder == folder
+
+
+def test_order_is_that_of_torchvision(tmp_path):
+    """Of folders within folders, too."""
+    for name in ("a", "a/b", "a/b-", "a/b-/c", "a/B", "a.b", "a b/c", "é"):
+        for part in ("train", "test"):
+            (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
+            for file in ("2.png", "10.JPG", "ä.webp", "-.tiff", "B.png"):
+                (tmp_path / part / name / file).touch()
+    found = find_images(tmp_path)
+    expected = [
+        (Path(file), label) for part in ("train", "test") for file, label in ImageFolder(tmp_path / part).samples
+    ]
+    assert list(zip(found.images, found.labels, strict=True)) == expected and len(expected) == 80
+
+
+def test_folders_of_systems_are_hidden(tmp_path):
+    """Network drives keep a thumbnail for each image, in a folder of its name."""
+    folder = make_folder(tmp_path / "beetles", num_train=3, num_test=3, size=(8, 8))
+    before = find_images(folder)
+    for name in ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"):
+        for above in (folder, folder / "train", folder / "train" / "Käfer"):
+            (above / name / "0.png").mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(above / name / "0.png" / "SYNOPHOTO_THUMB_M.jpg")
+    lines = []
+    assert find_images(folder, lines.append) == before and not lines
+
+
+LINKS = {
+    "to a folder above": ("train/Käfer/again", "train"),
+    "above the images": ("train/Käfer/again", ".."),
+    "to the whole system": ("train/Käfer/again", "/"),
+    "to another class": ("test/甲虫/again", "test/Käfer"),
+    "to a class of the other part": ("test/甲虫/again", "train/甲虫"),
+    "to the training images": ("test", "train"),
+    "to an image": ("test/甲虫/again.png", "train/甲虫/1.png"),
+}
+
+
+@pytest.mark.parametrize(("link", "target"), LINKS.values(), ids=LINKS)
+def test_links_that_lead_somewhere_twice(tmp_path, link, target):
+    folder = make_folder(tmp_path / "beetles", num_train=3, num_test=3, size=(8, 8))
+    if link == "test":
+        shutil.rmtree(folder / link)
+    (folder / link).symlink_to(folder / target)
+    with pytest.raises(ValueError, match=r" are the same, by a link: remove one") as error:
+        find_images(folder)
+    text = str(error.value)
+    assert str(folder / link) in text and "\n" not in text
+
+
+def test_two_links_that_lead_to_each_other(tmp_path):
+    """Followed for ever, they would never end."""
+    folder = make_folder(tmp_path / "beetles", num_train=3, num_test=3, size=(8, 8))
+    for name in ("one", "two"):
+        (folder / "train" / "Käfer" / name).symlink_to(folder / "train" / "Käfer")
+    with pytest.raises(ValueError, match=r"Käfer/(one|two) and .*Käfer are the same"):
+        find_images(folder)
+    (tmp_path / "hard").mkdir()
+    other = make_folder(tmp_path / "hard" / "beetles", num_train=3, num_test=3, size=(8, 8))
+    os.link(other / "train" / "Käfer" / "0.png", other / "test" / "Käfer" / "hard.png")
+    with pytest.raises(ValueError, match=r"test/Käfer/hard.png and .*train/Käfer/0.png are the same"):
+        find_images(other)
+
+
+def test_links_to_folders_elsewhere_are_followed(tmp_path):
+    elsewhere = make_folder(tmp_path / "elsewhere", num_train=3, num_test=3, size=(8, 8))
+    for part in ("train", "test"):
+        (tmp_path / "beetles" / part).mkdir(parents=True)
+        for name in CLASSES:
+            (tmp_path / "beetles" / part / name).symlink_to(elsewhere / part / name)
+    assert find_images(tmp_path / "beetles").num_train == 3
+
+
+def test_files_that_are_left_out_are_counted(tmp_path):
+    folder = make_folder(tmp_path / "beetles", num_train=3, num_test=3, size=(8, 8))
+    inside = folder / "train" / "Käfer"
+    for name in ("1.gif", "2.GIF", "3.avif", "4", "1.jpe", "2.jfif", ".hidden.gif", "Thumbs.db"):
+        Image.new("RGB", (8, 8)).save(inside / name, format="jpeg")
+    lines = []
+    found = find_images(folder, lines.append)
+    assert [line.partition("; ")[2] for line in lines] == ["left out are '2 .gif', '1 .avif', '1 without an ending'"]
+    assert str(folder) in lines[0] and ".jpe .jfif" in lines[0] and len(found.labels) == 8
+    (inside / "0.png").rename(inside / "0.jp2")
+    for file in inside.glob("*.j[pf]*[ef]"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"train has no image of 'Käfer': .* left out are '2 .gif', .*'1 .jp2'"):
+        find_images(folder)
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar100"])
+def test_folder_with_the_name_of_a_known_data_set(tmp_path, forbidden_network, name):
+    make_folder(tmp_path / name, num_train=3, num_test=3, size=(8, 8))
+    with pytest.raises(
+        ValueError, match=rf"{name} is a data set that is known already: give the folder .*{name} another"
+    ):
+        load_image_set(name, tmp_path)
 
 
 def test_val_in_place_of_test(tmp_path):
@@ -211,6 +309,49 @@ def test_16_bit_grey_keeps_its_upper_8_bits(tmp_path, ending):
     file = tmp_path / f"image.{ending}"
     Image.fromarray(values).save(file)
     assert pixels(file)[0].tolist() == [[0] * 3, [0] * 3, [1] * 3, [48] * 3, [255] * 3]
+
+
+def tiff(values: np.ndarray, bits: int, white_is_zero: bool) -> bytes:
+    """A grey image, its rows without gaps, as TIFF 6.0 describes it."""
+    height, width = values.shape
+    if bits == 12:
+        data = bytes(np.packbits([[value >> n & 1 for n in reversed(range(12))] for value in values.flatten()]))
+    else:
+        data = values.astype(f"<u{bits // 8}").tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 0 if white_is_zero else 1, 273: 122, 277: 1, 278: height}
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag == 273 else 3, 1, value) for tag, value in tags.items())
+    entries += struct.pack("<HHII", 279, 4, 1, len(data))
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags) + 1) + entries + bytes(4) + data
+
+
+@pytest.mark.parametrize(("bits", "white_is_zero"), [(8, False), (8, True), (12, False), (16, False), (16, True)])
+def test_grey_tiff_uses_the_whole_scale(tmp_path, bits, white_is_zero):
+    upper = RANDOM.integers(0, 256, (4, 6))
+    values = (upper << bits - 8) + RANDOM.integers(0, 1 << bits - 8, (4, 6))
+    (tmp_path / "image.tif").write_bytes(tiff(values, bits, white_is_zero))
+    assert (pixels(tmp_path / "image.tif") == (255 - upper if white_is_zero else upper)[..., None]).all()
+
+
+@pytest.mark.parametrize("most", [65535, 4095, 1000])
+def test_pgm_of_more_than_8_bits(tmp_path, most):
+    values = np.array([[0, 1, most // 2, most - 1, most]])
+    for magic, data in (("P5", values.astype(">u2").tobytes()), ("P2", " ".join(map(str, values[0])).encode())):
+        (tmp_path / "image.pgm").write_bytes(f"{magic}\n5 1\n{most}\n".encode() + data)
+        assert (abs(pixels(tmp_path / "image.pgm")[0] - values.T / most * 255) <= 1).all()
+        assert pixels(tmp_path / "image.pgm")[0, -1].tolist() == [255] * 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1)])
+def test_image_that_would_take_gigabytes_is_named(tmp_path, shape, workers):
+    """With a shorter side of 256 pixels, 1×20,000 have 1.3 billion."""
+    folder = make_folder(tmp_path / "beetles", num_train=30, num_test=3, size=(8, 8))
+    Image.new("RGB", shape[::-1]).save(folder / "train" / "Käfer" / "0.png")
+    message = (
+        rf"Käfer/0.png, of {shape[0]}×{shape[1]} pixels, cannot be resized: with a shorter side of 256 it would have"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_image_set("beetles", tmp_path, image_size=224, workers=workers)
 
 
 @pytest.mark.parametrize("read", [read_image, lambda file: own_size([file])], ids=["read", "size"])

@@ -1,6 +1,8 @@
 """Runs and experiments on folders of images that are not as they should be, or change."""
 
+import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ import train
 from command_line.signals import catch_signals
 from folders import make_folder
 from image_sets import folders
-from image_sets.loading import load_image_set
+from image_sets.loading import ImageSet, load_image_set
 from saved_runs.results import read_results
 from trained_networks import load_network
 
@@ -140,3 +142,78 @@ def test_signal_while_images_are_decoded(beetles, monkeypatch, image_size):
         load_image_set("beetles", "images", image_size=image_size, workers=0)
     assert stop.value.args == (15,) and len(read) <= 200
     assert not list(beetles.glob("*.json*"))
+
+
+def another_image(folder: Path) -> None:
+    Image.new("RGB", (16, 16), "red").save(folder / "train" / "Käfer" / "0.png")
+
+
+def exchanged_classes(folder: Path) -> None:
+    for part in ("train", "test"):
+        (folder / part / "Käfer").rename(folder / part / "other")
+        (folder / part / "甲虫").rename(folder / part / "Käfer")
+        (folder / part / "other").rename(folder / part / "甲虫")
+
+
+def renamed_class(folder: Path) -> None:
+    for part in ("train", "test"):
+        (folder / part / "Käfer").rename(folder / part / "Kater")
+
+
+def moved_images(folder: Path) -> None:
+    for source, target, name in (("Käfer", "甲虫", "0.png"), ("甲虫", "Käfer", "1.png")):
+        (folder / "train" / source / name).rename(folder / "train" / target / name)
+
+
+def other_test_images(folder: Path) -> None:
+    for file in (folder / "test").rglob("*.png"):
+        Image.new("RGB", (16, 16), "blue").save(file)
+
+
+CHANGES = [another_image, exchanged_classes, renamed_class, moved_images, other_test_images]
+
+
+@pytest.mark.parametrize("image_size", [16, 66], ids=["kept", "streamed"])
+def test_hash_of_images(beetles, image_size):
+    """The same for a copy elsewhere with other times; another one after each change."""
+
+    def image_hash() -> str:
+        return load_image_set("beetles", beetles.parent, image_size=image_size, workers=0, statistics=False).image_hash
+
+    hashes = {image_hash()}
+    shutil.copytree(beetles, copy := beetles.parent.parent / "elsewhere" / "beetles", copy_function=shutil.copy)
+    for file in copy.rglob("*.png"):
+        os.utime(file, (1e9, 1e9))
+    assert image_hash() in hashes
+    for change in CHANGES:
+        shutil.rmtree(beetles)
+        shutil.copytree(copy, beetles)
+        assert image_hash() in hashes
+        change(beetles)
+        hashes.add(image_hash())
+    assert len(hashes) == 1 + len(CHANGES)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_run_is_not_resumed_with_as_many_other_images(beetles, capsys, change):
+    few = flags("--name", "x", "--scheduler", "none", "--num_epochs")
+    run = train.main([*few, "1"])
+    change(beetles)
+    before = Path("results/x.csv").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1"):
+        train.main([*few, "2"])
+    error = capsys.readouterr().err
+    assert f"have changed since x was stopped: image_hash were {run.header['image_hash']}, now " in error
+    assert "--restart" in error and error.count("\n") == 1
+    assert Path("results/x.csv").read_bytes() == before
+
+
+def test_run_of_before_is_resumed(beetles, monkeypatch):
+    """Whose files have no hash of the images."""
+    few = flags("--name", "x", "--scheduler", "none", "--num_epochs")
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageSet, "notes", property(lambda image_set: {"images": image_set.numbers}))
+        assert "image_hash" not in train.main([*few, "1"]).header
+    run = train.main([*few, "2"])
+    assert run.num_epochs == 2 and run.header["image_hash"]

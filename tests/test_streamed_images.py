@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import train
+from command_line.endings import HOW_TO_RESUME
 from folders import make_folder
 from image_sets.batches import Batches
 from image_sets.folders import find_images, read_image
@@ -221,7 +222,7 @@ def test_signal_to_all_processes_stops_a_run_in_one_line(images):
         os.killpg(process.pid, signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert errors == "train.py: stopped; the epochs that are done are saved: run the same command again to resume\n"
+    assert errors == f"train.py: {HOW_TO_RESUME}\n"
 
 
 def test_statistics_do_not_depend_on_who_computes_them(tmp_path):
