@@ -16,9 +16,13 @@ class ScaleBatchNorm2d(_BatchNorm):
     """Batch normalization over (N, C, H, W) whose scale γ starts at `bn_weight` and whose shift β starts at 0.
 
     In everything else it is `torch.nn.BatchNorm2d`: the same formula, buffers and `state_dict` names. γ starts at
-    `bn_weight` again after `reset_parameters()`. torch.fx takes it whole, as it does torch's layers. What looks for
-    `nn.BatchNorm2d` passes it over, though, such as `torch.ao.quantization.fuse_modules` and timm's
-    `freeze_batch_norm_2d`: for these, build the network with `nn.BatchNorm2d` and call `initialize_scales`.
+    `bn_weight` again after `reset_parameters()`. torch.fx takes it whole, as it does torch's layers. For two kinds of
+    code, build the network with `nn.BatchNorm2d` instead and call `initialize_scales`:
+
+    - What looks for `nn.BatchNorm2d` passes this layer over, such as `torch.ao.quantization.fuse_modules` and timm's
+      `freeze_batch_norm_2d`.
+    - Some constructors set γ after they have built the layers. timm's ResNets start those at the end of residual
+      blocks at 0, unless they get `zero_init_last=False`.
 
     Args:
         num_features: number of channels C. `num_feature`, the spelling in the paper's repository, is understood too.
@@ -26,8 +30,8 @@ class ScaleBatchNorm2d(_BatchNorm):
         momentum: weight of the new batch in the running statistics, or None for their cumulative average.
         affine: whether there are γ and β at all; without them `bn_weight` has no effect.
         bn_weight: where every element of γ starts. The paper proposes a value below 1, such as 0.1.
-        **batch_norm_arguments: further arguments of `torch.nn.BatchNorm2d`, such as `track_running_stats`, `device`
-            and `dtype`.
+        device, **batch_norm_arguments: further arguments of `torch.nn.BatchNorm2d`, such as `track_running_stats` and
+            `dtype`.
 
     Raises:
         TypeError: `num_features` is not an integer.
@@ -44,6 +48,7 @@ class ScaleBatchNorm2d(_BatchNorm):
         bn_weight: float = 1.0,
         *,
         num_feature: int | None = None,
+        device: torch.device | str | int | None = None,  # by its name here, nn.utils.skip_init knows that there is one
         **batch_norm_arguments: Any,
     ) -> None:
         if (num_features is None) == (num_feature is None):
@@ -55,7 +60,7 @@ class ScaleBatchNorm2d(_BatchNorm):
             raise ValueError(f"num_features must be at least 1, not {channels!r}")
         check_bn_weight(bn_weight, batch_norm_arguments.get("dtype") or torch.get_default_dtype())
         self.bn_weight = float(bn_weight)  # before the constructor of torch, which calls reset_parameters
-        super().__init__(int(channels), eps, momentum, affine, **batch_norm_arguments)
+        super().__init__(int(channels), eps, momentum, affine, device=device, **batch_norm_arguments)
         self.__module__ = _BatchNorm.__module__  # by this attribute, torch.fx knows the layers that it does not trace
 
     def reset_parameters(self) -> None:
@@ -80,7 +85,8 @@ def initialize_scales(network: nn.Module, bn_weight: float) -> list[str]:
     statistics, all other layers, devices, types and `requires_grad` stay as they are.
 
     This is for training from scratch: what a trained network has learned is lost with its γ and β. A UserWarning says
-    so where a batch norm has seen batches, or its γ or running variances are not all the same. What initializes the
+    so where a batch norm has seen batches, or its running variances (without these, its γ) are not all the same, and
+    another where the layer of `prepend_input_norm` is among them, whose γ should start lower. What initializes the
     network anew afterwards, as after construction on the meta device, undoes it.
 
     Args:
@@ -113,6 +119,12 @@ def initialize_scales(network: nn.Module, bn_weight: float) -> list[str]:
             " training from scratch; to fine-tune a network, leave initialize_scales out",
             stacklevel=2,
         )
+    if any(isinstance(module, NormalizesImages) for module in network.modules()):
+        warnings.warn(
+            f"the γ of the input layer starts at {bn_weight:g} now, and not at {bn_weight:g} · {SIGMA_ACT}: call"
+            " initialize_scales before prepend_input_norm",
+            stacklevel=2,
+        )
     for layer in layers.values():
         nn.init.constant_(layer.weight, bn_weight)
         if layer.bias is not None:
@@ -123,8 +135,8 @@ def initialize_scales(network: nn.Module, bn_weight: float) -> list[str]:
 
 
 def is_trained(layer: _BatchNorm) -> bool:
-    """Whether a batch norm has seen batches, or its γ or running variances are not all the same."""
-    state = (layer.num_batches_tracked, layer.weight, layer.running_var)
+    """Whether a batch norm has seen batches, or its running variances, or γ where it has none, are not all the same."""
+    state = (layer.num_batches_tracked, layer.weight if layer.running_var is None else layer.running_var)
     known = [tensor for tensor in state if tensor is not None and not tensor.is_meta]
     return any(tensor > 0 if tensor.dim() == 0 else (tensor != tensor[:1]).any() for tensor in known)
 
@@ -150,12 +162,36 @@ def check_bn_weight(bn_weight: float, dtype: torch.dtype) -> None:
 SIGMA_ACT = 0.58  # standard deviation of a rectified standard normal variable, sqrt((1 - 1/π) / 2)
 
 
-def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int | None = None) -> nn.Sequential:
+class NormalizesImages(nn.Sequential):
+    """What `prepend_input_norm` returns: `nn.Sequential(input_norm, network)` that has the network's attributes, too.
+
+    So `num_classes`, `default_cfg` or `set_grad_checkpointing` of a network of timm are found as before. What begins
+    with an underscore is not passed on, as it is about the module itself. Nor is what begins with `forward`, such as
+    `forward_features`: it would compute without the input layer. Names of weights that the network gives, as timm's
+    `no_weight_decay`, lack the `1.` in front. A value that is set is set here, not in the network.
+    """
+
+    def forward(self, images: Tensor) -> Any:
+        for module in self:  # as nn.Sequential does, whose own forward torch 2.11 does not compile
+            images = module(images)
+        return images
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith(("_", "forward")):
+                raise
+            return getattr(super().__getattr__("1"), name)
+
+
+def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int | None = None) -> NormalizesImages:
     """Put a batch norm in front of a network that normalizes its images (Section 4 of the paper).
 
     Its γ starts at `bn_weight` · σ_act, as if the images were rectified activations of a layer before; its β is frozen
     at 0. It is made on the device and of the type of the network's first floating-point parameter, and in its mode.
-    Call `initialize_scales` before this, not after: it would set this γ, too.
+    Call `initialize_scales` before this, not after: it would set this γ, too. A UserWarning says so where the network
+    has such a layer already, as when a notebook's cell is run twice.
 
     Args:
         network: any module.
@@ -164,19 +200,21 @@ def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int |
             `network.modules()` takes; 3 where there is none, or a lazy one that does not know it yet.
 
     Returns:
-        `nn.Sequential(input_norm, network)`, so that the names of all weights start with `0.` or `1.`. `input_norm` is
-        a `ScaleBatchNorm2d`.
+        An `nn.Sequential` of `input_norm`, a `ScaleBatchNorm2d`, and the network, so that the names of all weights
+        start with `0.` or `1.`. Attributes of the network are found in it, too; see `NormalizesImages`.
 
     Raises:
         ValueError: `bn_weight` is not a finite number above 0 that the type can hold.
     """
     like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
     check_bn_weight(bn_weight, like.dtype)
+    if any(isinstance(module, NormalizesImages) for module in network.modules()):
+        warnings.warn("the network has an input layer already, and gets a second one", stacklevel=2)
     if num_channels is None:
         first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
         num_channels = getattr(first, "in_channels", 0) or 3
     input_norm = ScaleBatchNorm2d(num_channels, bn_weight=bn_weight * SIGMA_ACT, device=like.device, dtype=like.dtype)
     input_norm.bias.requires_grad = False
-    whole = nn.Sequential(input_norm, network)
+    whole = NormalizesImages(input_norm, network)
     whole.training = input_norm.training = network.training  # and the layers within stay in the modes they are in
     return whole

@@ -1,36 +1,41 @@
 import copy
+import io
 import math
 import re
-import warnings
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torch.distributed as dist
 import torchvision
 from timm.layers import BatchNormAct2d
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize, prune
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
-from batch_norm import ScaleBatchNorm2d, initialize_scales, prepend_input_norm
+from batch_norm import (
+    ScaleBatchNorm2d,
+    initialize_scales,
+    prepend_input_norm,
+)
 from networks import construct_network
 
 # --- the layer ------------------------------------------------------------------------------------------------------
 
 
 def test_starts_at_bn_weight_and_zero():
-    layer = ScaleBatchNorm2d(64, bn_weight=0.1)
-    assert torch.equal(layer.weight, torch.full((64,), 0.1))
-    assert torch.equal(layer.bias, torch.zeros(64))
-    assert layer.eps == 1e-5 and layer.momentum == 0.1 and layer.affine and layer.track_running_stats
-
-
-def test_line_of_the_paper_readme_runs_as_printed():
-    bn1 = ScaleBatchNorm2d(num_feature=64, eps=1e-5, momentum=0.1, affine=True, bn_weight=0.1)
-    assert bn1.num_features == 64
-    assert torch.equal(bn1.weight, torch.full((64,), 0.1))
+    """Also in the line of the paper's README; and a number of features of NumPy is one of Python then."""
+    as_printed = ScaleBatchNorm2d(num_feature=64, eps=1e-5, momentum=0.1, affine=True, bn_weight=0.1)
+    for layer in (ScaleBatchNorm2d(np.int64(64), bn_weight=0.1), as_printed):
+        assert torch.equal(layer.weight, torch.full((64,), 0.1)) and torch.equal(layer.bias, torch.zeros(64))
+        assert layer.eps == 1e-5 and layer.momentum == 0.1 and layer.affine and layer.track_running_stats
+        assert type(layer.num_features) is int and layer.num_features == 64
+        assert "64, eps=1e-05" in repr(layer) and "bn_weight=0.1" in repr(layer)
 
 
 @pytest.mark.parametrize(
@@ -51,11 +56,6 @@ def test_line_of_the_paper_readme_runs_as_printed():
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         ScaleBatchNorm2d(**arguments)
-
-
-def test_number_of_features_of_numpy():
-    layer = ScaleBatchNorm2d(np.int64(3))
-    assert type(layer.num_features) is int and layer.weight.shape == (3,)
 
 
 def test_computes_what_torch_computes():
@@ -79,26 +79,19 @@ def test_closed_form():
 
 
 def test_reset_parameters_starts_over():
+    """In a copy, too, and after construction without values."""
     for layer in (ScaleBatchNorm2d(3, bn_weight=0.2), copy.deepcopy(ScaleBatchNorm2d(3, bn_weight=0.2))):
         layer(torch.randn(4, 3, 2, 2))
         nn.init.constant_(layer.weight, 7)
         nn.init.constant_(layer.bias, 7)
         layer.reset_parameters()
-        assert torch.equal(layer.weight, torch.full((3,), 0.2))
-        assert torch.equal(layer.bias, torch.zeros(3))
+        assert torch.equal(layer.weight, torch.full((3,), 0.2)) and torch.equal(layer.bias, torch.zeros(3))
         assert torch.equal(layer.running_mean, torch.zeros(3)) and layer.num_batches_tracked == 0
-
-
-def test_on_the_meta_device():
-    layer = ScaleBatchNorm2d(3, bn_weight=0.2, device="meta")
-    assert layer.weight.is_meta
-    layer.to_empty(device="cpu").reset_parameters()
-    assert torch.equal(layer.weight, torch.full((3,), 0.2))
-
-
-def test_repr_shows_bn_weight():
-    assert "bn_weight=0.25" in repr(ScaleBatchNorm2d(3, bn_weight=0.25))
-    assert "3, eps=1e-05" in repr(ScaleBatchNorm2d(3))
+    on_meta = ScaleBatchNorm2d(3, bn_weight=0.2, device="meta")
+    assert on_meta.weight.is_meta
+    for layer in (on_meta.to_empty(device="cpu"), nn.utils.skip_init(ScaleBatchNorm2d, 3, bn_weight=0.2)):
+        layer.reset_parameters()
+        assert torch.equal(layer.weight, torch.full((3,), 0.2)) and not layer.weight.is_meta
 
 
 @pytest.mark.parametrize("constructor", ["resnet18", "mobilenet_v2", "efficientnet_b0"])
@@ -111,6 +104,21 @@ def test_survives_the_constructors_of_torchvision(constructor):
         assert torch.equal(layer.weight, torch.full_like(layer.weight, 0.1))
 
 
+def test_constructor_of_timm_that_sets_scales_itself():
+    """Those at the end of its 8 blocks, in both ways out of it that the docstring names."""
+    norm_layer = partial(ScaleBatchNorm2d, bn_weight=0.1)
+    as_it_is = timm.create_model("resnet18", norm_layer=norm_layer)
+    told = timm.create_model("resnet18", norm_layer=norm_layer, zero_init_last=False)
+    assert [scales_of(network).count(0) for network in (as_it_is, told)] == [8, 0]
+    initialize_scales(as_it_is, 0.1)
+    assert scales_of(told) == scales_of(as_it_is) == pytest.approx([0.1] * 20)
+
+
+def scales_of(network: nn.Module) -> list[float]:
+    """The first γ of each of its batch norms."""
+    return [m.weight[0].item() for m in network.modules() if isinstance(m, nn.BatchNorm2d | ScaleBatchNorm2d)]
+
+
 def test_further_arguments_of_torch():
     layer = ScaleBatchNorm2d(3, bn_weight=0.5, track_running_stats=False, dtype=torch.float64)
     assert layer.running_mean is None and layer.weight.dtype == torch.float64
@@ -118,17 +126,10 @@ def test_further_arguments_of_torch():
     layer = ScaleBatchNorm2d(3, affine=False, bn_weight=0.5)
     assert layer.weight is None and layer.bias is None
     layer(torch.randn(2, 3, 2, 2))
-
-
-def test_wants_four_dimensions():
     with pytest.raises(ValueError, match="4D"):
-        ScaleBatchNorm2d(3)(torch.randn(2, 3))
-
-
-def test_converts_to_synchronized_batch_norm():
-    network = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(ScaleBatchNorm2d(3, bn_weight=0.1)))
-    assert isinstance(network[0], nn.SyncBatchNorm)
-    assert torch.equal(network[0].weight, torch.full((3,), 0.1))
+        layer(torch.randn(2, 3))
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(ScaleBatchNorm2d(3, bn_weight=0.1))
+    assert isinstance(synchronized, nn.SyncBatchNorm) and torch.equal(synchronized.weight, torch.full((3,), 0.1))
 
 
 def test_torch_fx_takes_it_whole():
@@ -265,16 +266,15 @@ def test_trained_network_loses_its_scales_with_a_warning():
     def converted(network: nn.Module) -> None:
         network.running_var = torch.tensor([0.1, 0.2, 0.3])
 
-    for train in (seen, loaded, converted):
-        network = nn.BatchNorm2d(3)
+    for train, tracks in ((seen, True), (loaded, False), (converted, True)):
+        network = nn.BatchNorm2d(3, track_running_stats=tracks)
         train(network)
-        with pytest.warns(
-            UserWarning, match=r"seems to have been trained, and loses .*; to fine-tune a network, leave"
-        ):
+        with pytest.warns(UserWarning, match=r"seems to have been trained, and loses .*; to fine-tune a network"):
             initialize_scales(network, 0.1)
         assert network.weight.tolist() == pytest.approx([0.1] * 3)
-    with warnings.catch_warnings(action="error"):
-        initialize_scales(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False)), 0.1)
+    new = [nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False), timm.create_model("repvgg_a0")]
+    for network in new:  # that of timm draws some of its γ
+        initialize_scales(network, 0.1)  # warnings are errors here
 
 
 BAD_WEIGHTS = [
@@ -317,7 +317,7 @@ def test_input_norm_in_front():
     torch.testing.assert_close(whole[0](images), normalized * 0.5 * 0.58, rtol=1e-3, atol=1e-4)
     assert whole[1] is network and network[1].weight.tolist() == [1, 1]
     assert [name for name, p in whole.named_parameters() if not p.requires_grad] == ["0.bias"]
-    assert torch.equal(whole[0].bias, torch.zeros(4))
+    assert torch.equal(whole[0].bias, torch.zeros(4)) and isinstance(whole, nn.Sequential)
 
 
 def test_input_norm_takes_as_many_channels_as_the_first_convolution():
@@ -330,17 +330,87 @@ def test_input_norm_takes_as_many_channels_as_the_first_convolution():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_input_norm_is_like_the_network(dtype):
-    network = nn.Sequential(nn.Embedding(2, 2), nn.Conv2d(3, 2, 1, dtype=dtype, device="meta"))
+@pytest.mark.parametrize("mode", [True, False])
+def test_input_norm_is_like_the_network(dtype, mode):
+    """Of its type, on its device, in its mode."""
+    network = nn.Sequential(nn.Embedding(2, 2), nn.Conv2d(3, 2, 1, dtype=dtype, device="meta")).train(mode)
     network[0].weight = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
-    [input_norm, _] = prepend_input_norm(network, 0.1)
-    assert input_norm.weight.dtype == dtype and input_norm.weight.is_meta
+    network[1].train(not mode)
+    whole = prepend_input_norm(network, 0.1)
+    assert whole[0].weight.dtype == dtype and whole[0].weight.is_meta
+    assert [module.training for module in whole.modules()] == [mode, mode, mode, mode, not mode]
     assert prepend_input_norm(nn.ReLU(), 0.1)[0].weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("mode", [True, False])
-def test_input_norm_follows_the_mode_of_the_network(mode):
-    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).train(mode)
-    network[1].train(not mode)
-    whole = prepend_input_norm(network, 0.1)
-    assert [module.training for module in whole.modules()] == [mode, mode, mode, mode, not mode]
+class Described(nn.Sequential):
+    """A network with what scripts such as timm's ask for."""
+
+    num_classes, _version_of_mine = 7, 3
+
+    def set_factor(self, factor: float) -> None:
+        self.factor = factor
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        return self[0](images)
+
+
+def described() -> Described:
+    torch.manual_seed(0)
+    return Described(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def through_pickle(network: nn.Module) -> nn.Module:
+    torch.save(network, file := io.BytesIO())
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda network: network, copy.deepcopy, through_pickle], ids=["it", "copy", "saved"]
+)
+def test_attributes_of_a_network_behind_the_input_norm(change):
+    """But not those that would compute without the layer, or that are about a module itself."""
+    whole = change(prepend_input_norm(described(), 0.1))
+    assert whole.num_classes == 7
+    whole.set_factor(2.5)
+    assert whole.factor == whole[1].factor == 2.5 and "factor" not in vars(whole)
+    for name in ("forward_features", "_version_of_mine", "no_such_name", "__deepcopy__"):
+        assert not hasattr(whole, name)
+    with pytest.raises(AttributeError, match="'Described' object has no attribute 'no_such_name'"):
+        _ = whole.no_such_name
+    assert not hasattr(whole[:1], "num_classes") and len(whole[:1]) == 1
+    traced = prepend_input_norm(torch.fx.symbolic_trace(described()), 0.1)  # which has a __deepcopy__ of its own
+    assert len(copy.deepcopy(traced)) == 2
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        partial(torch.compile, backend="aot_eager", fullgraph=True),
+        lambda network: torch.export.export(network, (torch.rand(4, 3, 8, 8),)).module(),
+        DistributedDataParallel,
+    ],
+    ids=["compiled", "exported", "distributed"],
+)
+def test_whole_computes_in_turn(change, alone):
+    whole = prepend_input_norm(described(), 0.1)
+    plain, images = copy.deepcopy(nn.Sequential(*whole)), torch.rand(4, 3, 8, 8)
+    assert list(whole.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(change(whole)(images), plain(images))
+    torch.testing.assert_close(whole.state_dict()["0.running_mean"], plain.state_dict()["0.running_mean"])
+
+
+def test_layer_in_front_is_warned_of():
+    """A second one, and a γ that starts too high in it."""
+    whole = prepend_input_norm(described(), 0.1)
+    with pytest.warns(UserWarning, match="the network has an input layer already, and gets a second one"):
+        prepend_input_norm(whole, 0.1)
+    with pytest.warns(UserWarning, match=r"the γ of the input layer starts at 0\.1 now, and not at 0\.1 · 0\.58: call"):
+        initialize_scales(whole, 0.1)
