@@ -1,6 +1,9 @@
 """Batch norm whose scale γ starts below 1 (Section 4 of the paper), in a layer and in any network."""
 
+import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
@@ -218,3 +221,62 @@ def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int |
     whole = NormalizesImages(input_norm, network)
     whole.training = input_norm.training = network.training  # and the layers within stay in the modes they are in
     return whole
+
+
+@contextmanager
+def debias_running_statistics(network: nn.Module) -> Iterator[None]:
+    """Within it, the running statistics of batch norms are free of the values that they started from, 0 and 1.
+
+    After t batches with momentum m, these still weigh r = (1 - m)^t. So the mean becomes mean / (1 - r), the variance
+    (variance - r) / (1 - r): the weighted averages of the batches alone, exact but for rounding. No image is needed.
+
+        with debias_running_statistics(network):
+            evaluate(network.eval())
+            torch.save(network.state_dict(), "evaluated.pt")
+
+    At its end, the statistics are as before, for the training to go on. Layers stay as they are that have no running
+    statistics or no momentum (None or 0), or have seen no batch, as those that are always in evaluation mode. The
+    momentum must have been the same all the time. A trained network that was loaded with its `num_batches_tracked`
+    hardly changes, as t is large. The result is wrong where statistics did not start at 0 and 1, as those of a trained
+    network whose count was reset, and where they are free of their start already, as those saved above.
+
+    Raises:
+        ValueError: a running variance is below r, and so did not start at 1. Nothing is changed then.
+    """
+    raw, debiased = [], []
+    for name, layer in network.named_modules():
+        if not isinstance(layer, _BatchNorm) or layer.running_mean is None or layer.momentum is None:
+            continue
+        start_left = (1 - layer.momentum) ** int(layer.num_batches_tracked)
+        if start_left == 1:
+            continue
+        mean, variance = (s.detach().to("cpu", torch.float64) for s in (layer.running_mean, layer.running_var))
+        variance = (variance - start_left) / (1 - start_left)
+        if (variance < -1e-3).any():  # less may be rounding
+            raise ValueError(
+                f"the running variance of layer {name!r} did not start at 1: it cannot be freed of its start"
+            )
+        raw += [(layer.running_mean, layer.running_mean.clone()), (layer.running_var, layer.running_var.clone())]
+        debiased += [(layer.running_mean, mean / (1 - start_left)), (layer.running_var, variance.clamp(min=0))]
+
+    def fill(values: list[tuple[Tensor, Tensor]]) -> None:
+        with torch.no_grad():
+            for statistic, value in values:
+                statistic.copy_(value)
+
+    fill(debiased)
+    try:
+        yield
+    finally:
+        fill(raw)
+
+
+def steps_until_start_is_gone(network: nn.Module) -> int:
+    """After how many steps the start of all running statistics weighs less than 0.0001 in them; 0 where there are none.
+
+    It follows from the smallest momentum of the batch norms: 88 steps for 0.1, the default, and 917 for 0.01, which
+    torchvision's MobileNetV3 has.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
+    momenta = [layer.momentum for layer in layers if layer.momentum]
+    return math.ceil(math.log(1e-4) / math.log1p(-min(*momenta, 0.9999))) if momenta else 0

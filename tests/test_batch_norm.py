@@ -20,8 +20,10 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from batch_norm import (
     ScaleBatchNorm2d,
+    debias_running_statistics,
     initialize_scales,
     prepend_input_norm,
+    steps_until_start_is_gone,
 )
 from networks import construct_network
 
@@ -414,3 +416,57 @@ def test_layer_in_front_is_warned_of():
         prepend_input_norm(whole, 0.1)
     with pytest.warns(UserWarning, match=r"the γ of the input layer starts at 0\.1 now, and not at 0\.1 · 0\.58: call"):
         initialize_scales(whole, 0.1)
+
+
+# --- running statistics without their start -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_batches", "momentum"), [(1, 0.1), (7, 0.1), (168, 0.01)])
+def test_debiased_statistics(num_batches, momentum):
+    """Weighted averages of the batches' means and variances, in closed form; and all as before thereafter."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.BatchNorm2d(3, momentum=momentum), nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, momentum=0.0)
+    )
+    network.extend([nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3).eval(), nn.InstanceNorm2d(3)])
+    batches = [torch.randn(5, 3, 2, 2) * 0.3 + k % 3 for k in range(num_batches)]
+    for images in batches:
+        network(images)
+    before = copy.deepcopy(network.state_dict())
+    weights = np.array([momentum * (1 - momentum) ** k for k in reversed(range(num_batches))])
+    weights /= weights.sum()
+    values = np.stack([images.double().transpose(0, 1).flatten(1).numpy() for images in batches])
+    with debias_running_statistics(network):
+        within = copy.deepcopy(network.state_dict())
+    np.testing.assert_allclose(within["0.running_mean"], weights @ values.mean(2), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(within["0.running_var"], weights @ values.var(2, ddof=1), rtol=1e-4, atol=1e-6)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert torch.equal(value, within[name]) == (name not in ("0.running_mean", "0.running_var"))
+
+
+def test_statistics_that_started_elsewhere():
+    """Nothing is changed then; and an error within restores them."""
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3)))
+    nn.init.constant_(network[1][0].running_var, 0.01)
+    network(torch.rand(4, 3, 2, 2))
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError, match=r"layer '1\.0' did not start at 1"), debias_running_statistics(network):
+        pass
+    with pytest.raises(KeyError), debias_running_statistics(network[0]):
+        raise KeyError
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    constant = nn.BatchNorm2d(3, momentum=1e-3)
+    constant(torch.full((4, 3, 2, 2), 0.5))
+    with debias_running_statistics(constant):  # where rounding would leave less than no variance
+        assert constant.running_var.min() >= 0
+
+
+@pytest.mark.parametrize(("momenta", "steps"), [([0.1], 88), ([0.1, None, 0.01], 917), ([1.0], 1), ([None, 0.0], 0)])
+def test_steps_until_the_start_is_gone(momenta, steps):
+    network = nn.Sequential(nn.BatchNorm2d(3, momentum=0.001, track_running_stats=False), nn.ReLU())
+    network.extend([nn.BatchNorm2d(3, momentum=momentum) for momentum in momenta])
+    assert steps_until_start_is_gone(network) == steps
+    if steps > 1:
+        smallest = min(filter(None, momenta))
+        assert (1 - smallest) ** steps < 1e-4 <= (1 - smallest) ** (steps - 1)
