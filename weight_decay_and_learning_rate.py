@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm)  # _NormBase: batch norms and instance norms
 if hasattr(nn, "RMSNorm"):  # from torch 2.4 on
     NORMALIZATIONS += (nn.RMSNorm,)
+BIAS = "^bias(es)?(?![a-z]|_table)|(^|_)bias(_orig)?$"  # also in_proj_bias, bias_hh_l0, and a pruned one's bias_orig
 
 
 def adjust_weight_decay_and_learning_rate(
@@ -31,10 +32,10 @@ def adjust_weight_decay_and_learning_rate(
     3. the rest (weights of convolutional and linear layers, and what some networks have besides, such as tokens,
        tables of positions and scales of residual branches): `weight_decay`, full rate.
 
-    What a parameter is follows from the type of the module that holds it, not from its shape. What a γ, a bias or a
-    weight is computed from (in a parametrization, by pruning, by weight norm) goes where it would go itself. Frozen
-    parameters (`requires_grad` is False) are left out, and one that several modules share appears once, in the group of
-    the first.
+    What a parameter is follows from the type of the module that holds it and its name there, not from its shape. What a
+    γ, a bias or a weight is computed from (in a parametrization, by pruning, by weight norm) goes where it would go
+    itself. Frozen parameters (`requires_grad` is False) are left out, and one that several modules share appears once,
+    in the group of the first.
 
     A schedule that multiplies all rates by one factor keeps the ratio c, as `LinearLR` and, with `eta_min` = 0,
     `CosineAnnealingLR` do. One that sets the rates needs those of the groups: `OneCycleLR(optimizer, max_lr=[g["lr"]
@@ -51,10 +52,13 @@ def adjust_weight_decay_and_learning_rate(
         Dictionaries with 'params' (a list), 'weight_decay', 'lr' and 'name': "biases", "batch norm scales", "weights".
 
     Raises:
-        TypeError: `weight_decay`, `learning_rate` or `c` is no number, or `skip_list` is a text.
+        TypeError: `network` is no module, `weight_decay`, `learning_rate` or `c` is no number, or `skip_list` is a
+            text.
         ValueError: `weight_decay` or `learning_rate` is below 0 or not finite, `c` is neither 0 nor a finite number of
-            at least 1, or `skip_list` names no parameter of `network`.
+            at least 1, or `skip_list` names no parameter of `network`; or FSDP has made one flat parameter of several.
     """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network must be a torch.nn.Module, not {type(network).__name__}: net, not net.parameters()")
     for name, value in {"weight_decay": weight_decay, "learning_rate": learning_rate, "c": c}.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, not {value!r}")
@@ -72,15 +76,20 @@ def adjust_weight_decay_and_learning_rate(
         raise ValueError(f"skip_list names what is no parameter of the network: {', '.join(sorted(unknown))}")
     skipped = {by_name[name] for name in skip_list}
 
-    no_decay, batch_norm_scales, decay = [], [], []  # biases are also called in_proj_bias, bias_hh_l0
+    no_decay, batch_norm_scales, decay = [], [], []
     modules = dict(network.named_modules())
     for path, parameter in network.named_parameters():
         module, name = owner(modules, path)
         if not parameter.requires_grad:
             continue
+        if getattr(parameter, "_is_flat_param", False):
+            raise ValueError(
+                f"{path} is a flat parameter, of weights and biases alike: give FullyShardedDataParallel"
+                " use_orig_params=True, or use fully_shard"
+            )
         if isinstance(module, _BatchNorm) and re.fullmatch("weight(_orig|_g|_v)?", name):  # pruned, weight-normed
             batch_norm_scales.append(parameter)
-        elif re.search("^bias|bias$", name) or isinstance(module, NORMALIZATIONS) or parameter in skipped:
+        elif re.search(BIAS, name) or isinstance(module, NORMALIZATIONS) or parameter in skipped:
             no_decay.append(parameter)
         else:
             decay.append(parameter)

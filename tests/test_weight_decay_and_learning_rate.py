@@ -1,14 +1,18 @@
 import io
+import math
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn, optim
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrize, prune
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR
 
@@ -21,6 +25,10 @@ def names(network: nn.Module, group: dict) -> list[str]:
     """The names of a group's parameters."""
     by_parameter = {parameter: name for name, parameter in network.named_parameters()}
     return [by_parameter[parameter] for parameter in group["params"]]
+
+
+def small_network() -> nn.Module:
+    return prepend_input_norm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)), 0.1)
 
 
 def test_groups_of_the_paper_network():
@@ -95,34 +103,45 @@ def test_one_step_of_sgd():
         torch.testing.assert_close(parameter, before[name] - rate * (parameter.grad + decay * before[name]))
 
 
-def small_network() -> nn.Module:
-    return prepend_input_norm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)), 0.1)
+NO_NUMBERS = ("0.1", True, None, [1.0], torch.tensor(1.0))
+WRONG = [
+    *(({"c": c}, ValueError, "c must be 0 or 1") for c in (0.5, -1, 0.999, math.nan, math.inf)),
+    *(
+        ({name: value}, TypeError, f"{name} must be a number, not ")
+        for name in ("weight_decay", "learning_rate", "c")
+        for value in NO_NUMBERS
+    ),
+    *(
+        ({name: value}, ValueError, f"{name} must be a finite number of at least 0, not {value}")
+        for name in ("weight_decay", "learning_rate")
+        for value in (-0.1, math.nan, math.inf, -math.inf)
+    ),
+    ({"skip_list": ["fc.weigth"]}, ValueError, r"skip_list names what is no parameter of the network: fc\.weigth"),
+    *(({"skip_list": text}, TypeError, f"a list of names, not the text '{text}'") for text in ("weight", "")),
+    ({"network": nn.Linear(2, 2).parameters()}, TypeError, r"not generator: net, not net\.parameters\(\)"),
+    ({"network": list(nn.Linear(2, 2).parameters())}, TypeError, "network must be a torch.nn.Module, not list"),
+]
 
 
-@pytest.mark.parametrize("c", [0, 1, 1.0])
-def test_no_reduction(c):
-    for group in adjust_weight_decay_and_learning_rate(small_network(), learning_rate=0.2, c=c):
-        assert group["lr"] == 0.2
+@pytest.mark.parametrize(("arguments", "error", "message"), WRONG)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        adjust_weight_decay_and_learning_rate(**{"network": nn.Linear(2, 2)} | arguments)
 
 
-@pytest.mark.parametrize("c", [0.5, -1, 0.999, float("nan"), float("inf")])
-def test_bad_c(c):
-    with pytest.raises(ValueError, match="c must be 0 or 1"):
-        adjust_weight_decay_and_learning_rate(nn.Linear(2, 2), c=c)
-
-
-@pytest.mark.parametrize("name", ["weight_decay", "learning_rate", "c"])
-@pytest.mark.parametrize("value", ["0.1", True, None, [1.0], torch.tensor(1.0)])
-def test_what_is_no_number(name, value):
-    with pytest.raises(TypeError, match=f"{name} must be a number, not "):
-        adjust_weight_decay_and_learning_rate(nn.Linear(2, 2), **{name: value})
-
-
-@pytest.mark.parametrize("name", ["weight_decay", "learning_rate"])
-@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), float("-inf")])
-def test_number_that_is_no_rate(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be a finite number of at least 0, not {value}"):
-        adjust_weight_decay_and_learning_rate(nn.Linear(2, 2), **{name: value})
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use:UserWarning")
+@pytest.mark.parametrize("original", [False, True])
+def test_flat_parameters(original):
+    """Of FullyShardedDataParallel: one of weights and biases alike is refused; the original ones are sorted as ever."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+        sharded = FullyShardedDataParallel(network, use_orig_params=original, device_id=torch.device("cpu"))
+        with nullcontext() if original else pytest.raises(ValueError, match="a flat parameter, of weights and biases"):
+            groups = adjust_weight_decay_and_learning_rate(sharded)
+            assert [len(group["params"]) for group in groups] == [3, 1, 2]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_numbers_of_numpy_and_zeros():
@@ -132,6 +151,10 @@ def test_numbers_of_numpy_and_zeros():
     _, scales, weights = torch.load(io.BytesIO(saved.getvalue()))["param_groups"]
     assert (scales["lr"], weights["lr"], weights["weight_decay"]) == (0.25, 0.5, 0)
     assert all(group["lr"] == 0 for group in adjust_weight_decay_and_learning_rate(network, learning_rate=0))
+    for c in (0, 1, 1.0):  # no reduction
+        assert {group["lr"] for group in adjust_weight_decay_and_learning_rate(network, learning_rate=0.2, c=c)} == {
+            0.2
+        }
 
 
 def test_type_decides_not_shape():
@@ -149,14 +172,15 @@ def test_type_decides_not_shape():
             self.rms_norm = nn.RMSNorm(4)
             self.attention = nn.MultiheadAttention(4, 2)
             self.recurrent = nn.GRU(2, 2)
-            self.token = nn.Parameter(torch.zeros(4))
+            for name in ("token", "bias_table", "unbias", "bias1", "biases", "q_bias"):
+                self.register_parameter(name, nn.Parameter(torch.zeros(4)))
 
     network = Network()
     no_decay, scales, decay = adjust_weight_decay_and_learning_rate(network)
     assert names(network, scales) == ["batch_norm_of_one.weight", "weight_norm.weight"]
     assert sorted(names(network, decay)) == sorted(
         [
-            *("depthwise.weight", "one_channel.weight", "unit.weight", "token"),
+            *("depthwise.weight", "one_channel.weight", "unit.weight", "token", "bias_table", "unbias"),
             *("attention.in_proj_weight", "attention.out_proj.weight"),
             *("recurrent.weight_ih_l0", "recurrent.weight_hh_l0"),
         ]
@@ -165,6 +189,7 @@ def test_type_decides_not_shape():
         names(network, no_decay)
     )
     assert {"attention.in_proj_bias", "recurrent.bias_hh_l0", "depthwise.bias"} < set(names(network, no_decay))
+    assert {"bias1", "biases", "q_bias"} < set(names(network, no_decay))
     total = sum(len(group["params"]) for group in (no_decay, scales, decay))
     assert total == len(list(network.parameters()))
 
@@ -183,6 +208,8 @@ def test_what_parameters_are_computed_from():
 
     network = nn.ModuleDict({name: nn.BatchNorm1d(3) for name in ("parametrized", "pruned", "new", "old")})
     network["linear"], network["layer_norm"] = nn.Linear(3, 3), nn.LayerNorm(3)
+    network["attention"] = nn.MultiheadAttention(3, 1)
+    prune.identity(network["attention"], "in_proj_bias")
     for name in ("parametrized", "linear", "layer_norm"):
         for kind in ("weight", "bias"):
             parametrize.register_parametrization(network[name], kind, Scaled())
@@ -197,8 +224,8 @@ def test_what_parameters_are_computed_from():
         *("pruned.weight_orig", "old.weight_g", "old.weight_v"),
     }
     of_weight = ["linear.parametrizations.weight.original", "linear.parametrizations.weight.0.factor"]
-    assert names(network, decay) == of_weight
-    assert len(names(network, no_decay)) == len(list(network.parameters())) - 7 - 2
+    assert names(network, decay)[:2] == of_weight and "attention.in_proj_bias_orig" in names(network, no_decay)
+    assert len(names(network, no_decay)) == len(list(network.parameters())) - 7 - 4
     alone = parametrize.register_parametrization(nn.BatchNorm1d(3), "weight", Scaled())
     assert [len(group["params"]) for group in adjust_weight_decay_and_learning_rate(alone)] == [1, 2]
 
@@ -231,67 +258,41 @@ def test_schedules_keep_the_ratio(name):
 
 
 def test_skip_list():
-    """A scale in it keeps its rate."""
+    """It may be readable only once; a scale in it keeps its rate."""
     network = small_network()
-    biases, scales, weights = adjust_weight_decay_and_learning_rate(
-        network, c=100, skip_list=["1.2.weight", "1.1.weight"]
-    )
+    skip_list = (name for name in ["1.1.weight", "1.2.weight"])
+    biases, scales, weights = adjust_weight_decay_and_learning_rate(network, c=100, skip_list=skip_list)
     assert names(network, biases) == ["1.0.bias", "1.1.bias", "1.2.weight", "1.2.bias"]
     assert names(network, scales) == ["0.weight", "1.1.weight"] and names(network, weights) == ["1.0.weight"]
 
 
-def test_skip_list_with_a_name_that_is_not_there():
-    with pytest.raises(ValueError, match=r"skip_list names what is no parameter of the network: fc\.weigth"):
-        adjust_weight_decay_and_learning_rate(nn.Linear(2, 2), skip_list=["fc.weigth"])
-
-
-@pytest.mark.parametrize("skip_list", ["weight", ""])
-def test_skip_list_that_is_a_text(skip_list):
-    with pytest.raises(TypeError, match=f"skip_list must be a list of names, not the text '{skip_list}'"):
-        adjust_weight_decay_and_learning_rate(nn.Linear(2, 2), skip_list=skip_list)
-
-
-def test_skip_list_that_can_be_read_only_once():
-    [group] = adjust_weight_decay_and_learning_rate(nn.Linear(2, 2), skip_list=(name for name in ["weight"]))
-    assert group["weight_decay"] == 0
-
-
-def test_frozen_parameters_are_left_out():
+def test_frozen_parameters_and_empty_groups_are_left_out():
     network = small_network()
     for parameter in network[1][:2].parameters():
         parameter.requires_grad = False
     groups = adjust_weight_decay_and_learning_rate(network)
     assert [names(network, group) for group in groups] == [["1.2.bias"], ["0.weight"], ["1.2.weight"]]
-
-
-def test_shared_parameter_appears_once():
-    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    network[1].weight = network[0].weight
-    _, decay = adjust_weight_decay_and_learning_rate(network, skip_list=[])
-    assert len(decay["params"]) == 1 and decay["params"][0] is network[0].weight
-
-
-def test_skip_list_by_any_name_of_a_shared_parameter():
-    network = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
-    network[1].weight = network[0].weight
-    (group,) = adjust_weight_decay_and_learning_rate(network, weight_decay=0.1, skip_list=["1.weight"])
-    assert group["weight_decay"] == 0
-
-
-def test_empty_groups_are_left_out():
     assert len(adjust_weight_decay_and_learning_rate(nn.Linear(2, 2, bias=False))) == 1
     assert adjust_weight_decay_and_learning_rate(nn.ReLU()) == []
 
 
-@pytest.mark.parametrize("constructor", ["mobilenet_v3_small", "convnext_tiny", "vit_b_16", "swin_t"])
-def test_any_network_of_torchvision(constructor, capsys):
+def test_shared_parameter_appears_once():
+    """It is skipped by any of its names."""
+    network = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    network[1].weight = network[0].weight
+    for skip_list, weight_decay in (([], 0.1), (["1.weight"], 0)):
+        [group] = adjust_weight_decay_and_learning_rate(network, weight_decay=0.1, skip_list=skip_list)
+        assert group["params"] == [network[0].weight] and group["weight_decay"] == weight_decay
+
+
+@pytest.mark.parametrize("constructor", ["convnext_tiny", "vit_b_16", "swin_t"])
+def test_network_without_batch_norm(constructor):
     with torch.device("meta"):
         network = torchvision.models.get_model(constructor)
     groups = adjust_weight_decay_and_learning_rate(network)
     grouped = [parameter for group in groups for parameter in group["params"]]
+    assert [group["name"] for group in groups] == ["biases", "weights"]
     assert len(grouped) == len(set(grouped)) == len(list(network.parameters()))
-    optim.SGD(groups, lr=0.1)
-    assert capsys.readouterr().out == ""
 
 
 TORCHVISION = (
