@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batch_norm import check_bn_weight
+from seeds import keep_random_states
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 HOMOGENEOUS = (  # what passes a factor above 0 on, or, with a bias or statistics, can be made to
@@ -20,7 +21,12 @@ Groups = list[dict[str, Any]]
 
 
 def equivalent(
-    network: nn.Module, bn_weight: float, weight_decay: float = 1e-4, learning_rate: float = 0.1, c: float = 100
+    network: nn.Module,
+    bn_weight: float,
+    weight_decay: float = 1e-4,
+    learning_rate: float = 0.1,
+    c: float = 100,
+    images: Tensor | None = None,
 ) -> tuple[nn.Module, Groups]:
     """The network with batch norms at γ = 1 that trains as one with batch norms at γ = `bn_weight` = γ0 does.
 
@@ -47,13 +53,16 @@ def equivalent(
         bn_weight: γ0.
         weight_decay, learning_rate, c: what the given network is trained with, see
             `adjust_weight_decay_and_learning_rate`.
+        images: a batch, random ones too, on which both are tried. What `forward` does besides its layers shows there
+            alone.
 
     Returns:
-        The other network, and its parameter groups for `torch.optim.SGD`.
+        The other network, and its parameter groups for `torch.optim.SGD`. What has another rate than its group in the
+        given network is a group of its own; its name has the factor s.
 
     Raises:
         ValueError: a layer is not one of `HOMOGENEOUS`, a batch norm lacks γ or β, there is no linear layer, or
-            `bn_weight` is not above 0.
+            `bn_weight` is not above 0; or the logits of `images` differ.
     """
     other = copy.deepcopy(network)
     leaves = [module for module in other.modules() if isinstance(module, _BatchNorm) or not list(module.children())]
@@ -78,7 +87,27 @@ def equivalent(
             scaled = True
         elif scaled and layer is not last and getattr(layer, "bias", None) is not None:
             scales[layer.bias] = bn_weight
-    return other, rescale(other, scales, weight_decay, learning_rate, c)
+    groups = rescale(other, scales, weight_decay, learning_rate, c)
+    if images is not None:
+        check_logits(network, other, images)
+    return other, groups
+
+
+def check_logits(network: nn.Module, other: nn.Module, images: Tensor) -> None:
+    """ValueError where two networks compute other logits of the same images. Nothing is drawn or changed.
+
+    Copies of them are tried, on the CPU and in float64, so that only their weights are rounded, and in training mode:
+    in evaluation mode, new batch norms let all values become so small that every function is homogeneous.
+    """
+    logits = []
+    for trial in (network, other):
+        with keep_random_states(), torch.no_grad():  # both draw the same, as for dropout
+            try:
+                logits.append(copy.deepcopy(trial).cpu().double().train()(images.cpu().double()))
+            except RuntimeError as error:
+                raise ValueError(f"whether there is an equivalent cannot be tried in float64: {error}") from error
+    if not torch.allclose(*logits, rtol=0, atol=1e-4 * logits[0].abs().max().item()):
+        raise ValueError("there is no equivalent where forward does what is not homogeneous, such as torch.tanh")
 
 
 def logits_alone(
@@ -117,5 +146,6 @@ def rescale(
         for scale in sorted({scales.get(parameter, 1.0) for parameter in group["params"]}):
             parameters = [parameter for parameter in group["params"] if scales.get(parameter, 1.0) == scale]
             rates = {"weight_decay": group["weight_decay"] * scale**2, "lr": group["lr"] / scale**2}
-            groups.append({"name": group["name"], "params": parameters, **rates})
+            name = group["name"] if scale == 1 else f"{group['name']} ({scale:g})"
+            groups.append({"name": name, "params": parameters, **rates})
     return groups

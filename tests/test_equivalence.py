@@ -1,4 +1,7 @@
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import product
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from torch import Tensor, nn, optim
 from torch.nn.utils import prune
 
 import train
+from batch_norm import initialize_scales
 from command_line.flag_types import SettingError
 from equivalence import equivalent, logits_alone
 from image_sets.batches import Batches
@@ -107,6 +111,8 @@ def test_rates_of_the_equivalent():
         key = name[2:] if "fc" in name else "weight"
         assert rates[id(other.get_parameter(name))] == pytest.approx(expected[key])
     assert len(rates) == sum(parameter.requires_grad for parameter in other.parameters())
+    names = [group["name"] for group in groups]  # of their own each, for what shows their rates
+    assert names == ["biases (0.1)", "biases", "batch norm scales (0.1)", "weights", "weights (10)"]
 
 
 @pytest.mark.parametrize(
@@ -128,13 +134,49 @@ def test_what_has_no_equivalent(layers, message):
     if "weights" in message:
         with pytest.raises(ValueError, match=message):
             logits_alone(nn.Sequential(*layers), 0.1)
+    usual = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))
+    for function, bn_weight in product((equivalent, logits_alone), (0, -0.1, math.nan)):
+        with pytest.raises(ValueError, match="bn_weight must be a finite number above 0"):
+            function(usual, bn_weight)
 
 
-@pytest.mark.parametrize("bn_weight", [0, -0.1, math.nan])
-@pytest.mark.parametrize("function", [equivalent, logits_alone])
-def test_bad_bn_weight(function, bn_weight):
-    with pytest.raises(ValueError, match="bn_weight must be a finite number above 0"):
-        function(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2)), bn_weight)
+class Between(Residual):
+    """A function between the layers, which no list of them shows."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(10)
+        self.activation, self.function = nn.Identity(), function
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = self.pool(self.function(self.bn1(self.conv1(images))))
+        return self.last(self.function(self.hidden(self.bn2(self.conv2(first)).mean((2, 3)))))
+
+
+FUNCTIONS = {
+    "relu": (F.relu, True),
+    "dropout": (F.dropout, True),  # which draws
+    "norm": (lambda x: x / x.norm() * x.abs().max(), True),
+    "tanh": (torch.tanh, False),
+    "gelu": (F.gelu, False),
+    "shift": (lambda x: x + 0.1, False),
+    "float32": (lambda x: x @ torch.eye(x.shape[-1]), False),  # whose types fit only float32
+}
+
+
+@pytest.mark.parametrize("bn_weight", [0.02, 0.9, 3])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_images_show_what_no_layer_shows(name, bn_weight):
+    make_deterministic(1)
+    function, homogeneous = FUNCTIONS[name]
+    network = Between(function)
+    initialize_scales(network, bn_weight)
+    before, images = {key: value.clone() for key, value in network.state_dict().items()}, torch.rand(8, 3, 8, 8)
+    random_state = torch.get_rng_state()
+    problem = "cannot be tried in float64" if name == "float32" else "forward does what is not homogeneous, such as"
+    with nullcontext() if homogeneous else pytest.raises(ValueError, match=problem):
+        equivalent(network, bn_weight, images=images)
+    assert torch.equal(torch.get_rng_state(), random_state) and network.training
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
 def test_logits_alone():
