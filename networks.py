@@ -4,11 +4,16 @@ import difflib
 import importlib
 import math
 import os
+import random
 import sys
-from contextlib import suppress
+import warnings
+from collections.abc import Callable
+from contextlib import chdir, suppress
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torchvision import models
@@ -16,6 +21,7 @@ from torchvision import models
 from batch_norm import check_plain, initialize_scales, prepend_input_norm
 from command_line.endings import in_one_line
 from run_settings import DATASETS, INPUT_NORMS, SMALL_IMAGE, STEMS
+from seeds import keep_random_states
 
 
 def reinit_network(network: nn.Module, fan: str = "in", activation_function: type[nn.Module] = nn.ReLU) -> None:
@@ -94,7 +100,8 @@ def construct_network(
 
     Raises:
         ValueError: `input_norm`, `stem` or `bn_weight` is not among the choices; there is no network of that name, it
-            cannot be built, or it has no batch norm; or it has no such first layers as a 'small' stem replaces.
+            cannot be built, or it has no batch norm or nothing to train; or it has no such first layers as a 'small'
+            stem replaces.
     """
     if input_norm not in INPUT_NORMS:
         raise ValueError(f"input_norm must be one of {', '.join(INPUT_NORMS)}, not {input_norm!r}")
@@ -137,26 +144,81 @@ def build_network(network_name: str, num_classes: int) -> nn.Module:
     return models.get_model(network_name, num_classes=num_classes, **options)
 
 
-def call_function(name: str, num_classes: int) -> nn.Module:
-    """The network that a function 'package.module:function' returns. ValueError where there is none."""
+def find_function(name: str) -> Callable[..., Any]:
+    """The function 'package.module:function', whose module is imported. ValueError where there is none.
+
+    The current folder stays what it is, here and when it is called, whatever they do.
+    """
     module_name, _, function_name = name.partition(":")
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())  # last, so that nothing in it takes the place of another module
     try:
-        module = importlib.import_module(module_name)
+        with chdir("."):
+            module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         raise ValueError(f"{module_name} cannot be imported: {in_one_line(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         file = getattr(module, "__file__", None) or "built in"
         raise ValueError(f"{module_name} ({file}) has no function {function_name}")
-    try:
-        with torch.no_grad():  # what is computed with gradients, as by torch.nn.utils.weight_norm, cannot be copied
+    return function
+
+
+def call_function(name: str, num_classes: int) -> nn.Module:
+    """The network that a function 'package.module:function' returns. ValueError where there is none to train."""
+    function = find_function(name)
+    try:  # without gradients: what is computed with them, as by torch.nn.utils.weight_norm, cannot be copied
+        with chdir("."), torch.no_grad():
             network = function(num_classes=num_classes)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{name} cannot be called with num_classes={num_classes}: {in_one_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"{name} returns {type(network).__name__}, which is no torch.nn.Module")
     if any(map(is_lazy, network.parameters())):
         raise ValueError(f"{name} returns lazy layers, without weights as yet: let the network compute a batch first")
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ValueError(f"{name} returns a network in which nothing requires gradients: there is nothing to train")
     return network
+
+
+def find_seed_problem(network_name: str, num_classes: int) -> str | None:
+    """Try whether the initial weights of a network of one's own follow from the seed of a run, and from it alone.
+
+    The function is called twice from one state of the global random generators, and once from another. They stay as
+    they are.
+
+    Args:
+        network_name, num_classes: as for `construct_network`.
+
+    Returns:
+        What is wrong, in one line, or None; None for a network of torchvision.
+
+    Raises:
+        ValueError: the function returns no network.
+    """
+    if ":" not in network_name:
+        return None
+    built: list[tuple[nn.Module, Tensor]] = []  # networks, and the state in which each leaves torch's generator
+    with keep_random_states(), warnings.catch_warnings(action="ignore"):
+        find_function(network_name)  # importing its module may draw, too, but only once
+        for seed in (1, 1, 2):
+            for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+                set_seed(seed)
+            built.append((call_function(network_name, num_classes), torch.get_rng_state()))
+    (one, after_one), (again, after_again), (other, after_other) = built
+    if set(one.parameters()) & set(again.parameters()):
+        return f"{network_name} returns the same weights at every call: another run of this process trains them further"
+    if not same_weights(one, again) or not torch.equal(after_one, after_again):
+        return f"{network_name} draws otherwise at every call: no run can be repeated; use torch's global generator"
+    if same_weights(one, other):
+        return f"{network_name} gives the same weights with every seed"
+    if torch.equal(after_one, after_other):
+        return f"{network_name} seeds torch's generator: what is drawn later, such as batches, is alike with every seed"
+    return None
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks have equal parameters and buffers, under the same names."""
+    first, second = one.state_dict(), other.state_dict()
+    tensors = {name: value for name, value in first.items() if isinstance(value, Tensor)}
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in tensors.items())

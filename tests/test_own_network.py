@@ -14,7 +14,7 @@ from torch import nn
 import reproduce
 import train
 from image_sets.loading import load_image_set
-from networks import construct_network
+from networks import construct_network, find_seed_problem
 from observations import batch_norms, measure_normalized_values, measure_run
 from saved_runs.results import Results
 from seeds import make_deterministic
@@ -146,10 +146,14 @@ WRONG = {
     "small = 3": r"^{0} \(.*/{0}\.py\) has no function small$",
     "def small(): pass": r"^{0}:small cannot be called with num_classes=10: TypeError: small\(\) got an unexpected",
     "def small(num_classes): 1 / 0": "^{0}:small cannot be called with num_classes=10: ZeroDivisionError: division by",
+    "def small(num_classes): raise SystemExit(0)": "^{0}:small cannot be called with num_classes=10: SystemExit: 0$",
     "def small(num_classes): pass": r"^{0}:small returns NoneType, which is no torch\.nn\.Module$",
     "from torch import nn\ndef small(num_classes): return nn.Linear": "^{0}:small returns type, which is no ",
     "from torch import nn\ndef small(num_classes): return nn.Linear(2, 2)": "^{0}:small: there is no batch norm with ",
     "from torch import nn\ndef small(num_classes): return nn.LazyBatchNorm2d()": "^{0}:small returns lazy layers",
+    "from torch import nn\ndef small(num_classes): return nn.BatchNorm2d(3).requires_grad_(False)": (
+        "^{0}:small returns a network in which nothing requires gradients: there is nothing to train$"
+    ),
 }
 
 
@@ -158,6 +162,56 @@ def test_what_is_no_network(write_module, code):
     name = write_module(code)
     with pytest.raises(ValueError, match=WRONG[code].format(name)):
         construct_network(f"{name}:small")
+
+
+def test_current_folder_stays(write_module, tmp_path):
+    """Whatever the module and the function do."""
+    leave = "\n    import os; os.chdir('/')"
+    name = write_module("if True:" + leave + GREY.replace("(num_classes):", "(num_classes):" + leave))
+    construct_network(f"{name}:small", dataset="digits")
+    assert Path.cwd() == tmp_path
+
+
+SEEDED = """
+import random
+import numpy as np
+import torch
+from torch import nn
+
+GENERATOR = np.random.default_rng(0)
+
+def build(start=0.0):
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    nn.init.constant_(network[1].bias, start)
+    return network
+
+MADE = build()
+
+def small(num_classes):
+    """
+SEEDS = {
+    "return build(random.random() + np.random.rand())": None,
+    "return MADE": "returns the same weights at every call",
+    "return nn.Sequential(build(), MADE)": "returns the same weights at every call",
+    "return build(GENERATOR.random())": "draws otherwise at every call",
+    "torch.seed(); return build()": "draws otherwise at every call",
+    "network = build(); torch.seed(); return network": "draws otherwise at every call",
+    "torch.manual_seed(42); return build()": "gives the same weights with every seed",
+    "return nn.BatchNorm1d(2)": "gives the same weights with every seed",
+    "network = build(); torch.manual_seed(42); return network": "seeds torch's generator",
+}
+
+
+@pytest.mark.parametrize("body", SEEDS)
+def test_weights_follow_from_the_seed(write_module, body):
+    name = f"{write_module(SEEDED + body)}:small"
+    make_deterministic(2)
+    expected = random.random(), np.random.rand(), torch.rand(1)
+    make_deterministic(2)
+    problem = find_seed_problem(name, 4)
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+    assert problem is None if SEEDS[body] is None else problem.startswith(f"{name} {SEEDS[body]}")
+    assert find_seed_problem("resnet18", 4) is None
 
 
 CONVOLUTION = """
