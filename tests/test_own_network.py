@@ -80,9 +80,12 @@ def small(num_classes):
 """
 
 
-def test_input_norm_takes_the_images_whatever_the_network_makes_of_them(write_module):
-    network = construct_network(f"{write_module(GREY)}:small", num_classes=10, dataset="digits")
-    assert network(torch.rand(2, 3, 8, 8)).shape == (2, 10)
+def test_input_norm_takes_the_images_whatever_the_network_makes_of_them(write_module, tmp_path):
+    """And the current folder stays, whatever the module and the function do."""
+    leave = "\n    import os; os.chdir('/')"
+    name = write_module("if True:" + leave + GREY.replace("(num_classes):", "(num_classes):" + leave))
+    network = construct_network(f"{name}:small", num_classes=10, dataset="digits")
+    assert network(torch.rand(2, 3, 8, 8)).shape == (2, 10) and Path.cwd() == tmp_path
 
 
 def test_weights_are_those_of_the_function(write_module):
@@ -125,14 +128,12 @@ def test_current_folder_takes_the_place_of_nothing(write_module, tmp_path):
 def test_module_in_a_package(write_module, tmp_path):
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "inner.py").write_text(DROPOUT)
-    network = construct_network("my_package.inner:small", 4)
-    assert network(torch.rand(2, 3, 8, 8)).shape == (2, 4)
+    assert construct_network("my_package.inner:small", 4)(torch.rand(2, 3, 8, 8)).shape == (2, 4)
 
 
 @pytest.mark.parametrize("stem", ["auto", "own", "small"])
-def test_stem_of_a_resnet(write_module, stem):
-    code = "from torchvision import models\ndef wide(num_classes): return models.resnet18(num_classes=num_classes)"
-    network = construct_network(f"{write_module(code)}:wide", 10, "cifar10", input_norm="dataset", stem=stem)
+def test_stem_of_a_resnet(stem):
+    network = construct_network("torchvision.models:resnet18", 10, "cifar10", input_norm="dataset", stem=stem)
     assert network.conv1.kernel_size == ((3, 3) if stem == "small" else (7, 7))
     assert isinstance(network.maxpool, nn.Identity) == (stem == "small")
 
@@ -162,14 +163,6 @@ def test_what_is_no_network(write_module, code):
     name = write_module(code)
     with pytest.raises(ValueError, match=WRONG[code].format(name)):
         construct_network(f"{name}:small")
-
-
-def test_current_folder_stays(write_module, tmp_path):
-    """Whatever the module and the function do."""
-    leave = "\n    import os; os.chdir('/')"
-    name = write_module("if True:" + leave + GREY.replace("(num_classes):", "(num_classes):" + leave))
-    construct_network(f"{name}:small", dataset="digits")
-    assert Path.cwd() == tmp_path
 
 
 SEEDED = """
