@@ -409,7 +409,7 @@ def test_statistics_that_started_elsewhere():
     with pytest.raises(KeyError), debias_running_statistics(network[0]):
         raise KeyError
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    constant = nn.BatchNorm2d(3, momentum=1e-3)
+    constant = nn.BatchNorm2d(3, momentum=0.003)
     constant(torch.full((4, 3, 2, 2), 0.5))
     with debias_running_statistics(constant):  # where rounding would leave less than no variance
         assert constant.running_var.min() >= 0

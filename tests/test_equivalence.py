@@ -17,7 +17,7 @@ from command_line.flag_types import SettingError
 from equivalence import equivalent, logits_alone
 from image_sets.batches import Batches
 from image_sets.loading import load_image_set
-from networks import construct_network
+from networks import construct_network, zero_biases
 from saved_runs.results import COLUMNS
 from seeds import make_deterministic
 from trained_networks import load_network
@@ -141,15 +141,15 @@ def test_what_has_no_equivalent(layers, message):
 
 
 class Between(Residual):
-    """A function between the layers, which no list of them shows."""
+    """A function after the batch norms, which no list of the layers shows."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__(10)
         self.activation, self.function = nn.Identity(), function
 
     def forward(self, images: Tensor) -> Tensor:
-        first = self.pool(self.function(self.bn1(self.conv1(images))))
-        return self.last(self.function(self.hidden(self.bn2(self.conv2(first)).mean((2, 3)))))
+        second = self.bn2(self.conv2(self.pool(self.bn1(self.conv1(images)))))
+        return self.last(self.function(self.hidden(second.mean((2, 3)))))
 
 
 FUNCTIONS = {
@@ -169,6 +169,7 @@ def test_images_show_what_no_layer_shows(name, bn_weight):
     make_deterministic(1)
     function, homogeneous = FUNCTIONS[name]
     network = Between(function)
+    zero_biases(network)
     initialize_scales(network, bn_weight)
     before, images = {key: value.clone() for key, value in network.state_dict().items()}, torch.rand(8, 3, 8, 8)
     random_state = torch.get_rng_state()
