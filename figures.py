@@ -104,7 +104,7 @@ def forest_plot(comparisons: Sequence[Comparison]) -> Figure:
         [handles["mean"]] = panel.plot([c.difference], [row], marker="D", **style)
         panel.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     panel.axvline(0, color="black", linestyle="--", linewidth=1, zorder=1)
-    names = [c.setting if is_contrast(c) else f"{c.setting} vs {c.reference}" for c in comparisons]
+    names = [c.method if is_contrast(c) else f"{c.method} vs {c.reference}" for c in comparisons]
     panel.set_yticks(range(len(names)), names)
     panel.set_ylim(len(names) - 0.3, -0.4)  # the first at the top
     panel.set_xlabel("difference in test accuracy (percentage points)")
@@ -120,7 +120,7 @@ def accuracy_by_bn_weight(runs: Runs, comparisons: Sequence[Comparison] | None =
     baseline, which is corrected, is "significant". By default the settings are compared with the baseline alone.
     ValueError where they have fewer than three values of γ.
     """
-    verdicts = {c.setting: c.verdict for c in (compare_all(runs) if comparisons is None else comparisons)}
+    verdicts = {c.method: c.verdict for c in (compare_all(runs) if comparisons is None else comparisons)}
     points = []
     for setting, seeds in runs.items():
         values = compared(next(iter(seeds.values())).header) if seeds else {}

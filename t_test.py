@@ -5,9 +5,12 @@
 `evaluate` is the test itself; the rest pairs runs by their seeds, and corrects for the number of comparisons.
 """
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from math import nan
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,6 @@ import numpy as np
 from scipy.stats import ttest_rel
 
 from reporting.comparison import Comparison
-from reporting.power import have_spread
 from reporting.tables import selection_note, tables, without_tables
 from saved_runs.by_seed import (
     accuracy_by_seed,
@@ -59,57 +61,88 @@ def evaluate(d1: Any, d2: Any) -> float:
     Args:
         d1: n numbers, such as the test accuracies of the proposed method: a list of numbers or of tensors, an array, a
             tensor on any device, or a pandas Series.
-        d2: n numbers that pair with them by position, such as the baseline's accuracies with the same seeds. Two Series
-            must have the same index in the same order.
+        d2: n numbers that pair with them by position, such as the baseline's accuracies with the same seeds. Labelled
+            ones, as two Series, must have the same labels in the same order.
 
     Returns:
-        The p-value, between 0 and 1. Where `d1` and `d2` are identical there is nothing to test, and it is NaN, which
-        is never at most 0.05. Where all differences are equal but not 0, it is 0 or 1, and scipy warns that the data
-        are nearly identical.
+        The p-value, between 0 and 1. Where all differences are equal there is nothing to test, and it is NaN, which is
+        never at most 0.05. So it is where they differ by no more than the rounding of the values' own types: 0.1 as
+        float32 is 0.1 as float64.
 
     Raises:
-        ValueError: the lengths or the indices differ, there are fewer than two pairs, an input does not have exactly
-            one dimension, or a value is missing (NaN or masked), infinite, or no real number, as text and dates are.
+        ValueError: the lengths or the labels differ, there are fewer than two pairs, an input does not have exactly
+            one dimension, or a value is missing (NaN or masked), infinite, or no real number, as text, dates, complex
+            numbers and what is in a sparse or quantized tensor.
     """
-    indices = [getattr(d, "index", None) for d in (d1, d2)]  # of a list, it is a method
-    if all(hasattr(index, "equals") for index in indices) and not indices[0].equals(indices[1]):
-        raise ValueError("d1 and d2 have different indices: align them first, d1, d2 = d1.align(d2, join='inner')")
-    d1, d2 = as_vector(d1, "d1"), as_vector(d2, "d2")
+    pairs_of_labels = zip(labels(d1), labels(d2), strict=False)  # one of them may have none
+    if not all(ours.equals(theirs) for ours, theirs in pairs_of_labels):
+        raise ValueError("d1 and d2 have different labels: align them first, as Series by d1.align(d2, join='inner')")
+    (d1, rounding1), (d2, rounding2) = as_vector(d1, "d1"), as_vector(d2, "d2")
     if len(d1) != len(d2):
         raise ValueError(f"a paired test needs as many values in d1 as in d2, not {len(d1)} and {len(d2)}")
     if len(d1) < 2:
         raise ValueError(f"a paired test needs at least two pairs, not {len(d1)}")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return float(ttest_rel(d1, d2, alternative="greater").pvalue)
+    _, exponent = np.frexp(np.abs([d1, d2]).max())
+    d1, d2 = np.ldexp(d1, -exponent), np.ldexp(d2, -exponent)  # exact; now no square is too small or too large
+    if np.ptp(d1 - d2) <= 2 * (rounding1 * np.abs(d1).max() + rounding2 * np.abs(d2).max()):
+        return nan
+    return float(ttest_rel(d1, d2, alternative="greater").pvalue)
 
 
-def as_vector(values: Any, name: str) -> np.ndarray:
-    """`values` as a float64 array of one dimension; ValueError, naming `name`, where that cannot be."""
+def labels(values: Any) -> list[Any]:
+    """The pandas indices of a Series or of a labelled array of xarray; of anything else, none."""
+    index = getattr(values, "index", None)  # of a list, it is a method
+    return [index] if hasattr(index, "equals") else list(dict(getattr(values, "indexes", {})).values())
+
+
+def as_vector(values: Any, name: str) -> tuple[np.ndarray, float]:
+    """`values` as a float64 array of one dimension, and their `relative_error`.
+
+    ValueError, naming `name`, where that cannot be.
+    """
     if np.ma.is_masked(values):
         raise ValueError(f"{name} holds a masked value")
-    if isinstance(values, list | tuple):
-        values = [without_gradient(value) for value in values]
     try:
+        rounding = relative_error(values)
         vector = np.asarray(without_gradient(values))
-        if vector.dtype.kind not in "biufO" or any(isinstance(value, str | bytes | complex) for value in vector.flat):
+        if vector.dtype.kind not in "biufO" or not all(map(is_real, vector.flat)):
             raise TypeError(f"they are of the type {vector.dtype}")
         vector = vector.astype(np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last of tensors that are not dense
         raise ValueError(f"{name} must be a sequence of real numbers: {error}") from None
     if vector.ndim != 1:
         raise ValueError(f"{name} must have one dimension, not {vector.ndim}")
     if not np.isfinite(vector).all():
         raise ValueError(f"{name} holds a value that is not a finite number")
-    return vector
+    return vector, rounding
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value in an array is a real number, or None."""
+    return isinstance(value, Real | Decimal | np.bool_ | None) and not isinstance(value, np.timedelta64)
+
+
+def relative_error(values: Any) -> float:
+    """How far rounding may have moved a value: by half a unit of the coarsest type, and one of float64."""
+    if isinstance(values, list | tuple):
+        return max(map(relative_error, values), default=0.0)
+    if hasattr(values, "detach"):
+        eps = sys.modules["torch"].finfo(values.dtype).eps if values.is_floating_point() else 0.0
+    else:
+        kind = np.asarray(values).dtype
+        eps = np.finfo(kind).eps if kind.kind == "f" else 0.0
+    return float(eps) / 2 + np.finfo(np.float64).eps
 
 
 def without_gradient(values: Any) -> Any:
-    """The numbers of a tensor, which is recognized without importing torch, as that takes seconds; others as is."""
+    """The numbers of a tensor, or of those in a list. Seeing one takes no import of torch, which takes seconds."""
+    if isinstance(values, list | tuple):
+        return [without_gradient(value) for value in values]
     return values.tolist() if hasattr(values, "detach") else values
 
 
-def compare(setting: str, proposed: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison:
-    """Pair the test accuracies (percent, by seed) of a setting with the baseline's, and test the difference.
+def compare(method: str, proposed: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison:
+    """Pair the test accuracies (percent, by seed) of a method with the baseline's, and test the difference.
 
     `corrected_p_value` is left NaN, because it depends on the other comparisons: see `apply_holm_correction`.
     """
@@ -117,12 +150,9 @@ def compare(setting: str, proposed: Mapping[int, float], baseline: Mapping[int, 
     seeds = sorted(proposed.keys() & baseline.keys())
     ours, theirs = [proposed[seed] for seed in seeds], [baseline[seed] for seed in seeds]
     differences = {seed: a - b for seed, a, b in zip(seeds, ours, theirs, strict=True)}
-    interval, p_value = (nan, nan), nan
-    values = list(differences.values())
-    if have_spread(values) or np.isnan(values).any():  # which `evaluate` refuses
-        p_value = evaluate(ours, theirs)
-        interval = tuple(map(float, ttest_rel(ours, theirs).confidence_interval(0.95)))
-    return Comparison(setting, proposed, differences, interval, p_value)
+    p_value = evaluate(ours, theirs) if len(seeds) > 1 else nan
+    interval = (nan, nan) if np.isnan(p_value) else ttest_rel(ours, theirs).confidence_interval(0.95)
+    return Comparison(method, proposed, differences, tuple(map(float, interval)), p_value)
 
 
 def apply_holm_correction(comparisons: Iterable[Comparison]) -> None:
@@ -141,17 +171,17 @@ def apply_holm_correction(comparisons: Iterable[Comparison]) -> None:
 def compare_all(
     runs: Mapping[str, Mapping[int, Results]], planned: int = 0, contrasts: Iterable[Sequence[str]] = ()
 ) -> list[Comparison]:
-    """Compare every setting with the one called 'baseline', if it is there, and what else is asked for.
+    """Compare every method with the one called 'baseline', if it is there, and what else is asked for.
 
     The p-values are corrected for the number of all these comparisons, contrasts included.
 
     Args:
-        runs: the finished runs by setting and seed.
+        runs: the finished runs by method and seed.
         planned: how many seeds are planned; until all are there, the verdict is "interim".
-        contrasts: pairs of settings, of which the first is tested to be better than the second.
+        contrasts: pairs of methods, of which the first is tested to be better than the second.
 
     Returns:
-        A comparison for each setting, in the same order, then one for each contrast. `reference` is None where
+        A comparison for each method, in the same order, then one for each contrast. `reference` is None where
         there is nothing to compare with.
     """
     accuracies = {name: accuracy_by_seed(seeds) for name, seeds in runs.items()}

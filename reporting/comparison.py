@@ -1,21 +1,51 @@
-"""One setting beside another, seed by seed."""
+"""One method beside another, seed by seed, and what their paired differences say beside the t-test."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import nan
 
 import numpy as np
 
-from reporting.power import LEVEL, detectable_difference, effect_size, seeds_needed, sign_flip_p_value
+LEVEL = 0.05  # a p-value of at most this is called significant
+SIGN_FLIPS = 2**18  # all of up to 18 pairs, a sample of them beyond
+
+
+def sign_flip_p_value(differences: Sequence[float]) -> float:
+    """p-value of the one-sided permutation test that the mean of paired differences is greater than 0.
+
+    If a method made no difference, each pair could as well have come out the other way round. The p-value is the share
+    of all 2^n ways to choose the signs of n differences whose mean is at least the observed one. It assumes no
+    distribution; with n pairs it is at least 1/2^n. Beyond 18 pairs it is estimated from 2^18 random choices, the same
+    ones at every call: those of `scipy.stats.permutation_test` with `rng=0`, in less memory.
+    """
+    differences = np.asarray(differences, dtype=np.float64)
+    scale, n = np.abs(differences).sum() or 1.0, len(differences)
+
+    def reached(sums: np.ndarray) -> int:  # rounded, so that rounding errors do not tell ties apart
+        return int(np.count_nonzero((sums / scale).round(9) >= (differences.sum() / scale).round(9)))
+
+    if 2**n <= SIGN_FLIPS:
+        sums = np.zeros(1)
+        for difference in differences:
+            sums = np.concatenate([sums + difference, sums - difference])
+        return reached(sums) / len(sums)
+    generator, count, left = np.random.default_rng(0), 0, SIGN_FLIPS
+    while left:
+        size = min(left, max(1, 2**20 // n))  # some MB at a time, however many pairs there are
+        stays = generator.integers(2**32, size=(size, n), dtype=np.uint32) & 1
+        count += reached(2 * (stays @ differences) - differences.sum())
+        left -= size
+    return (count + 1) / (SIGN_FLIPS + 1)
 
 
 @dataclass
 class Comparison:
-    """One setting beside another, seed by seed.
+    """One method beside another, seed by seed.
 
     Attributes:
-        setting: what it is called; of a contrast, "A vs B".
-        accuracies: its test accuracies in percent, by seed; none for a contrast, whose settings have rows of their own.
+        method: what it is called; of a contrast, "A vs B".
+        accuracies: its test accuracies in percent, by seed; none for a contrast, whose methods have rows of their own.
         differences: its accuracy minus the other's, by seed, for the seeds that both have.
         interval: the 95 % confidence interval of the mean difference, two-sided.
         p_value: of `t_test.evaluate`. Like the interval, NaN for fewer than two pairs and where all differences are
@@ -23,10 +53,10 @@ class Comparison:
         corrected_p_value: the p-value after Holm's correction for all comparisons made together; NaN until
             `t_test.apply_holm_correction` sets it.
         planned: how many pairs are planned; 0 where it is not known.
-        reference: the other setting; None where it is compared with nothing.
+        reference: the other method; None where it is compared with nothing.
     """
 
-    setting: str
+    method: str
     accuracies: dict[int, float]
     differences: dict[int, float]
     interval: tuple[float, float]
@@ -52,41 +82,36 @@ class Comparison:
 
     @property
     def improved(self) -> int:
-        """The number of seeds with a better accuracy than the other setting's."""
+        """The number of seeds with a better accuracy than the other method's."""
         return sum(difference > 0 for difference in self.differences.values())
 
     @cached_property
     def sign_flip_p_value(self) -> float:
-        """p-value of `power.sign_flip_p_value`, not corrected. It takes up to a second."""
-        return sign_flip_p_value(list(self.differences.values()))
+        """Of the function of this name, not corrected; NaN where `p_value` is."""
+        return nan if np.isnan(self.p_value) else sign_flip_p_value(list(self.differences.values()))
 
     @property
     def effect_size(self) -> float:
-        """Cohen's d_z of `power.effect_size`."""
-        return effect_size(list(self.differences.values()))
-
-    @property
-    def seeds_needed(self) -> int | None:
-        """How many seeds it would take at this effect size: see `power.seeds_needed`."""
-        return seeds_needed(list(self.differences.values()))
-
-    @property
-    def detectable_difference(self) -> float:
-        """What as many pairs as are planned can find: see `power.detectable_difference`."""
-        return detectable_difference(list(self.differences.values()), self.planned or len(self.differences))
+        """Cohen's d_z: mean of the differences / their sample standard deviation; NaN where `p_value` is."""
+        return nan if np.isnan(self.p_value) else self.difference / float(np.std([*self.differences.values()], ddof=1))
 
     @property
     def verdict(self) -> str:
-        """What the corrected p-value says at the level of 0.05, or why it cannot say anything yet."""
+        """What the corrected p-value says at the level of 0.05, or why it cannot say anything yet.
+
+        It is "worse" where the whole interval, which is not corrected, lies below 0.
+        """
         if len(self.differences) < self.planned:
             return f"interim: {len(self.differences)} of {self.planned}"
         if len(self.differences) < 2:
             return "no test: under 2 pairs"
         if np.isnan(self.p_value):
-            return "no test: all are equal"
+            return "all differences are equal"
+        if self.interval[1] < 0:
+            return "worse"
         return "significant" if self.corrected_p_value <= LEVEL else "not significant"
 
 
 def is_contrast(c: Comparison) -> bool:
-    """Whether it is of two settings that were asked for beside the comparisons with the baseline."""
+    """Whether it is of two methods that were asked for beside the comparisons with the baseline."""
     return c.reference not in ("baseline", None)

@@ -1,14 +1,13 @@
-"""The tables of an experiment: one setting beside another, seed by seed, as text and as rows of numbers."""
+"""The tables of an experiment: one method beside another, seed by seed, as text and as rows of numbers."""
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 
 from command_line.files import read_file, write_atomically
 from reporting.comparison import Comparison, is_contrast
-from reporting.power import POWER
 from run_settings import COMPARED, DEFAULTS, Value, compared
 from saved_runs.results import header_lines, read_header
 
@@ -29,29 +28,29 @@ def table(comparisons: Sequence[Comparison], columns: Sequence[str] = TABLE_COLU
     """The comparisons as a Markdown table with aligned columns."""
     rows = []
     for c in comparisons:
-        row = {"setting": c.setting, "seeds": f"{len(c.accuracies)}"}
-        row["accuracy (%)"] = f"{c.mean:.2f} ± {c.deviation:.2f}".replace("nan", "–")
+        row = {"setting": c.method, "seeds": f"{len(c.accuracies)}"}
+        row["accuracy (%)"] = f"{shown(c.mean, '.2f')} ± {shown(c.deviation, '.2f')}"
         if c.reference is not None:
-            numbers = {"difference": f"{c.difference:+.2f}", "interval": "({:+.2f} to {:+.2f})".format(*c.interval)}
-            numbers |= {"p": f"{c.p_value:.2g}", "p (Holm)": f"{c.corrected_p_value:.2g}"}
-            row |= {name: "–" if "nan" in number else number for name, number in numbers.items()}
-            row["difference (95 % CI)"] = " ".join((row["difference"], row["interval"]))
+            low, high = (shown(bound, "+.2f") for bound in c.interval)
+            row["difference"] = shown(c.difference, "+.2f")
+            row["difference (95 % CI)"] = f"{row['difference']} " + ("–" if low == "–" else f"({low} to {high})")
+            row |= {"p": shown(c.p_value, ".2g"), "p (Holm)": shown(c.corrected_p_value, ".2g")}
             row |= {"improved": f"{c.improved} of {len(c.differences)}", "verdict": c.verdict}
         rows.append(row)
     return markdown(rows, columns)
 
 
 def certainty_table(comparisons: Sequence[Comparison]) -> str:
-    """What `power` says of the comparisons, as a Markdown table."""
-    rows = []
-    for c in comparisons:
-        if c.reference is not None:
-            row = {"setting": c.setting, "p (sign flips)": f"{c.sign_flip_p_value:.2g}", "d_z": f"{c.effect_size:.2f}"}
-            row[f"seeds for a power of {POWER}"] = f"{c.seeds_needed or nan}"
-            pairs = c.planned or len(c.differences)
-            row[f"difference with a power of {POWER}"] = f"{c.detectable_difference:.2f} ({pairs} seeds)"
-            rows.append({name: "–" if "nan" in text and name != "setting" else text for name, text in row.items()})
-    return markdown(rows, list(rows[0]))
+    """What the comparisons say beside the t-test, as a Markdown table."""
+    columns = ("setting", "p (sign flips)", "d_z")
+    compared = [c for c in comparisons if c.reference is not None]
+    rows = [(c.method, shown(c.sign_flip_p_value, ".2g"), shown(c.effect_size, ".2f")) for c in compared]
+    return markdown([dict(zip(columns, row, strict=True)) for row in rows], columns)
+
+
+def shown(number: float, form: str) -> str:
+    """A number in this form, or a dash where there is none."""
+    return "–" if isnan(number) else format(number, form)
 
 
 def markdown(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> str:
@@ -67,65 +66,80 @@ def selection_note(select: str) -> list[str]:
     return [] if select == "best" else ["The test accuracies are those of the last epoch."]
 
 
-def table_rows(
-    comparisons: Sequence[Comparison], settings: Mapping[str, Mapping[str, Value]]
-) -> list[dict[str, Value]]:
+def table_rows(comparisons: Sequence[Comparison], methods: Mapping[str, Mapping[str, Value]]) -> list[dict[str, Value]]:
     """The rows of the table with all digits; what there is none of, such as the p-value of a single pair, is empty.
 
     Args:
         comparisons: a row each.
-        settings: the values of every setting, which belong into its row.
+        methods: the settings of every method, which belong into its row.
     """
     rows = []
     for c in comparisons:
-        row = {"setting": c.setting, **dict.fromkeys(COMPARED), "seeds": None, "mean": nan, "standard_deviation": nan}
+        row = {"setting": c.method, **dict.fromkeys(COMPARED), "seeds": None, "mean": nan, "standard_deviation": nan}
         if not is_contrast(c):
-            row |= {**compared(settings[c.setting]), "seeds": len(c.accuracies), "mean": c.mean}
+            row |= {**compared(methods[c.method]), "seeds": len(c.accuracies), "mean": c.mean}
             row |= {"standard_deviation": c.deviation}
         if c.reference is not None:
             row |= {"pairs": len(c.differences), "difference": c.difference, "lower": c.interval[0]}
             row |= {"upper": c.interval[1], "p_value": c.p_value, "corrected_p_value": c.corrected_p_value}
             row |= {"improved": c.improved, "verdict": c.verdict, "sign_flip_p_value": c.sign_flip_p_value}
-            row |= {"effect_size": c.effect_size, "seeds_needed": c.seeds_needed}
-            row |= {"detectable_difference": c.detectable_difference, "compared_with": c.reference}
+            row |= {"effect_size": c.effect_size, "compared_with": c.reference}
         rows.append({name: None if value != value else value for name, value in row.items()})  # NaN is not itself
     return rows
 
 
-def write_table(
-    stem: Path, settings: Mapping[str, Value], rows: Sequence[Mapping[str, Value]], text: str
-) -> list[Path]:
+def write_table(stem: Path, header: Mapping[str, Value], rows: Sequence[Mapping[str, Value]], text: str) -> list[Path]:
     """Write the table of an experiment as STEM.csv, below the settings that its runs share, and `text` as STEM.md.
 
-    Returns both files.
+    Where an earlier version has written the same in another form, both files stay as they are. Returns both.
 
     Args:
         stem: the path of both files without their ending.
-        settings: what all runs of the table share.
-        rows: for each setting its numbers by name; `seeds` is how many runs have been finished. There may be further
+        header: the settings that all runs of the table share.
+        rows: for each method its numbers by name, of which `seeds` is how many runs have been finished; and further
             rows, without `seeds`.
         text: the table as it is shown.
 
     Raises:
         OSError: a file cannot be written.
     """
-    content = io.StringIO()
-    content.writelines(f"{line}\n" for line in header_lines(settings))
+    stream = io.StringIO()
+    stream.writelines(f"{line}\n" for line in header_lines(header))
     names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
-    writer = csv.DictWriter(content, list(names), restval="", lineterminator="\n")
+    writer = csv.DictWriter(stream, list(names), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    contents = {stem.with_name(f"{stem.name}.csv"): content.getvalue(), stem.with_name(f"{stem.name}.md"): f"{text}\n"}
-    for file, lines in contents.items():
-        write_atomically(file, lines.encode())
+    contents = {stem.with_name(f"{stem.name}.csv"): stream.getvalue(), stem.with_name(f"{stem.name}.md"): f"{text}\n"}
+    before = [read_file(file).decode(errors="replace") for file in contents if file.exists()]
+    if not (len(before) == 2 and same_table(before[0], stream.getvalue()) and notes(before[1]) == notes(text)):
+        for file, content in contents.items():
+            write_atomically(file, content.encode())
     return list(contents)
 
 
-def read_table_seeds(stem: Path, settings: Mapping[str, Value]) -> dict[tuple[str, ...], tuple[str, int]]:
+def same_table(before: str, now: str) -> bool:
+    """Whether an earlier table has all that a new one has; it may lack default settings, and have further columns."""
+    (old_header, old_rows), (header, rows) = parse_table(before), parse_table(now)
+    same_rows = len(old_rows) == len(rows) and all(row.items() <= old_rows[n].items() for n, row in enumerate(rows))
+    return old_header == header and same_rows
+
+
+def notes(text: str) -> list[str]:
+    """The lines that stand in no Markdown table."""
+    return [line for line in text.splitlines() if not line.startswith("|")]
+
+
+def parse_table(content: str) -> tuple[dict[str, Value], list[dict[str, str]]]:
+    """The settings that the runs of a table share, and its rows. csv.Error where there are none."""
+    lines = content.splitlines()
+    return DEFAULTS | read_header(lines), list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+def read_table_seeds(stem: Path, header: Mapping[str, Value]) -> dict[tuple[str, ...], tuple[str, int]]:
     """What the table STEM.csv has, whose runs share these settings; empty without a table.
 
     Returns:
-        By `values_of` a setting, its name and how many finished runs it has.
+        By `values_of` a method, its name and how many finished runs it has.
 
     Raises:
         ValueError: the file is of other settings, or not a table.
@@ -133,23 +147,24 @@ def read_table_seeds(stem: Path, settings: Mapping[str, Value]) -> dict[tuple[st
     file = stem.with_name(f"{stem.name}.csv")
     if not file.exists():
         return {}
-    lines = read_file(file).decode(errors="replace").splitlines()
+    content = read_file(file).decode(errors="replace")
     if not is_table(file):
         raise ValueError(f"{file} is not the table of an experiment: move it away, or give another --name")
-    before, now = DEFAULTS | read_header(lines), DEFAULTS | settings
+    try:
+        before, rows = parse_table(content)
+        seeds = {values_of(row): (row["setting"], int(row["seeds"])) for row in rows if row["seeds"]}
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise ValueError(f"{file} is damaged: remove it") from None
+    now = DEFAULTS | header
     unlike = [name for name in before | now if before.get(name) != now.get(name)]
     if unlike:
         listed = "; ".join(f"{name} {before.get(name)}, here {now.get(name)}" for name in unlike)
         raise ValueError(f"{file} is of other settings: {listed}. Move it away, or give another --name")
-    try:
-        rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-        return {values_of(row): (row["setting"], int(row["seeds"])) for row in rows if row["seeds"]}
-    except (KeyError, TypeError, ValueError, csv.Error):
-        raise ValueError(f"{file} is damaged: remove it") from None
+    return seeds
 
 
 def values_of(settings: Mapping[str, Value]) -> tuple[str, ...]:
-    """The values of `COMPARED`, as text, by which a setting is known whatever it is called."""
+    """The values of `COMPARED`, as text, by which a method is known whatever it is called."""
     return tuple(map(str, compared(settings).values()))
 
 

@@ -1,5 +1,6 @@
-"""The finished runs of a setting by seed, read from their result files, and whether they can be compared."""
+"""The finished runs of a method by seed, read from their result files, and whether they can be compared."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import run_settings
 from saved_runs.results import SETTLED, UNSETTLED, Results, read_results
 
+IDENTITIES = {"network_code": "network's code", "image_hash": "images"}  # by the name of the hash in a header
 CIRCUMSTANCES = ("images", "machine", "python", "torch", "torchvision")  # what else may change the numbers
 
 
@@ -16,7 +18,7 @@ def accuracy_by_seed(runs: Mapping[int, Results]) -> dict[int, float]:
 
 
 def read_by_seed(files: Iterable[Path], group: str, select: str = "best") -> dict[int, Results]:
-    """Read the finished runs of one setting, by seed.
+    """Read the finished runs of one method, by seed.
 
     Args:
         files: their result files.
@@ -55,10 +57,19 @@ def check_alike(one: Results, other: Results, which: str, apart_from: Sequence[s
 
 
 def mixed_circumstances(runs: Iterable[Results]) -> list[str]:
-    """A line for each of `CIRCUMSTANCES` that is not the same for all runs: the test is sound, but less sharp."""
-    runs = list(runs)
+    """Lines on what is not the same for all runs.
+
+    Where code or images differ, of which the header has a hash, the line names the runs that differ from most: these
+    numbers are not of the same thing. With other `CIRCUMSTANCES`, the test is sound, but less sharp.
+    """
+    runs, lines = list(runs), []
+    for key, what in IDENTITIES.items():
+        known = [run for run in runs if key in run.header]  # older files have none
+        usual = Counter(run.header[key] for run in known).most_common(1)
+        others = [str(run.header.get("name")) for run in known if run.header[key] != usual[0][0]]
+        lines += [f"not of the same {what} as the other runs: {', '.join(others)}"] * bool(others)
     found = {name: sorted({str(run.header.get(name)) for run in runs}) for name in CIRCUMSTANCES}
-    return [f"not all runs have the same {name}: {'; '.join(values)}" for name, values in found.items() if values[1:]]
+    return lines + [f"not all runs have the same {name}: {'; '.join(of)}" for name, of in found.items() if of[1:]]
 
 
 def note_missing_checksums(runs: Iterable[Results]) -> list[str]:

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from reporting.comparison import Comparison
-from reporting.tables import NARROW_TABLE_COLUMNS, certainty_table, markdown, table, table_rows, tables
+from reporting.tables import NARROW_TABLE_COLUMNS, certainty_table, markdown, table, table_rows, tables, write_table
 from run_settings import COMPARED
 
 BASELINE = Comparison("baseline", {1: 94.0, 2: 95.0, 3: 93.0}, {}, (math.nan, math.nan), math.nan, reference=None)
@@ -35,7 +35,7 @@ def test_every_number_of_the_table():
 
 def test_what_cannot_be_computed_is_a_dash():
     row = certainty_table([ONE_PAIR]).splitlines()[2]
-    assert [cell.strip() for cell in row.strip("|").split("|")] == ["single", "–", "–", "–", "–"]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["single", "–", "–"]
     row = table([ONE_PAIR]).splitlines()[2]
     assert [cell.strip() for cell in row.strip("|").split("|")][3:] == [
         "+1.00 –",
@@ -48,9 +48,9 @@ def test_what_cannot_be_computed_is_a_dash():
 
 def test_tables_of_the_paper_are_at_most_120_columns_wide():
     """With the longest that there can be in each column, down to a p-value of 1e-100."""
-    pairs = dict.fromkeys(range(1, 16), 10.0)
+    pairs = {seed: 10.0 + seed / 100 for seed in range(1, 16)}
     wide = [Comparison("bn_weight 0.25", dict(enumerate([100, 0] * 7)), pairs, (-10.25, 12.5), 1e-100, 1e-100, 15)]
-    wide.append(Comparison("proposed vs logits+rates", {}, {1: 1.0}, (-10.0, 12.5), 1e-100, 1e-100, 15, "logits+rates"))
+    wide.append(Comparison("proposed vs logits+rates", {}, pairs, (-10.0, 12.5), 1e-100, 1e-100, 15, "logits+rates"))
     lines = "\n".join(tables(wide)).splitlines()
     assert len(lines) == 10 and max(map(len, lines)) <= 120
 
@@ -75,12 +75,30 @@ def test_rows_with_all_digits():
     assert proposed.keys() == single.keys() == contrast.keys()
     empty = {name for name, value in single.items() if value is None}
     tests = {"p_value", "corrected_p_value", "lower", "upper", "sign_flip_p_value", "effect_size"}
-    assert empty == {"standard_deviation", "seeds_needed", "detectable_difference", *tests}
+    assert empty == {"standard_deviation", *tests}
     assert (contrast["seeds"], contrast["bn_weight"], contrast["mean"]) == (None, None, None)
     assert contrast["compared_with"] == "single"
 
 
-def test_planned_seeds_are_what_the_detectable_difference_is_for():
-    few = Comparison("a", {}, {1: 1.0, 2: 0.5, 3: 2.0}, (0.0, 1.0), 0.1, planned=15)
-    assert few.detectable_difference < PROPOSED.detectable_difference
-    assert "(15 seeds)" in certainty_table([few]) and "(3 seeds)" in certainty_table([PROPOSED])
+def test_an_earlier_table_stays_where_it_says_the_same(tmp_path):
+    """One that lacks a setting which came later, and has a column that went; one of other numbers or notes goes."""
+    rows, text = table_rows([BASELINE, PROPOSED], SETTINGS), "| a |\n\na note"
+    header = {"dataset": "digits", "split_seed": 0}
+    table_file, text_file = write_table(tmp_path / "x", header, rows, text)
+    lines = table_file.read_text().replace("# split_seed: 0\n", "").splitlines()
+    older = "".join(f"{line}\n" if line.startswith("#") else f"{line},further\n" for line in lines)
+    older_text = "| a | further |\n\na note\n"
+    for new_header, new_rows, new_text, stays in [
+        (header, rows, text, True),
+        (header | {"split_seed": 1}, rows, text, False),
+        (header, [rows[0], rows[1] | {"difference": 1.25}], text, False),
+        (header, rows[:1], text, False),
+        (header, rows, f"{text}\n\nanother", False),
+    ]:
+        table_file.write_text(older)
+        text_file.write_text(older_text)
+        write_table(tmp_path / "x", new_header, new_rows, new_text)
+        assert (table_file.read_text() == older) == (text_file.read_text() == older_text) == stays
+    table_file.unlink()
+    write_table(tmp_path / "x", header, rows, text)
+    assert text_file.read_text() == f"{text}\n" and table_file.exists()
