@@ -42,7 +42,7 @@ def run_command(*argv: str, **options) -> subprocess.CompletedProcess:
     ("command", "flag"),
     [
         *(("train.py", "--bn_weight"), ("reproduce.py", "--seeds"), ("t_test.py", "--proposed")),
-        *(("figures.py", "--output"), ("mechanism.py", "--output")),
+        ("figures.py", "--output"),
     ],
 )
 def test_help_and_wrong_flags_are_answered_before_the_slow_imports(command, flag):
@@ -56,7 +56,7 @@ def test_help_and_wrong_flags_are_answered_before_the_slow_imports(command, flag
         "ModuleNotFoundError"
         in run_command(
             command,
-            *{"train.py": [], "reproduce.py": [], "mechanism.py": ["--output", "b"]}.get(
+            *{"train.py": [], "reproduce.py": []}.get(
                 command, ["--proposed", "a", "--baseline", "b"] if command == "t_test.py" else ["a", "--output", "b"]
             ),
         ).stderr

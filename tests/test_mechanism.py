@@ -1,5 +1,4 @@
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -268,54 +267,13 @@ def test_large_images_of_a_folder(tmp_path, capsys):
 def test_network_without_convolutions(few_digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         mechanism.main([*FLAGS, "--network", "test_mechanism:perceptron", "--output", str(tmp_path)])
-    captured = capsys.readouterr()
     error = "mechanism.py: error: the network has no convolution that is trained, and nothing to look at\n"
-    assert (stop.value.code, captured.err) == (1, error)
+    assert (stop.value.code, capsys.readouterr().err) == (1, error)
 
 
-def test_command_on_a_terminal(few_digits, tmp_path, monkeypatch, capsys):
-    """It has a bar over all training steps, and the first table is there before them."""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(mechanism, "tabulate_first_steps", lambda runs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        mechanism.main([*FLAGS, "--steps", "2", "--output", str(tmp_path), "--seeds", "1-2"])
-    captured = capsys.readouterr()
-    assert "proposed, seed 2: 100%" in captured.err and " 8/8 " in captured.err
-    assert captured.out.count("\n| ") == 2 + 5
-
-
-def test_an_impossible_output_is_noticed_before_the_training(few_digits, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mechanism.preparation, "prepare", None)  # what comes first of a training
-    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
-    with pytest.raises(SystemExit) as stop:
-        mechanism.main([*FLAGS, "--output", str(tmp_path / "nowhere")])
-    captured = capsys.readouterr()
-    assert (stop.value.code, captured.out, captured.err.count("\n")) == (1, "", 1)
-    assert captured.err.startswith("mechanism.py: error: ") and "nowhere" in captured.err
-
-
-def test_network_that_cannot_train_on_the_images(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        mechanism.main(["--network", "googlenet", "--device", "cpu", "--output", str(tmp_path)])
-    captured = capsys.readouterr()
-    assert (stop.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
-    assert "argument --network: googlenet cannot train on two images of 8×8 pixels: RuntimeError" in captured.err
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ([], "--output"),
-        (["--output", "x", "--c=10"], "argument --c: leave it out: baseline and proposed have their own"),
-        (["--output", "x", "--seed=2"], "argument --seed: give --seeds"),
-        (["--output", "x", "--compile"], "argument --compile: leave it out: it changes nothing here"),
-        (["--output", "x", "--steps", "0"], "argument --steps: must be a whole number of at least 1"),
-        (["--output", "x", "--dataset", "nothing"], "argument --dataset: nothing is none of"),
-    ],
-)
-def test_wrong_flags(flags, message, capsys):
+@pytest.mark.parametrize("flags", [[], ["--output", "x", "--steps", "0"], ["--output", "x", "--dataset", "nothing"]])
+def test_wrong_flags(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         mechanism.main(flags)
-    captured = capsys.readouterr()
-    assert (stop.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
-    assert captured.err.startswith("mechanism.py: error: ") and message in captured.err
+    assert (stop.value.code, capsys.readouterr().err.count("\n")) == (2, 1)

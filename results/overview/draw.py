@@ -7,15 +7,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+from figures import forest_plot
+from reporting.comparison import Comparison
+from reporting.drawing import save
+from saved_runs.by_seed import accuracy_by_seed, read_by_seed
+from t_test import compare
+
 RESULTS = Path(__file__).parent.parent
-sys.path.insert(0, str(RESULTS.parent))
-
-from figures import forest_plot  # noqa: E402
-from reporting.comparison import Comparison  # noqa: E402
-from reporting.drawing import save  # noqa: E402
-from saved_runs.by_seed import accuracy_by_seed, read_by_seed  # noqa: E402
-from t_test import compare  # noqa: E402
-
 CIFAR10 = "cifar10-own-stem/cifar10-resnet18-num_epochs=5{}-stem=own"
 DIGITS = "/digits-resnet18-batch_size=64-num_epochs="
 SEEDS = range(1, 16)

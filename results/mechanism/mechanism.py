@@ -1,87 +1,47 @@
 """What a small initial γ changes before the first step of a training, and in the first steps.
 
-    python mechanism.py --output mechanism --dataset digits --seeds 1-5
+    python results/mechanism/mechanism.py --output results/mechanism/digits --dataset digits --seeds 1-5
 
 `equivalence.py` has the algebra: the logits start γ0 times as large, and so do all gradients of convolutions. Here, the
 same is measured.
 """
 
-import argparse
 import copy
 import math
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import chain, islice, repeat
+from pathlib import Path
 from typing import Any, TypeVar
 
-import run_settings
-from command_line.endings import answer_at_once, one_line_endings, say
-from command_line.flag_types import FlagError, Parser, as_typed, folder, is_flag, whole
-from experiment.plan import distinct, seed_range
-
-DIGITS = ["--batch_size", "64", "--learning_rate", "0.05"]  # what the README trains digits with
-TRAINED = ("baseline", "proposed")  # the settings whose first steps are looked at
-UNUSED = (  # flags of train.py: the learning rate stays, nothing is saved, and precision is that of float32
-    *("num_epochs", "scheduler", "precision", "compile"),
-    *("name", "restart", "checkpoint_seconds", "tensorboard", "workers"),
-)
-BN_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0)
-MEASURED = (0, 1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000)  # steps after which there is a measurement
-
-
-def make_parser() -> Parser:
-    """The flags of the command itself."""
-    epilog = "All other flags are those of train.py, see python train.py --help."
-    parser = Parser(prog="mechanism.py", description=__doc__.split("\n")[0], epilog=epilog, allow_abbrev=False)
-    flag = parser.add_argument
-    flag("--output", type=folder, required=True, help="folder for the numbers and figures")
-    flag("--dataset", default="digits", type=run_settings.dataset_name, help="as of train.py (default: %(default)s)")
-    seeds_help = "whose mean is taken, such as 1-5 (default: 1)"
-    flag("--seeds", nargs="+", default=[[1]], type=seed_range, metavar="SEEDS", help=seeds_help)
-    flag("--steps", default=100, type=whole(1), help="training steps to look at (default: %(default)s)")
-    return parser
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags, with the settings of the runs to look at in `runs`, by name. FlagError says what is wrong."""
-    args, others = make_parser().parse_known_args(argv)
-    args.seeds = distinct(args.seeds)
-    reasons = {name: f"leave it out: {' and '.join(TRAINED)} have their own" for name in run_settings.COMPARED}
-    reasons |= dict.fromkeys(UNUSED, "leave it out: it changes nothing here") | {"seed": "give --seeds"}
-    for name, reason in reasons.items():
-        if any(is_flag(other, name) for other in others):
-            raise FlagError(f"argument --{name}: {reason}")
-    shared = ["--dataset", args.dataset, *(DIGITS if args.dataset == "digits" else []), *others]
-    args.runs = {}
-    for name in TRAINED:
-        own = [f"--{flag}={as_typed(value)}" for flag, value in run_settings.PAPER[name].items()]
-        args.runs[name] = run_settings.parse([*shared, *own])
-    return args
-
-
-if __name__ == "__main__":
-    answer_at_once("mechanism.py", parse)  # before matplotlib and torch are imported
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import numpy as np
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn, optim
 from torch.optim.swa_utils import update_bn
-from tqdm import tqdm
 
+import run_settings
 import train
+from command_line.endings import one_line_endings, say
 from command_line.files import write_atomically
+from command_line.flag_types import Parser, as_typed, folder, whole
+from experiment.plan import distinct, seed_range
 from image_sets.batches import Batch, Batches
 from image_sets.loading import ImageSet
 from reporting.drawing import add_legend, label_axes, line_style, make_axes, save
 from reporting.tables import markdown
+from run_settings import PAPER, Settings
 from seeds import keep_random_states, make_deterministic
 from training import preparation
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
+DIGITS = ("--batch_size=64", "--learning_rate=0.05")  # what the README trains digits with
+TRAINED = ("baseline", "proposed")  # the methods whose first steps are looked at
+BN_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0)
+MEASURED = (0, 1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000)  # steps after which there is a measurement
 CONVOLUTION = "convolution, from input to output"
 
 # --- measurements ---------------------------------------------------------------------------------------------------
@@ -140,27 +100,22 @@ class FirstSteps:
     angles: dict[str, np.ndarray]
 
 
-def construct(settings: argparse.Namespace, image_set: ImageSet) -> nn.Module:
+def construct(settings: Settings, image_set: ImageSet) -> nn.Module:
     """The network of a run before its first step, with the random generators as they are then."""
     make_deterministic(settings.seed)
     return preparation.construct(settings, len(image_set.classes), image_set.size).to(settings.device)
 
 
 def measure_first_steps(
-    settings: argparse.Namespace,
-    image_set: ImageSet,
-    steps: Iterable[int],
-    num_images: int = 1000,
-    after_step: Callable[[], object] = lambda: None,
+    settings: Settings, image_set: ImageSet, steps: Iterable[int], num_images: int = 1000
 ) -> FirstSteps:
     """Train as `train.train` does, at the initial learning rate all along, and measure after some of the steps.
 
     Args:
-        settings: those of the run, as `preparation.parse` returns them.
+        settings: those of the run, as `preparation.prepare` returns them.
         image_set: its data set, on its device.
         steps: after how many steps to measure; 0 is before the first.
         num_images: how many test images to measure on, and about how many training images to estimate statistics on.
-        after_step: called after each training step.
     """
     network, wanted = construct(settings, image_set), set(steps)
     groups = adjust_weight_decay_and_learning_rate(network, settings.weight_decay, settings.learning_rate, settings.c)
@@ -172,8 +127,7 @@ def measure_first_steps(
     )
     initial = {name: layer.weight.detach().clone() for name, layer in convolutions(network).items()}
     found: dict[int, tuple[float, float, list[float]]] = {}
-    epochs = chain.from_iterable(repeat(train_batches))
-    for step, (images, labels) in enumerate(epochs):
+    for step, batch in enumerate(chain.from_iterable(repeat(train_batches))):
         if step in wanted:
             with keep_random_states():
                 anew = estimate_statistics(network, islice(train_batches, math.ceil(num_images / settings.batch_size)))
@@ -182,11 +136,7 @@ def measure_first_steps(
             found[step] = (*accuracies, angles)
         if step == max(wanted):
             break
-        network.train()
-        optimizer.zero_grad()
-        F.cross_entropy(train.compute_logits(network, images, settings), labels).backward()
-        optimizer.step()
-        after_step()
+        train.train_one_epoch(network, [batch], optimizer, settings)
     running, estimated_anew, angles = map(np.array, zip(*found.values(), strict=True))
     return FirstSteps(np.array(list(found)), running, estimated_anew, dict(zip(initial, angles.T, strict=True)))
 
@@ -203,11 +153,6 @@ def mean_over_seeds(measured: Sequence[Measured]) -> Measured:
         return np.mean(values, axis=0).astype(np.asarray(values[0]).dtype)  # steps stay whole numbers
 
     return type(measured[0])(*(mean(values) for values in zip(*(vars(one).values() for one in measured), strict=True)))
-
-
-def changed(settings: argparse.Namespace, **values: Any) -> argparse.Namespace:
-    """The same settings, but for these."""
-    return argparse.Namespace(**{**vars(settings), **values})
 
 
 def estimate_statistics(network: nn.Module, batches: Iterable[Batch]) -> nn.Module:
@@ -302,55 +247,50 @@ def tabulate_first_steps(runs: Mapping[str, FirstSteps]) -> str:
     return markdown(rows, list(rows[0]))
 
 
+def make_parser() -> Parser:
+    """The flags of the command itself."""
+    epilog = "All other flags are those of train.py, see python train.py --help."
+    parser = Parser(prog="mechanism.py", description=__doc__.split("\n")[0], epilog=epilog, allow_abbrev=False)
+    flag = parser.add_argument
+    flag("--output", type=folder, required=True, help="folder for the numbers and figures")
+    flag("--dataset", default="digits", type=run_settings.dataset_name, help="as of train.py (default: %(default)s)")
+    seeds_help = "whose mean is taken, such as 1-5 (default: 1)"
+    flag("--seeds", nargs="+", default=[[1]], type=seed_range, metavar="SEEDS", help=seeds_help)
+    flag("--steps", default=100, type=whole(1), help="training steps to look at (default: %(default)s)")
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: measure, write and print the numbers, draw; see `one_line_endings` for its exit codes."""
     with one_line_endings("mechanism.py"):
-        args = parse(argv)
+        args, others = make_parser().parse_known_args(argv)
         args.output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.output):  # fails now where nothing could be written in the end
-            pass
-        runs = {name: preparation.prepare(settings) for name, settings in args.runs.items()}
-        first, steps = runs["proposed"], [*(step for step in MEASURED if step < args.steps), args.steps]
-        seeds = f"mean of {len(args.seeds)} seeds" if args.seeds[1:] else f"seed {args.seeds[0]}"
-        rate = f"learning rate {as_typed(first.learning_rate)}"
-        title = f"{run_settings.describe_network(vars(first))}, {rate}, {seeds}"
-        measured, of_runs = {bn_weight: [] for bn_weight in BN_WEIGHTS}, {name: [] for name in runs}
-
-        @lru_cache(1)
-        def load(split_seed: int) -> ImageSet:  # with the statistics that the baseline needs
-            # without workers, as theirs are of one pass over the images at a time
-            return preparation.load_images(changed(runs["baseline"], split_seed=split_seed, workers=0), report=say)
-
-        def by_seed() -> Iterator[tuple[int, dict[str, argparse.Namespace], ImageSet]]:
-            for seed in args.seeds:
-                with_seed = {name: changed(settings, seed=seed) for name, settings in runs.items()}
-                yield seed, with_seed, load(run_settings.split_seed(vars(with_seed["baseline"])))
-
-        for seed, with_seed, image_set in by_seed():
-            for settings in with_seed.values():
-                preparation.check_network(settings, construct(settings, image_set), image_set)
-            if seed == args.seeds[0]:
-                say(f"{title}: one batch before training, then {args.steps} steps of {' and of '.join(runs)}", "")
-            for bn_weight, of_seeds in measured.items():
-                network = construct(changed(with_seed["proposed"], bn_weight=bn_weight), image_set)
+        flags = [f"--dataset={args.dataset}", *(DIGITS if args.dataset == "digits" else ()), *others]
+        first = preparation.prepare(run_settings.parse(flags))
+        seeds, steps = distinct(args.seeds), [*(step for step in MEASURED if step < args.steps), args.steps]
+        of_seeds = f"mean of {len(seeds)} seeds" if seeds[1:] else f"seed {seeds[0]}"
+        network = run_settings.describe_network(vars(first))
+        title = f"{network}, learning rate {as_typed(first.learning_rate)}, {of_seeds}"
+        say(f"{title}: one batch before training, then {args.steps} steps of {' and of '.join(TRAINED)}", "")
+        at_first, by_step = {weight: [] for weight in BN_WEIGHTS}, {method: [] for method in TRAINED}
+        for seed in seeds:
+            runs = {name: replace(first, seed=seed, **PAPER[name]) for name in TRAINED}
+            # with the statistics that the baseline needs; workers are of one pass over the images at a time
+            image_set = preparation.load_images(replace(runs["baseline"], workers=0), report=say)
+            for bn_weight, found in at_first.items():
+                network = construct(replace(runs["proposed"], bn_weight=bn_weight), image_set)
                 batch = next(iter(Batches(image_set, "train", first.batch_size, normalize=False)))
-                of_seeds.append(measure_initialization(network, *batch))
-        measured = {bn_weight: mean_over_seeds(of_seeds) for bn_weight, of_seeds in measured.items()}
-        at_first = tabulate_initialization(measured)
-        say(at_first, "")
-        total = len(runs) * len(args.seeds) * args.steps
-        with tqdm(total=total, unit="step", disable=not sys.stderr.isatty()) as bar:
-            for seed, with_seed, image_set in by_seed():
-                for name, of_seeds in of_runs.items():
-                    bar.set_description(f"{name}, seed {seed}")
-                    of_seeds.append(measure_first_steps(with_seed[name], image_set, steps, after_step=bar.update))
-        of_runs = {name: mean_over_seeds(of_seeds) for name, of_seeds in of_runs.items()}
-        by_step = tabulate_first_steps(of_runs)
-        write_atomically(args.output / "mechanism.md", f"{title}\n\n{at_first}\n\n{by_step}\n".encode())
-        say(by_step, "")
-        figures = {"initialization": draw_initialization(measured), "running-statistics": draw_statistics(of_runs)}
-        figures["rotation"] = draw_rotation(of_runs)
-        for name, figure in figures.items():
+                found.append(measure_initialization(network, *batch))
+            for name, settings in runs.items():
+                preparation.check_network(settings, construct(settings, image_set), image_set)
+                by_step[name].append(measure_first_steps(settings, image_set, steps))
+        at_first = {bn_weight: mean_over_seeds(found) for bn_weight, found in at_first.items()}
+        by_step = {name: mean_over_seeds(found) for name, found in by_step.items()}
+        text = f"{tabulate_initialization(at_first)}\n\n{tabulate_first_steps(by_step)}\n"
+        say(text)
+        write_atomically(args.output / "mechanism.md", f"{title}\n\n{text}".encode())
+        figures = {"initialization": draw_initialization(at_first), "running-statistics": draw_statistics(by_step)}
+        for name, figure in (figures | {"rotation": draw_rotation(by_step)}).items():
             figure.suptitle(title, fontsize=10)
             say(*save(figure, args.output / f"mechanism-{name}"))
 
