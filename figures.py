@@ -22,6 +22,7 @@ def make_parser() -> Parser:
     flag = parser.add_argument
     flag("files", nargs="+", type=Path, metavar="FILE", help="result files of finished runs")
     flag("--output", type=folder, required=True, help="folder for the figures")
+    flag("--network", help="MODULE:FUNCTION of your own whose trained weights may be drawn: its code is run")
     flag("--networks", type=folder, help="folder of the trained weights (default: networks/ beside the files' folder)")
     return parser
 
@@ -41,9 +42,9 @@ from saved_runs.by_seed import accuracy_by_seed, check_alike, read_by_seed
 from saved_runs.results import SETTLED, Results, read_results
 from t_test import compare, compare_all
 
-Runs = Mapping[str, Mapping[int, Results]]  # finished runs by setting and seed
+Runs = Mapping[str, Mapping[int, Results]]  # finished runs by method and seed
 
-SHOWN = ("baseline", "proposed", "init")  # the settings whose trained networks are shown
+SHOWN = ("baseline", "proposed", "init")  # the methods whose trained networks are shown
 
 
 def learning_curves(runs: Runs) -> Figure:
@@ -54,7 +55,7 @@ def learning_curves(runs: Runs) -> Figure:
     if not any(runs.values()):
         raise ValueError("there are no runs")
     axes, shown = make_axes(columns=2), ([], [])
-    for index, (setting, seeds) in enumerate(runs.items()):
+    for index, (method, seeds) in enumerate(runs.items()):
         if not seeds:
             continue
         num_epochs = min(run.num_epochs for run in seeds.values())
@@ -64,7 +65,7 @@ def learning_curves(runs: Runs) -> Figure:
         for panel, values, of_panel in zip(axes, (errors, losses), shown, strict=True):
             low, median, high = quartiles = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
             of_panel.append(quartiles.ravel())
-            label = f"{setting} ({len(values)} seed{'s' * (len(values) > 1)})"
+            label = f"{method} ({len(values)} seed{'s' * (len(values) > 1)})"
             panel.plot(epochs, median, label=label, markevery=0.1 if num_epochs > 20 else 1, **line_style(index))
             panel.fill_between(epochs, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
     label_axes(axes[0], "epoch", "test error (%)")
@@ -83,7 +84,7 @@ def forest_plot(comparisons: Sequence[Comparison]) -> Figure:
     """The mean difference of each comparison with its 95 % confidence interval, and a dot for each seed.
 
     The rows are in the order of the comparisons, without those that have no pairs, as the baseline has none with
-    itself. A contrast shows the first setting minus the second. ValueError where no comparison has pairs.
+    itself. A contrast shows the first method minus the second. ValueError where no comparison has pairs.
     """
     comparisons = [c for c in comparisons if c.differences]
     if not comparisons:
@@ -114,19 +115,19 @@ def forest_plot(comparisons: Sequence[Comparison]) -> Figure:
 
 
 def accuracy_by_bn_weight(runs: Runs, comparisons: Sequence[Comparison] | None = None) -> Figure:
-    """Test accuracy by the initial γ, for all settings that have the c and input_norm of 'proposed'.
+    """Test accuracy by the initial γ, for all methods that have the c and input_norm of 'proposed'.
 
     It shows mean and standard deviation over the seeds, and a star where the verdict of the comparison with the
-    baseline, which is corrected, is "significant". By default the settings are compared with the baseline alone.
+    baseline, which is corrected, is "significant". By default the methods are compared with the baseline alone.
     ValueError where they have fewer than three values of γ.
     """
     verdicts = {c.method: c.verdict for c in (compare_all(runs) if comparisons is None else comparisons)}
     points = []
-    for setting, seeds in runs.items():
+    for method, seeds in runs.items():
         values = compared(next(iter(seeds.values())).header) if seeds else {}
         if seeds and values == compared({**PAPER["proposed"], "bn_weight": values["bn_weight"]}):
-            c = compare(setting, accuracy_by_seed(seeds), {})
-            points.append((values["bn_weight"], c.mean, np.nan_to_num(c.deviation), verdicts.get(setting)))
+            c = compare(method, accuracy_by_seed(seeds), {})
+            points.append((values["bn_weight"], c.mean, np.nan_to_num(c.deviation), verdicts.get(method)))
     if len({weight for weight, *_ in points}) < 3:
         raise ValueError("there are fewer than three bn_weights to compare")
     weights, means, deviations, stars = zip(*sorted(points, key=lambda point: point[0]), strict=True)
@@ -149,8 +150,8 @@ def accuracy_by_bn_weight(runs: Runs, comparisons: Sequence[Comparison] | None =
 
 def describe(runs: Iterable[Results]) -> str:
     """What all these runs are of: network, data set, epochs, learning rate and whether each seed has its own split."""
-    all_settings = [DEFAULTS | run.header for run in runs]
-    first, rates = all_settings[0], {settings["learning_rate"] for settings in all_settings}
+    headers = [DEFAULTS | run.header for run in runs]
+    first, rates = headers[0], {header["learning_rate"] for header in headers}
     epochs = f"{first['num_epochs']} epoch{'s' * (first['num_epochs'] != 1)}"
     rate = f"learning rate {as_typed(*rates)}" if len(rates) == 1 else "each setting at its own learning rate"
     split = ", a split for each seed" * (first["split_seed"] == OWN_SEED)
@@ -158,7 +159,11 @@ def describe(runs: Iterable[Results]) -> str:
 
 
 def save_figures(
-    stem: Path, runs: Runs, networks: Path, comparisons: Sequence[Comparison] | None = None
+    stem: Path,
+    runs: Runs,
+    networks: Path,
+    comparisons: Sequence[Comparison] | None = None,
+    own_network: str | None = None,
 ) -> tuple[list[Path], list[str]]:
     """Draw and write every figure that can be made. OSError where one cannot be written. Nothing is downloaded.
 
@@ -167,23 +172,23 @@ def save_figures(
 
     Args:
         stem: the folder, and how the names of the files begin.
-        runs: the finished runs by setting and seed.
+        runs: the finished runs by method and seed.
         networks: the folder with the trained weights, NAME-best.pt; `images` beside it has the data.
-        comparisons: what `forest_plot` shows; by default every setting beside the baseline.
+        comparisons: what `forest_plot` shows; by default every method beside the baseline.
+        own_network: MODULE:FUNCTION that may be imported to draw its trained weights; see `observe_runs`.
 
     Returns:
         The files of the figures; and a line for each figure of trained networks that cannot be made, with the reason.
-        A figure that would compare more settings or seeds than there are is left out without one.
+        A figure that would compare more methods or seeds than there are is left out without one.
     """
     comparisons = compare_all(runs) if comparisons is None else comparisons
     title = describe(run for seeds in runs.values() for run in seeds.values())
     first_runs = {name: seeds[min(seeds)] for name in SHOWN if (seeds := runs.get(name))}
     seeds_shown = sorted({run.header["seed"] for run in first_runs.values()})
     of_seed = f"{title}, seed {' and '.join(map(str, seeds_shown))}"
-    names = "\n".join(str(run.header.get("name")) for run in first_runs.values())
     archive = stem.with_name(f"{stem.name}-scales-and-shifts.npz")
-    weights, measured, missing = observe_runs(first_runs, names, networks, archive)
-    bn_weights = {setting: PAPER[setting]["bn_weight"] for setting in weights}
+    weights, measured, missing = observe_runs(first_runs, networks, archive, own_network)
+    bn_weights = {method: PAPER[method]["bn_weight"] for method in weights}
     figures: dict[str, tuple[Callable[[], Figure], str]] = {
         "learning-curves": (lambda: learning_curves(runs), title),
         "accuracy-by-bn-weight": (lambda: accuracy_by_bn_weight(runs, comparisons), title),
@@ -196,7 +201,7 @@ def save_figures(
         figures["scales-and-shifts"] = lambda: learned_scales_and_shifts(weights, bn_weights), of_seed
     made = []
     for name, (draw, title) in figures.items():
-        with suppress(ValueError):  # there are too few settings or seeds for it
+        with suppress(ValueError):  # there are too few methods or seeds for it
             figure = draw()
             figure.suptitle(textwrap.fill(title, int(11 * figure.get_figwidth())), fontsize=10)
             made += save(figure, stem.with_name(f"{stem.name}-{name}"))
@@ -204,7 +209,7 @@ def save_figures(
 
 
 def read_runs(files: Iterable[Path]) -> Runs:
-    """Read result files by setting and seed. The paper's settings come first, under their names.
+    """Read result files by method and seed. The paper's methods come first, under their names.
 
     OSError where a file cannot be read; ValueError where one is damaged or of an unfinished run, or where the runs
     differ in more than their seed and `COMPARED`.
@@ -232,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = make_parser().parse_args(argv)
         networks = args.networks or args.files[0].absolute().parent.parent / "networks"
         files, tables = without_tables(args.files)
-        made, missing = save_figures(args.output / "figure", read_runs(files), networks)
+        made, missing = save_figures(args.output / "figure", read_runs(files), networks, own_network=args.network)
         say(*made)
         for line in (*tables, *missing):
             warn(line, "figures.py")

@@ -17,12 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms import Normalize
 
 from batch_norm import SIGMA_ACT
-from command_line.files import add_digest, read_file, write_atomically
+from command_line.files import read_file, write_atomically
 from image_sets.loading import ImageSet, load_image_set
 from reporting.drawing import add_legend, label_axes, line_style, make_axes
 from run_settings import DEFAULTS, split_seed
 from saved_runs.results import Results
-from trained_networks import check_digest, rebuild_network
+from trained_networks import rebuild_network
 
 Weights = Mapping[str, Any]  # a state_dict, or arrays under the same names
 
@@ -120,11 +120,7 @@ def measure_run(
 ) -> list[NormalizedValues]:
     """`measure_normalized_values` of a run's network on some test images, prepared as in training.
 
-    Args:
-        run: the run.
-        network: its trained network, from `rebuild_network`.
-        image_set: its data set, on the CPU.
-        num_images: how many test images to take.
+    The network is from `rebuild_network`, and the data set of the run on the CPU.
     """
     [images] = image_set.take([image_set.sample("test", num_images)])
     images = images.float() / 255
@@ -136,77 +132,69 @@ def measure_run(
 # --- both, of the runs of an experiment -----------------------------------------------------------------------------
 
 
-def save_observations(
-    file: Path, title: str, weights: Mapping[str, Weights], measured: Mapping[str, Sequence[NormalizedValues]]
-) -> None:
-    """Write what is observed to a compressed NumPy archive, from which figures can be drawn without the weights.
-
-    It takes some hundred kB, where the weights take some hundred MB. OSError where it cannot be written.
-
-    Args:
-        file: the archive, with the suffix .npz.
-        title: the names of the runs, one a line; `load_observations` asks for them.
-        weights: the `batch_norm_arrays` of each setting.
-        measured: the normalized values of each setting, in arrays (share beyond ±3, maximum) by name of the batch norm.
-    """
-    arrays = {f"{setting}/{name}": values for setting, of in weights.items() for name, values in of.items()}
-    for setting, layers in measured.items():
-        arrays |= {f"{setting}/{layer.name}{NORMALIZED}": np.array(layer[1:]) for layer in layers}
-    content = io.BytesIO()
-    np.savez_compressed(content, title=title, **arrays)
-    add_digest(content)  # a zip file has one for each array, but not for their list
-    write_atomically(file, content.getvalue())
-
-
-def load_observations(
-    file: Path, title: str
-) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, list[NormalizedValues]]]:
-    """`weights` and `measured` of `save_observations`. Older files lack the latter.
-
-    The file may hold some only of the runs that the lines of `title` name.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or of a run that `title` does not name.
-    """
-    content = read_file(file)
-    try:
-        check_digest(content)
-        with np.load(io.BytesIO(content)) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        found = str(arrays.pop("title"))
-        weights: dict[str, dict[str, np.ndarray]] = {}
-        measured: dict[str, list[NormalizedValues]] = {}
-        for key, values in arrays.items():
-            setting, _, name = key.partition("/")
-            if name.endswith(NORMALIZED):
-                share, maximum = values.tolist()
-                measured.setdefault(setting, []).append(NormalizedValues(name.removesuffix(NORMALIZED), share, maximum))
-            else:
-                weights.setdefault(setting, {})[name] = values
-    except Exception as error:  # which one depends on where the damage is
-        raise ValueError(f"{file} is damaged, or does not hold the γ and β of trained networks") from error
-    if not set(found.splitlines()) <= set(title.splitlines()):
-        raise ValueError(f"{file} is of other runs: {', '.join(found.splitlines())}")
-    return weights, measured
-
-
 class Observations(NamedTuple):
-    """What `observe_runs` found out, by setting. A dictionary is empty where the files did not allow it."""
+    """What `observe_runs` found out, by method. A dictionary is empty where the files did not allow it."""
 
     weights: dict[str, dict[str, np.ndarray]]  # see `batch_norm_arrays`
     normalized_values: dict[str, list[NormalizedValues]]
-    missing: list[str]  # a line for each empty dictionary, with the reason
+    missing: list[str]  # a line on what is left out, with the reason
 
 
-def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archive: Path) -> Observations:
+def save_observations(file: Path, runs: Mapping[str, Results], found: Observations) -> None:
+    """Write what is observed of runs to a compressed NumPy archive, with their names as its title.
+
+    It takes some hundred kB, where the weights take some hundred MB. OSError where it cannot be written.
+    """
+    arrays = {f"{method}/{name}": values for method, of in found.weights.items() for name, values in of.items()}
+    for method, layers in found.normalized_values.items():
+        arrays |= {f"{method}/{layer.name}{NORMALIZED}": np.array(layer[1:]) for layer in layers}
+    content = io.BytesIO()
+    np.savez_compressed(content, title="\n".join(map(name_of, runs.values())), **arrays)
+    write_atomically(file, content.getvalue())
+
+
+def load_observations(file: Path, runs: Mapping[str, Results]) -> Observations:
+    """What `save_observations` wrote of runs, or of some of them. Older files have no normalized values.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or of other runs.
+    """
+    content, found = read_file(file), Observations({}, {}, [])
+    try:
+        with np.load(io.BytesIO(content)) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        names = str(arrays.pop("title")).splitlines()
+    except Exception as error:  # which one depends on where the damage is
+        raise ValueError(f"{file} is damaged, or does not hold the γ and β of trained networks") from error
+    if not set(names) <= set(map(name_of, runs.values())):
+        raise ValueError(f"{file} is of other runs: {', '.join(names)}")
+    for key, values in arrays.items():
+        method, _, name = key.partition("/")
+        if name.endswith(NORMALIZED):
+            measured = NormalizedValues(name.removesuffix(NORMALIZED), *values.tolist())
+            found.normalized_values.setdefault(method, []).append(measured)
+        else:
+            found.weights.setdefault(method, {})[name] = values
+    return found
+
+
+def name_of(run: Results) -> str:
+    """The name of a run."""
+    return str(run.header.get("name"))
+
+
+def observe_runs(
+    runs: Mapping[str, Results], networks: Path, archive: Path, own_network: str | None = None
+) -> Observations:
     """The learned γ and β and the normalized values of trained networks, as far as their files allow.
 
     Args:
-        runs: for each setting a finished run, all of one data set; there may be none.
-        title: the names of the runs, one a line.
+        runs: for each method a finished run, all of one data set; there may be none.
         networks: the folder with their weights, NAME-best.pt; `images` beside it has the data. Nothing is downloaded.
-        archive: written where there are weights, and read where they are missing; see `save_observations`.
+        archive: written where there are weights and images, and read where weights are missing.
+        own_network: MODULE:FUNCTION that may be imported. A network of another module is left out, as nobody has asked
+            for its code to be run.
 
     Raises:
         OSError: the archive cannot be written.
@@ -214,45 +202,28 @@ def observe_runs(runs: Mapping[str, Results], title: str, networks: Path, archiv
     found = Observations({}, {}, [])
     if not runs:
         return found
+    trained = {}
     try:
-        trained = {
-            setting: rebuild_network(run, networks / f"{run.header.get('name')}-best.pt")
-            for setting, run in runs.items()
-        }
+        for method, run in runs.items():
+            network = str(run.header.get("network", DEFAULTS["network"]))
+            if ":" in network and network != own_network:
+                raise ValueError(f"{network} is imported only where it is given as --network")
+            trained[method] = rebuild_network(run, networks / f"{name_of(run)}-best.pt")
     except (OSError, ValueError) as error:
-        lines = [f"no normalized values: {reason(error)}"]
-        try:
-            found = Observations(*load_observations(archive, title), [])
-        except (OSError, ValueError) as error:
-            lines.append(f"no scales and shifts: {reason(error)}")
-        return found._replace(missing=[] if found.normalized_values else lines)
-
-    found.weights.update({setting: batch_norm_arrays(network.state_dict()) for setting, network in trained.items()})
+        with suppress(OSError, ValueError):
+            return load_observations(archive, runs)
+        return found._replace(missing=[f"no figures of trained networks: {reason(error)}"])
+    found.weights.update({method: batch_norm_arrays(network.state_dict()) for method, network in trained.items()})
     load = cache(partial(load_image_set, folder=networks.parent / "images", download=False))
-    measured = {}
     try:
-        for setting, run in runs.items():
-            of_run = DEFAULTS | run.header
-            image_set = load(
-                of_run["dataset"],
-                image_size=of_run["image_size"],
-                split_seed=split_seed(of_run),
-                statistics=of_run["input_norm"] == "dataset",
-            )
-            measured[setting] = measure_run(run, trained[setting], image_set)
-        found.normalized_values.update(measured)
+        for method, run in runs.items():
+            header = DEFAULTS | run.header
+            options = {"split_seed": split_seed(header), "statistics": header["input_norm"] == "dataset"}
+            image_set = load(header["dataset"], image_size=header["image_size"], **options)
+            found.normalized_values[method] = measure_run(run, trained[method], image_set)
     except (OSError, ValueError) as error:
-        with suppress(OSError, ValueError):  # what was measured of these very networks is kept
-            weights, measured = load_observations(archive, title)
-            same = (
-                np.array_equal(of.get(name), values)
-                for setting, of in weights.items()
-                for name, values in found.weights[setting].items()
-            )
-            if weights.keys() == measured.keys() == found.weights.keys() and all(same):
-                return found._replace(normalized_values=measured)
-        found.missing.append(f"no normalized values: {reason(error)}")
-    save_observations(archive, title, found.weights, found.normalized_values)
+        return found._replace(normalized_values={}, missing=[f"no normalized values: {reason(error)}"])
+    save_observations(archive, runs, found)
     return found
 
 
@@ -267,35 +238,35 @@ DEPTH = "batch norm, from input to output (0: in front of the network)"
 
 
 def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mapping[str, float]) -> Figure:
-    """How far γ and β went from where they started, by depth, all settings on one scale (Section 3).
+    """How far γ and β went from where they started, by depth, all methods on one scale (Section 3).
 
-    Both are divided by the γ that their batch norm started with, so that settings with different ones can be compared.
-    For each setting and batch norm, a marker is at the median of the channels, a thick bar goes from the 5 % to the
+    Both are divided by the γ that their batch norm started with, so that methods with different ones can be compared.
+    For each method and batch norm, a marker is at the median of the channels, a thick bar goes from the 5 % to the
     95 % quantile, and a thin one from the smallest to the largest value. The scale is that of the network: values of
     the batch norm in front of it that go beyond are written at the edge.
 
     Args:
-        weights: for each setting a `state_dict`, as in `networks/NAME-best.pt`.
-        bn_weights: for each setting the initial γ of the batch norms; see `observations.initial_scale`.
+        weights: for each method a `state_dict`, as in `networks/NAME-best.pt`.
+        bn_weights: for each method the initial γ of the batch norms; see `observations.initial_scale`.
     """
     panels = make_axes(2, width=9, height=3.4, sharex=True)
     offsets = 0.24 * (np.arange(len(weights)) - (len(weights) - 1) / 2)
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for index, (setting, trained) in enumerate(weights.items()):
+    for index, (method, trained) in enumerate(weights.items()):
         layers = [
-            (d, np.array((scale, shift)) / initial_scale(d, bn_weights[setting]))
+            (d, np.array((scale, shift)) / initial_scale(d, bn_weights[method]))
             for d, scale, shift in batch_norms(trained)
         ]
         if not layers:
-            raise ValueError(f"{setting} has no batch norm with γ, β and running statistics")
+            raise ValueError(f"{method} has no batch norm with γ, β and running statistics")
         depths = np.array([depth for depth, _ in layers])
         quantiles = np.array([np.quantile(values, (0, 0.05, 0.5, 0.95, 1), axis=1) for _, values in layers])
-        found[setting] = depths, quantiles
+        found[method] = depths, quantiles
         for panel, (lowest, low, median, high, highest) in zip(panels, quantiles.transpose(2, 1, 0), strict=True):
             panel.vlines(depths + offsets[index], lowest, highest, color=f"C{index}", linewidth=0.8)
             panel.vlines(depths + offsets[index], low, high, color=f"C{index}", linewidth=3, alpha=0.6)
             style = line_style(index) | {"linestyle": "none", "markeredgecolor": "black", "markersize": 4}
-            panel.plot(depths + offsets[index], median, label=setting, **style)
+            panel.plot(depths + offsets[index], median, label=method, **style)
     for place, (panel, start, name) in enumerate(zip(panels, (1, 0), ("γ", "β"), strict=True)):
         panel.axhline(start, color="black", linestyle="--", linewidth=0.8, zorder=0, label="start")
         label_axes(panel, "", f"learned {name} / initial γ")
@@ -304,10 +275,10 @@ def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mappin
         margin = 0.05 * np.ptp(within) or 0.05
         low, high = within.min() - margin, within.max() + margin
         panel.set_ylim(low, high)
-        for offset, (setting, (depths, quantiles)) in zip(offsets, found.items(), strict=True):
+        for offset, (method, (depths, quantiles)) in zip(offsets, found.items(), strict=True):
             lowest, highest = quantiles[0, [0, -1], place]
             if depths[0] == 0 and (lowest < low or highest > high):
-                text = f"{setting}: {lowest:.1f} to {highest:.1f}"
+                text = f"{method}: {lowest:.1f} to {highest:.1f}"
                 panel.annotate(text, (offset, high), (4, -10), textcoords="offset points", fontsize=8)
     panels[1].set_xlabel(DEPTH)
     add_legend(panels[0].figure, title="median, 5 to 95 % of the channels, all of them")
@@ -317,10 +288,10 @@ def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mappin
 def normalized_values(measured: Mapping[str, Sequence[NormalizedValues]]) -> Figure:
     """How large normalized values get, by depth: the share beyond ±3, and the largest absolute one (Section 3)."""
     axes = make_axes(columns=2)
-    for index, (setting, layers) in enumerate(measured.items()):
+    for index, (method, layers) in enumerate(measured.items()):
         depth = np.arange(len(layers)) + first_depth([layer.name for layer in layers])
-        axes[0].plot(depth, [100 * layer.share_beyond_3 for layer in layers], label=setting, **line_style(index))
-        axes[1].plot(depth, [layer.maximum for layer in layers], label=setting, **line_style(index))
+        axes[0].plot(depth, [100 * layer.share_beyond_3 for layer in layers], label=method, **line_style(index))
+        axes[1].plot(depth, [layer.maximum for layer in layers], label=method, **line_style(index))
     normal = 100 * 2 * scipy.stats.norm.sf(LARGE)
     axes[0].axhline(normal, color="0.5", linewidth=1, label=f"a normal variable: {normal:.2f} %")
     label_axes(axes[0], DEPTH, f"normalized values beyond ±{LARGE:g} (%)")

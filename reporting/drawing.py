@@ -35,7 +35,7 @@ def make_axes(rows: int = 1, columns: int = 1, width: float = 5.5, height: float
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Color, stroke and marker of the line of the setting with this index."""
+    """Color, stroke and marker of the line of the method with this index."""
     return {"color": f"C{index}", "linestyle": STROKES[index % len(STROKES)], "marker": MARKERS[index % len(MARKERS)]}
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from scipy import stats
 
 import figures
+import networks
 import small
 from reporting import drawing
 from reporting.tables import table_rows, write_table
@@ -189,15 +190,35 @@ def test_what_is_missing_does_not_keep_the_others_from_being_drawn(tmp_path, cap
         write_results(folder / f"{run.header['seed']}.csv", run)
     (tmp_path / "networks").mkdir()
     (tmp_path / "networks" / "baseline 1-best.pt").write_bytes(b"damaged")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "figure-scales-and-shifts.npz").write_bytes(b"damaged")
     figures.main([*map(str, folder.iterdir()), "--output", str(tmp_path / "out")])
     out, err = capsys.readouterr()
     made = [tmp_path / "out" / f"figure-learning-curves.{kind}" for kind in ("png", "pdf")]
     assert out.splitlines() == list(map(str, made)) and all(file.exists() for file in made)
-    values, scales = err.splitlines()
-    assert values.startswith("figures.py: no normalized values: ") and "baseline 1-best.pt is damaged" in values
-    assert scales.startswith("figures.py: no scales and shifts: ") and "scales-and-shifts.npz is damaged" in scales
+    assert err.startswith("figures.py: no figures of trained networks: ") and "baseline 1-best.pt is damaged" in err
+    assert err.count("\n") == 1
+
+
+def test_modules_are_imported_where_they_are_given(tmp_path, monkeypatch, capsys):
+    """One that a result file names is not, as it may be anybody's."""
+    (tmp_path / "own_module.py").write_text(
+        "from torch import nn\nprint('imported')\n"
+        "def net(num_classes):\n"
+        "    layers = [nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten()]\n"
+        "    return nn.Sequential(*layers, nn.Linear(256, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    run = make_run("baseline", 1)
+    run.header |= {"dataset": "digits", "network": "own_module:net"}
+    write_results(tmp_path / "results" / "x.csv", run)
+    flags = ["results/x.csv", "--output", "out"]
+    figures.main(flags)
+    assert "imported" not in capsys.readouterr().out and "own_module" not in sys.modules
+    (tmp_path / "networks").mkdir()
+    network = networks.construct_network("own_module:net", 10, "digits", input_norm="dataset")
+    torch.save(network.state_dict(), tmp_path / "networks" / "baseline 1-best.pt")
+    figures.main([*flags, "--network", "own_module:net"])
+    assert "figure-scales-and-shifts.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("function", ["replace", "fsync"])

@@ -12,6 +12,7 @@ from image_sets.loading import load_image_set
 from networks import construct_network
 from observations import (
     NormalizedValues,
+    Observations,
     load_observations,
     measure_normalized_values,
     observe_runs,
@@ -25,15 +26,14 @@ def test_nothing_is_downloaded_for_figures(small_cifar10, forbidden_network, tmp
     weights = trained_networks.construct_network("resnet18", 10, "cifar10").state_dict()
     run = read_results(write_run(tmp_path, weights, dataset="cifar10"))
     networks, archive = tmp_path / "networks", tmp_path / "x.npz"
-    measured = observe_runs({"proposed": run}, "a run", networks, archive).normalized_values
-    assert measured  # from the images beside it
+    found = observe_runs({"proposed": run}, networks, archive)
+    assert found.normalized_values and not found.missing  # from the images beside it
+    kept = archive.read_bytes()
     (small_cifar10 / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"damaged")
-    again = observe_runs({"proposed": run}, "a run", networks, archive)
-    assert again.normalized_values == measured and not again.missing  # kept
-    weights["1.bn1.weight"] += 1  # now, they would be those of another network
-    run = read_results(write_run(tmp_path, weights, dataset="cifar10"))
-    [line] = observe_runs({"proposed": run}, "a run", networks, archive).missing
+    found = observe_runs({"proposed": run}, networks, archive)
+    [line] = found.missing
     assert line.startswith("no normalized values: ") and "data_batch_2 is damaged" in line
+    assert found.weights and not found.normalized_values and archive.read_bytes() == kept
 
 
 # --- γ and β --------------------------------------------------------------------------------------------------------
@@ -61,27 +61,27 @@ def test_batch_norms_by_depth():
 
 def test_archive(tmp_path):
     file = tmp_path / "x.npz"
+    runs = {name: Results({"name": f"run {name}"}, {}) for name in ("baseline", "proposed", "init")}
     weights = {"baseline": {"1.weight": np.array([1.0, 2.0])}, "proposed": {"0.bias": np.array([3.0], np.float32)}}
     measured = {"baseline": [NormalizedValues("2", 0.1, 9.0), NormalizedValues("1.bn1", 0.02, 4.0)]}
-    save_observations(file, "run 1\nrun 2", weights, measured)
-    loaded, loaded_measured = load_observations(file, "run 1\nrun 2\nrun 3")
-    assert loaded_measured == measured
-    assert {setting: list(arrays) for setting, arrays in loaded.items()} == {
-        setting: list(arrays) for setting, arrays in weights.items()
-    }
-    np.testing.assert_array_equal(loaded["proposed"]["0.bias"], [3.0])
-    with pytest.raises(ValueError, match=r"x\.npz is of other runs: run 1, run 2"):
-        load_observations(file, "run 1\nrun 3")
+    two = {name: runs[name] for name in weights}
+    save_observations(file, two, Observations(weights, measured, []))
     whole = file.read_bytes()
-    file.write_bytes(whole[:-32])  # without its checksum, as an older one
-    assert load_observations(file, "run 1\nrun 2")[0].keys() == weights.keys()
-    changed = [whole[:n] + bytes([whole[n] ^ 1 << n % 8]) + whole[n + 1 :] for n in range(0, len(whole), 7)]
-    for content in (b"", b"a", whole[:-30], *changed):
+    for content in (whole, whole + b"x" * 32):  # older archives end with a checksum
+        file.write_bytes(content)
+        loaded = load_observations(file, runs)  # there may be others
+        assert loaded.normalized_values == measured and not loaded.missing
+        assert {method: list(arrays) for method, arrays in loaded.weights.items()} == {
+            "baseline": ["1.weight"],
+            "proposed": ["0.bias"],
+        }
+        np.testing.assert_array_equal(loaded.weights["proposed"]["0.bias"], [3.0])
+    with pytest.raises(ValueError, match=r"x\.npz is of other runs: run baseline, run proposed"):
+        load_observations(file, {"baseline": runs["baseline"]})
+    for content in (b"", b"a", whole[:-30], whole[:60] + bytes([whole[60] ^ 1]) + whole[61:]):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.npz is damaged"):
-            load_observations(file, "run 1\nrun 2")
-    with pytest.raises(FileNotFoundError, match=r"none\.npz"):
-        load_observations(tmp_path / "none.npz", "run 1\nrun 2")
+            load_observations(file, runs)
 
 
 # --- normalized values ----------------------------------------------------------------------------------------------
@@ -153,43 +153,42 @@ def test_observe_runs(small_network, tmp_path):
     weights["0.running_var"].fill_(0.04)  # so that some pixels, divided by 0.2, are beyond 3
     runs = {"proposed": read_results(write_run(tmp_path, weights))}
     networks, archive = tmp_path / "networks", tmp_path / "x.npz"
-    found = observe_runs(runs, "a run", networks, archive)
+    found = observe_runs(runs, networks, archive)
     assert list(found.weights) == list(found.normalized_values) == ["proposed"] and not found.missing
     kept = archive.read_bytes()
 
     with_splits = {f"{n}": Results({**runs["proposed"].header, "split_seed": n}, {}) for n in (3, "seed", 0)}
     for run in with_splits.values():
         run.header["seed"] = 3
-    measured = observe_runs(with_splits, "a run", networks, tmp_path / "splits.npz").normalized_values
+    measured = observe_runs(with_splits, networks, tmp_path / "splits.npz").normalized_values
     network = trained_networks.construct_network("", 10, "digits").eval()
     network.load_state_dict(weights)
     split_3 = observations.measure_run(runs["proposed"], network, load_image_set("digits", split_seed=3))
     assert measured["3"] == measured["seed"] == split_3 != measured["0"] == found.normalized_values["proposed"]
 
-    (networks / "a run-best.pt").write_bytes(b"damaged")
-    again = observe_runs(runs, "a run", networks, archive)
+    (networks / "a run-best.pt").unlink()
+    again = observe_runs(runs, networks, archive)
     np.testing.assert_array_equal(again.weights["proposed"]["0.weight"], weights["0.weight"])
     assert again.normalized_values == found.normalized_values and not again.missing and archive.read_bytes() == kept
-    save_observations(archive, "a run", found.weights, {})  # as an older one
-    [line] = observe_runs(runs, "a run", networks, archive).missing
-    assert line.startswith("no normalized values: ") and "a run-best.pt is damaged" in line
     archive.write_bytes(b"damaged")
-    found = observe_runs(runs, "a run", networks, archive)
-    assert not found.weights and ["x.npz is damaged" in line for line in found.missing] == [False, True]
-    (networks / "a run-best.pt").unlink()
-    archive.unlink()
-    found = observe_runs(runs, "a run", networks, archive)
-    assert found.missing == [
-        f"no normalized values: there is no {networks / 'a run-best.pt'}",
-        f"no scales and shifts: there is no {archive}",
-    ]
-    assert not archive.exists()
+    missing = f"no figures of trained networks: there is no {networks / 'a run-best.pt'}"
+    assert observe_runs(runs, networks, archive) == ({}, {}, [missing])
+    assert observe_runs({}, networks, archive) == ({}, {}, [])
 
-    cifar10 = read_results(write_run(tmp_path, weights, dataset="cifar10"))
-    found = observe_runs({"proposed": cifar10}, "a run", networks, archive)
-    assert list(found.weights) == ["proposed"] and archive.exists()
-    [line] = found.missing
-    assert line.startswith(f"no normalized values: CIFAR-10 is not in {tmp_path / 'images'}")
+
+def test_code_that_nobody_asked_for_is_not_run(small_network, tmp_path):
+    """That of the module which a result file names; what was kept of its network is shown as ever."""
+    weights = trained_networks.construct_network("", 10, "digits").state_dict()
+    write_run(tmp_path, weights)
+    run = read_results(write_run(tmp_path, weights, network="module_of_somebody:net"))
+    networks, archive, runs = tmp_path / "networks", tmp_path / "x.npz", {"proposed": run}
+    for given in (None, "another:net"):
+        assert observe_runs(runs, networks, archive, given).missing == [
+            "no figures of trained networks: module_of_somebody:net is imported only where it is given as --network"
+        ]
+    found = observe_runs(runs, networks, archive, "module_of_somebody:net")  # for the fixture builds it in any case
+    assert found.weights and not found.missing
+    assert observe_runs(runs, networks, archive).normalized_values == found.normalized_values
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
