@@ -1,4 +1,3 @@
-import errno
 import sys
 
 import matplotlib
@@ -6,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
-from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 
@@ -14,9 +12,6 @@ import figures
 import networks
 import small
 from reporting import drawing
-from reporting.tables import table_rows, write_table
-from run_settings import NAMED
-from saved_runs import results
 from saved_runs.results import Results, write_results
 from t_test import compare_all
 
@@ -221,23 +216,6 @@ def test_modules_are_imported_where_they_are_given(tmp_path, monkeypatch, capsys
     assert "figure-scales-and-shifts.png" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("function", ["replace", "fsync"])
-def test_a_full_disk_leaves_older_figures_whole(function, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    figure = Figure(figsize=(1, 1))
-    files = drawing.save(figure, tmp_path / "x")
-    assert files == [tmp_path / "x.png", tmp_path / "x.pdf"]
-    before = [file.read_bytes() for file in files]
-    figure.text(0.5, 0.5, "new")
-    monkeypatch.setattr(results.os, function, full)
-    with pytest.raises(OSError, match="No space left on device"):
-        drawing.save(figure, tmp_path / "x")
-    assert [file.read_bytes() for file in files] == before
-    assert sorted(tmp_path.iterdir()) == sorted(files)
-
-
 def test_read_runs(tmp_path):
     for setting, seeds in RUNS.items():
         for seed, run in seeds.items():
@@ -268,36 +246,6 @@ def test_titles_say_what_is_shown():
     for run in runs:
         run.header["split_seed"] = "seed"
     assert figures.describe(runs).endswith("learning rate, a split for each seed")
-
-
-def test_tables_of_experiments_are_left_out(tmp_path, capsys):
-    for run in RUNS["baseline"].values():
-        write_results(tmp_path / f"{run.header['seed']}.csv", run)
-    rows = table_rows(compare_all({"baseline": RUNS["baseline"]}), {"baseline": NAMED["baseline"]})
-    write_table(tmp_path / "all", {"dataset": "cifar10"}, rows, "")
-    figures.main([*map(str, tmp_path.glob("*.csv")), "--output", str(tmp_path / "out")])
-    out, err = capsys.readouterr()
-    assert "figure-learning-curves.png" in out
-    assert err.startswith(f"figures.py: {tmp_path / 'all.csv'} is the table of an experiment, and left out\n")
-
-
-def test_files_that_are_not_results(tmp_path, capsys):
-    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(SystemExit) as stop:
-        figures.main([str(tmp_path / "x.csv"), "--output", str(tmp_path)])
-    assert stop.value.code == 1
-    message = capsys.readouterr().err
-    assert message.startswith(f"figures.py: error: {tmp_path / 'x.csv'} is not a result file")
-    assert message.count("\n") == 1
-
-
-@pytest.mark.parametrize("flags", [[], ["a.csv"], ["a.csv", "--out", "x"], ["a.csv", "--output", __file__]])
-def test_wrong_flags(flags, capsys):
-    with pytest.raises(SystemExit) as stop:
-        figures.main(flags)
-    captured = capsys.readouterr()
-    assert (stop.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
-    assert captured.err.startswith("figures.py: error: ") and "--output" in captured.err
 
 
 def test_needs_no_display(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,6 @@ from PIL import Image
 from torch import nn
 
 import mechanism
-from folders import make_folder
 from image_sets.batches import Batches
 from image_sets.loading import load_image_set
 from mechanism import AtInitialization, FirstSteps, measure_first_steps, measure_initialization
@@ -253,15 +252,6 @@ def test_command(few_digits, tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == sorted([*expected, tmp_path / "mechanism.md"])
     with Image.open(expected[0]) as image:
         assert image.convert("L").getextrema() == (0, 255)
-
-
-def test_large_images_of_a_folder(tmp_path, capsys):
-    """They are streamed from their files."""
-    make_folder(tmp_path / "images" / "beetles", size=(70, 70))
-    flags = ["--network", "test_mechanism:small_network", "--device", "cpu", "--batch_size", "16", "--image_size", "65"]
-    flags += ["--dataset", "beetles", "--path", str(tmp_path), "--output", str(tmp_path), "--steps", "4", "--seeds"]
-    mechanism.main([*flags, "1", "1-1"])
-    assert capsys.readouterr().out.startswith("test_mechanism:small_network on beetles, learning rate 0.1, seed 1: ")
 
 
 def test_network_without_convolutions(few_digits, tmp_path, capsys):

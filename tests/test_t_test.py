@@ -2,7 +2,6 @@ import datetime
 import itertools
 import math
 import re
-import signal
 import subprocess
 import sys
 import warnings
@@ -397,23 +396,6 @@ def test_without_a_baseline_contrasts_alone_are_compared():
     )
     assert (proposed.reference, init.reference) == (None, None) and proposed.accuracies == dict(enumerate(PROPOSED, 1))
     assert contrast.corrected_p_value == contrast.p_value == pytest.approx(by_hand(PROPOSED, BASELINE))
-
-
-@pytest.mark.parametrize("flags", [[], ["--proposed", "a"], ["--prop", "a", "--base", "b"]])
-def test_wrong_flags(flags, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(flags)
-    captured = capsys.readouterr()
-    assert (stop.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
-    assert captured.err.startswith("t_test.py: error: the following arguments are required")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_it_in_one_line(number, monkeypatch, capsys):
-    monkeypatch.setattr(t_test, "report", lambda *_: signal.raise_signal(number))
-    with pytest.raises(SystemExit) as stop:
-        main(["--proposed", "a", "--baseline", "b"])
-    assert (stop.value.code, capsys.readouterr().err) == (128 + number, "t_test.py: stopped\n")
 
 
 def test_imports_neither_torch_nor_matplotlib():
