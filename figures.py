@@ -39,7 +39,7 @@ from reporting.comparison import Comparison, is_contrast
 from reporting.drawing import add_legend, label_axes, line_style, make_axes, make_logarithmic, save
 from reporting.tables import without_tables
 from saved_runs.by_seed import accuracy_by_seed, check_alike, read_by_seed
-from saved_runs.results import SETTLED, Results, read_results
+from saved_runs.results import Results, read_results
 from t_test import compare, compare_all
 
 Runs = Mapping[str, Mapping[int, Results]]  # finished runs by method and seed
@@ -72,9 +72,10 @@ def learning_curves(runs: Runs) -> Figure:
     label_axes(axes[1], "epoch", "training loss (cross-entropy, nats)")
     make_logarithmic(axes[0], np.concatenate(shown[0]), largest=100)
     make_logarithmic(axes[1], np.concatenate(shown[1]))
-    steps = next(run.steps_per_epoch for seeds in runs.values() for run in seeds.values())
-    if steps and steps < SETTLED:
-        note = f"An epoch has {steps} steps. For about {SETTLED} steps, evaluation uses\nrunning statistics"
+    first = next(run for seeds in runs.values() for run in seeds.values())
+    steps, settling_steps = first.steps_per_epoch, first.settling_steps
+    if steps and steps < settling_steps:
+        note = f"An epoch has {steps} steps. For about {settling_steps} steps, evaluation uses\nrunning statistics"
         axes[0].set_title(f"{note} of batch norm that have not settled.", fontsize=8)
     add_legend(axes[0].figure, title="median and middle half of the seeds")
     return axes[0].figure

@@ -134,6 +134,7 @@ class Settings:
     )
     precision: str = setting(BEYOND, "float32", "how matrix products and convolutions are rounded", choices=PRECISIONS)
     compile: bool = setting(BEYOND, False, "compile the network with torch.compile")
+    debias: bool = setting(BEYOND, False, "evaluate without the values that batch norms' running statistics start from")
     equivalent: str = setting(
         BEYOND,
         "no",

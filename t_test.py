@@ -189,6 +189,9 @@ def compare_all(
     for one, other in contrasts:
         contrast = compare(f"{one} vs {other}", accuracies[one], accuracies[other])
         comparisons.append(replace(contrast, accuracies={}, planned=planned, reference=other))
+    for c in comparisons:
+        methods = [name for name in runs if name in (c.method, c.reference) or f"{name} vs {c.reference}" == c.method]
+        c.settled = all(run.settled for name in methods for run in runs[name].values())
     apply_holm_correction(comparisons)
     return comparisons
 

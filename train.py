@@ -8,7 +8,7 @@ are in `run_settings.py`; what is checked before, saved, and shared between proc
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
 import run_settings
@@ -27,7 +27,7 @@ from run_settings import Settings
 from saved_runs.results import Results, run_files
 from seeds import make_deterministic
 from training import together
-from training.devices import compute_logits, speed_up, use_precision
+from training.devices import compute_logits, evaluating, speed_up, use_precision
 from training.preparation import construct, load_images, prepare, rewrite
 from training.run import Report, Run
 from training.trial import check_network
@@ -52,9 +52,8 @@ def train(settings: Settings, report: Report = lambda line: None, show_bar: bool
     """
     settings = prepare(settings)
     with Run(settings, report, show_bar) as run, use_precision(settings.precision):
-        if run.finished:
+        if run.finished_before(partial(load_images, settings)):
             return run.results
-
         make_deterministic(settings.seed)
         image_set = load_images(settings, report, show_bar)
         train_batches, val_batches, test_batches = (
@@ -63,7 +62,7 @@ def train(settings: Settings, report: Report = lambda line: None, show_bar: bool
         )
 
         network = construct(settings, len(image_set.classes), image_set.size, report)
-        check_network(settings, network, image_set)
+        check_network(settings, network, image_set, report)
         network.to(settings.device)
         groups = adjust_weight_decay_and_learning_rate(
             network, settings.weight_decay, settings.learning_rate, settings.c
@@ -113,13 +112,13 @@ def train_one_epoch(
 @torch.no_grad()
 def measure(network: nn.Module, batches: Iterable[Batch], settings: Settings) -> tuple[float, float]:
     """Loss (mean over the images) and accuracy (in percent) of a network on every batch, in evaluation mode."""
-    network.eval()
     losses, correct, num_images = [], [], 0
-    for images, labels in batches:
-        num_images += len(labels)
-        logits = compute_logits(network, images, settings)
-        losses.append(F.cross_entropy(logits, labels, reduction="sum"))
-        correct.append((logits.argmax(1) == labels).sum())
+    with evaluating(network, settings):
+        for images, labels in batches:
+            num_images += len(labels)
+            logits = compute_logits(network, images, settings)
+            losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+            correct.append((logits.argmax(1) == labels).sum())
     loss, num_correct = reduce(add, torch.stack(losses).tolist()), torch.stack(correct).sum().item()
     loss, num_correct, num_images = together.total(loss, num_correct, num_images)
     return loss / num_images, num_correct / num_images * 100

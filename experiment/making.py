@@ -20,8 +20,7 @@ from command_line.flag_types import FlagError
 from command_line.signals import ARRIVED, STOP_AT_END_OF_INPUT, STOP_SIGNALS
 from experiment.cluster import on_cluster
 from run_settings import Settings, as_arguments
-from saved_runs.results import run_files
-from saved_runs.results import Results, read_results
+from saved_runs.results import Results, read_results, run_files
 
 Outcome = Results | Exception | int  # of a run: its results, why it failed, or the number of the signal that stopped it
 

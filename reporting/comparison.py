@@ -54,6 +54,7 @@ class Comparison:
             `t_test.apply_holm_correction` sets it.
         planned: how many pairs are planned; 0 where it is not known.
         reference: the other method; None where it is compared with nothing.
+        settled: whether the accuracies are of runs that are long enough to say something; see `Results.settled`.
     """
 
     method: str
@@ -64,6 +65,7 @@ class Comparison:
     corrected_p_value: float = nan
     planned: int = 0
     reference: str | None = "baseline"
+    settled: bool = True
 
     @property
     def mean(self) -> float:
@@ -101,6 +103,11 @@ class Comparison:
 
         It is "worse" where the whole interval, which is not corrected, lies below 0.
         """
+        return self.verdict_of_test + ", unsettled" * (not self.settled)
+
+    @property
+    def verdict_of_test(self) -> str:
+        """The same, whatever the runs are worth."""
         if len(self.differences) < self.planned:
             return f"interim: {len(self.differences)} of {self.planned}"
         if len(self.differences) < 2:

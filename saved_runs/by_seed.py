@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import run_settings
-from saved_runs.results import SETTLED, UNSETTLED, Results, read_results
+from saved_runs.results import Results, read_results, unsettled
 
 IDENTITIES = {"network_code": "network's code", "image_hash": "images"}  # by the name of the hash in a header
 CIRCUMSTANCES = ("images", "machine", "python", "torch", "torchvision")  # what else may change the numbers
@@ -81,5 +81,7 @@ def note_missing_checksums(runs: Iterable[Results]) -> list[str]:
 
 def note_unsettled(runs: Iterable[Results]) -> list[str]:
     """A line where some of the runs are so short that batch norm's running statistics have not settled."""
-    steps = min((run.num_epochs * run.steps_per_epoch for run in runs if run.steps_per_epoch), default=SETTLED)
-    return [f"runs of {steps} steps: {UNSETTLED}"] * (steps < SETTLED)
+    shortest = min((run for run in runs if not run.settled), key=lambda run: run.num_epochs, default=None)
+    if shortest is None:
+        return []
+    return [f"runs of {unsettled(shortest.num_epochs * shortest.steps_per_epoch, shortest.settling_steps)}"]

@@ -22,8 +22,7 @@ from run_settings import DATASETS, DEFAULTS, OWN_SEED, WITHOUT_EFFECT, Settings,
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "test_accuracy")
 TYPES = (int, float, float, float, float)
 CHECKSUM = "sha256"  # stands where the name of a setting does
-SETTLED = 100  # training steps after which running statistics have forgotten where they started
-UNSETTLED = f"for about {SETTLED} steps, batch norm's running statistics have not settled, and accuracies say little"
+SETTLING_STEPS = 88  # after which the start of running statistics weighs less than 1e-4, with torch's momentum of 0.1
 REMEDY = "remove it to start over, or give another --name"
 
 
@@ -80,6 +79,17 @@ class Results:
         else:
             return None
         return math.ceil(num_train / settings["batch_size"])
+
+    @property
+    def settling_steps(self) -> int:
+        """For how many training steps accuracies say little, as batch norm's running statistics hold their start."""
+        return 0 if self.header.get("debias") else self.header.get("settling_steps", SETTLING_STEPS)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the run has made so many; also where it is not known."""
+        steps = self.steps_per_epoch
+        return steps is None or self.num_epochs * steps >= self.settling_steps
 
     @property
     def finished(self) -> bool:
@@ -238,3 +248,9 @@ def from_text(text: str) -> Value:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def unsettled(steps: int, settling_steps: int) -> str:
+    """What to know of accuracies after so few training steps."""
+    start = f"batch norm's running statistics still hold what they started from, for about {settling_steps} steps"
+    return f"{steps} steps: {start}, and accuracies say little; --debias evaluates without that"

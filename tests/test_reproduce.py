@@ -27,8 +27,7 @@ from experiment.plan import PlannedRun, parse
 from light import wait_until
 from run_settings import Settings
 from saved_runs.lock import lock_run
-from saved_runs.results import run_files
-from saved_runs.results import Results, read_results, write_results
+from saved_runs.results import Results, read_results, run_files, write_results
 
 pytestmark = pytest.mark.usefixtures("small_network", "runs_here")
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext, suppress
 import torch
 from torch import Tensor, nn
 
+from batch_norm import debias_running_statistics
 from command_line.flag_types import SettingError
 from run_settings import PRECISIONS, Settings
 
@@ -80,6 +81,14 @@ def compute_logits(network: nn.Module, images: Tensor, settings: Settings) -> Te
         torch.autocast(images.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"),
     ):
         return network(images).float()
+
+
+@contextmanager
+def evaluating(network: nn.Module, settings: Settings) -> Iterator[None]:
+    """Within it, a network is as it is evaluated: in evaluation mode; with `debias`, without its statistics' start."""
+    network.eval()
+    with debias_running_statistics(network) if settings.debias else nullcontext():
+        yield
 
 
 @contextmanager

@@ -19,11 +19,13 @@ from image_sets.folders import Size, class_names, find_parts
 from image_sets.loading import ImageSet, load_image_set
 from networks import construct_network
 from run_settings import DATASETS, Settings, determining, split_seed
-from saved_runs.circumstances import code_version
+from saved_runs.circumstances import code_version, network_code
 from saved_runs.tensorboard_curves import check_tensorboard
 from seeds import keep_random_states
 from training import together
 from training.run import Report
+
+IMPORTED: dict[str, str | None] = {}  # a hash of the code of each network of one's own that this process has imported
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
@@ -121,6 +123,11 @@ def construct(settings: Settings, num_classes: int, size: Size | None, report: R
             network = construct_network(settings.network, num_classes, **arguments, image_size=size)
     except ValueError as error:
         raise SettingError("network", f"{error}") from error
+    code = network_code(settings.network)
+    if IMPORTED.setdefault(settings.network, code) != code:
+        raise SettingError(
+            "network", f"the code of {settings.network} has changed since it was imported: start Python anew"
+        )
     for warning in caught:
         report(f"{settings.network}: {warning.message}")
     return network

@@ -4,26 +4,27 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn, optim
 from tqdm import tqdm
 
-from command_line.files import AtWorkError, check_plain, remove_temporaries
+from batch_norm import steps_until_start_is_gone
+from command_line.files import AtWorkError
 from command_line.signals import catch_signals, until_stopped
 from image_sets.batches import Batch, Batches
 from image_sets.loading import ImageSet
 from run_settings import DATASETS, Settings, Value
-from saved_runs.checkpoint import FORMAT, REMOVE_BOTH, read_finished, recover_run, save_run
-from saved_runs.circumstances import code_version, describe_run
+from saved_runs.checkpoint import FORMAT, REMOVE_BOTH, check_parameters, parameter_names, recover_run, save_run
+from saved_runs.circumstances import code_version, describe_run, network_code
 from saved_runs.lock import lock_run
-from saved_runs.results import run_files
-from saved_runs.results import COLUMNS, SETTLED, UNSETTLED, Results, write_results
+from saved_runs.results import COLUMNS, SETTLING_STEPS, Results, read_finished, run_files, unsettled, write_results
 from saved_runs.tensorboard_curves import Curves
 from seeds import random_states, set_random_states
 from training import together
+from training.devices import evaluating
 
 Report = Callable[[str], None]  # takes a line of text
 
@@ -63,8 +64,6 @@ class Run:
     def __enter__(self) -> "Run":
         together.agree(self.open_files if self.first else lambda: None)
         self.results, self.state = together.from_first((self.results, self.state))
-        if self.finished:
-            self.report(f"{self.settings.run_name} is finished already")
         return self
 
     def open_files(self) -> None:
@@ -79,14 +78,11 @@ class Run:
                 if self.results is None:
                     raise
                 return  # a run that is finished needs no lock, and its folder need not be one that can be written
-            for file in self.files:
-                check_plain(file)
-                remove_temporaries(file)
             code_version()  # as it is now: it may be changed while the run goes on
             if not self.settings.restart:
                 self.results, self.state = recover_run(self.files, self.settings)
                 self.saved_state = self.state
-            self.curves = contexts.enter_context(Curves(self.settings))
+            self.curves = contexts.enter_context(closing(Curves(self.settings)))
             self.contexts = contexts.pop_all()
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -96,10 +92,22 @@ class Run:
         if isinstance(error, SystemExit):  # or else the command would end as if all were well
             raise RuntimeError(f"{self.settings.network} has ended the program by sys.exit({error.code})") from error
 
+    def finished_before(self, load_images: Callable[[], ImageSet]) -> bool:
+        """Whether there is nothing left to train; if so, report it, and what has changed since then."""
+        if not self.finished:
+            return False
+        notes = code_notes(self.settings)
+        if self.results.header.get("image_hash"):
+            with suppress(ValueError, OSError):  # of images that are not there any more, nothing is asked
+                notes |= image_notes(self.settings, load_images())
+        changes = "".join(f"; {change} since: --restart trains it anew" for change in self.changes(notes))
+        self.report(f"{self.settings.run_name} is finished already{changes}")
+        return True
+
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to train."""
-        return self.results is not None and self.results.has_made(self.settings.num_epochs)
+        return self.results is not None and self.results.num_epochs >= self.settings.num_epochs
 
     @property
     def epochs(self) -> range:
@@ -118,10 +126,13 @@ class Run:
 
         From here on, a signal ends the run between two steps, never in the middle of saving it.
         """
-        self.note_images(image_set.notes)
+        self.note(image_notes(self.settings, image_set) | code_notes(self.settings))
+        if (steps := steps_until_start_is_gone(network)) != SETTLING_STEPS:
+            self.notes["settling_steps"] = steps
         self.parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
         self.start = time.monotonic()
         if self.state is not None:
+            check_parameters(self.files.checkpoint, self.state, network, optimizer)
             for name, part in self.parts.items():
                 try:
                     part.load_state_dict(self.state[name])
@@ -149,21 +160,26 @@ class Run:
         if self.results:
             self.report(f"{settings.run_name} resumes at epoch {self.epochs[0]} of {settings.num_epochs}")
         num_steps = math.ceil(len(image_set.splits["train"]) / settings.batch_size)
-        if self.epochs[0] * num_steps < SETTLED:
-            self.report(f"an epoch has {num_steps} steps: {UNSETTLED}")
+        settling_steps = 0 if settings.debias else steps_until_start_is_gone(network)
+        if self.epochs[0] * num_steps < settling_steps:
+            self.report(f"an epoch has {unsettled(num_steps, settling_steps)}")
 
-    def note_images(self, notes: dict[str, Value]) -> None:
-        """Let the result file say what the images of a folder are like. ValueError where others were resumed with."""
-        if self.settings.dataset in DATASETS:
-            return
-        earlier = self.results.header if self.results else {}
-        for name, note in notes.items():
-            if (before := earlier.get(name, note)) != note:
-                name_of_run = self.settings.run_name
-                changed = f"the images of {self.settings.dataset} have changed since {name_of_run} was stopped"
-                remedy = "give --restart to start over, or another --name"
-                raise ValueError(f"{changed}: {name} were {before}, now {note}: {remedy}")
+    def note(self, notes: dict[str, Value]) -> None:
+        """Let the result file say what images and code are like. ValueError where the run was begun with others."""
+        if changes := self.changes(notes):
+            remedy = "give --restart to start over, or another --name"
+            raise ValueError(f"{'; '.join(changes)} since {self.settings.run_name} was stopped: {remedy}")
         self.notes.update(notes)
+
+    def changes(self, notes: dict[str, Value]) -> list[str]:
+        """What has changed since the run was begun. Files of early versions do not say all of it."""
+        earlier = self.results.header if self.results else {}
+        of = {"network_code": f"the code of {self.settings.network}"}
+        return [
+            f"{of.get(name, f'the images of {self.settings.dataset}')} changed ({name} was {earlier[name]}, now {note})"
+            for name, note in notes.items()
+            if earlier.get(name, note) != note
+        ]
 
     def steps(self, batches: Batches) -> Iterator[Batch]:
         """The batches, one after the other; KeyboardInterrupt with the number of a signal that has arrived."""
@@ -189,21 +205,21 @@ class Run:
         columns = {name: np.append(before[name], value) for name, value in zip(COLUMNS, numbers, strict=True)}
         described = describe_run(self.settings, time.monotonic() - self.start, earlier, together.size())
         self.results = Results(described | self.notes, columns)
-        together.agree((lambda: self.save(earlier, numbers)) if self.first else lambda: None)
+        together.agree(self.save if self.first else lambda: None)
         self.report(
             f"epoch {epoch}/{self.settings.num_epochs}: train loss {train_loss:.6f}, val loss {val_loss:.6f},"
             f" val accuracy {val_accuracy:.3f} %, test accuracy {test_accuracy:.3f} %, {self.speed:,.0f} images/s"
         )
 
-    def save(self, earlier: Results | None, numbers: tuple[float, ...]) -> None:
-        """Save what is due after an epoch with these numbers."""
-        self.curves.add(self.parts["network"], earlier, *numbers)  # first: so all that is saved is shown
+    def save(self) -> None:
+        """Save what is due after an epoch."""
+        self.curves.add(self.parts["network"], self.results)  # first: so all that is saved is shown
         if self.results.best_epoch == self.results.num_epochs:
-            weights = self.parts["network"].state_dict()
-            best_weights = {
-                name: value.cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-                for name, value in weights.items()
-            }
+            with evaluating(self.parts["network"], self.settings):  # the checkpoint has the statistics as they are
+                best_weights = {
+                    name: value.cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+                    for name, value in self.parts["network"].state_dict().items()
+                }
         else:
             best_weights = self.state["best_weights"]
         self.state = {
@@ -212,6 +228,7 @@ class Run:
             "columns": {name: column.tolist() for name, column in self.results.columns.items()},
             "best_weights": best_weights,
             **{name: copy.deepcopy(part.state_dict()) for name, part in self.parts.items()},
+            "parameters": parameter_names(self.parts["network"], self.parts["optimizer"]),
             "random": random_states(),
         }
         if self.saved_state is None:  # the results of a run that this one replaces must not stand beside its checkpoint
@@ -221,3 +238,14 @@ class Run:
             self.saved_state, self.last_save = self.state, time.monotonic()
         else:
             write_results(self.files.results, self.results)
+
+
+def image_notes(settings: Settings, image_set: ImageSet) -> dict[str, Value]:
+    """What a result file says of images of one's own."""
+    return {} if settings.dataset in DATASETS else dict(image_set.notes)
+
+
+def code_notes(settings: Settings) -> dict[str, Value]:
+    """What a result file says of a network of one's own."""
+    code = network_code(settings.network)
+    return {"network_code": code} if code else {}

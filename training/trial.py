@@ -12,16 +12,20 @@ from command_line.endings import in_one_line
 from command_line.flag_types import SettingError
 from image_sets.folders import Size
 from image_sets.loading import ImageSet
+from networks import find_seed_problem
 from run_settings import Settings, check_batch_size
 from saved_runs.checkpoint import load_saved
 from seeds import keep_random_states
 from training.preparation import construct, rewrite
+from training.run import Report
 
 
-def check_network(settings: Settings, network: nn.Module, image_set: ImageSet) -> None:
+def check_network(
+    settings: Settings, network: nn.Module, image_set: ImageSet, report: Report = lambda line: None
+) -> None:
     """SettingError where a run's network cannot train on batches of these images, or not be resumed.
 
-    Nothing is drawn or changed.
+    Nothing is drawn or changed. `report` is called with what there is to warn of.
     """
     num_train, num_classes = len(image_set.splits["train"]), len(image_set.classes)
     check_batch_size(settings, num_train)
@@ -47,6 +51,8 @@ def check_network(settings: Settings, network: nn.Module, image_set: ImageSet) -
                 f" images of {settings.dataset}, and {settings.network} cannot train on one: {in_one_line(error)}",
             ) from error
     check_state(settings, trial, image_set)
+    if problem := find_seed_problem(settings.network, num_classes):
+        report(problem)
 
 
 def check_logits(settings: Settings, logits: Any, num_classes: int) -> None:
