@@ -105,17 +105,16 @@ def test_whatever_is_changed_in_a_file_is_noticed(tmp_path):
     results = make_results(dataset="digits", seed=1, c=100.0, bn_weight=0.1, num_epochs=3)
     write_results(file, results)
     lines = file.read_text().splitlines(keepends=True)
-    checksum = next(n for n, line in enumerate(lines) if line.startswith("# sha256: "))
     for n, line in enumerate(lines):
         before, after = lines[:n], lines[n + 1 :]
         changed = [[*before, line[:-2] + chr(ord(line[-2]) ^ 1) + "\n", *after]]
-        if n != checksum:  # without it, the file counts as an older one
-            changed += [[*before, *after], [*before, line, line, *after], [*before, *after[:1], line, *after[1:]]]
+        if not line.startswith("# sha256: "):  # without it, the file counts as an older one
+            changed += [[*before, *after], [*before, line, line, *after]]
+            changed += [[*before, after[0], line, *after[1:]]] if after and "sha256" not in after[0] else []
         for damaged in changed:
             file.write_text("".join(damaged))
-            if damaged != lines and damaged[checksum].startswith("# sha256: "):
-                with pytest.raises(DamagedFileError, match=r"results\.csv was changed after it was written"):
-                    read_results(file)
+            with pytest.raises(DamagedFileError, match=r"results\.csv was changed after it was written"):
+                read_results(file)
 
 
 def test_older_file_has_no_checksum(tmp_path):
@@ -154,12 +153,6 @@ def test_headline_number_is_at_the_best_validation_accuracy():
     last = replace(results, select="last")
     assert (last.best_epoch, last.val_accuracy, last.test_accuracy) == (2, 90.25, results.columns["test_accuracy"][-1])
     assert last.test_accuracy != results.test_accuracy
-
-
-def test_no_epochs_yet(tmp_path):
-    results = Results({}, {name: column[:0] for name, column in make_results().columns.items()})
-    write_results(tmp_path / "results.csv", results)
-    assert_same(read_results(tmp_path / "results.csv"), results)
 
 
 HEADER = "epoch,train_loss,val_loss,val_accuracy,test_accuracy\n"
