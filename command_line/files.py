@@ -22,17 +22,12 @@ class DamagedFileError(ValueError):
     """A file is not what it should be: changed, cut short, or something else."""
 
 
-def check_plain(file: str | os.PathLike) -> None:
-    """OSError where there is something else than a file or a folder: reading it might never end."""
+def read_file(file: str | os.PathLike) -> bytes:
+    """The content of a file. OSError where it cannot be read, or where reading might never end, as of a pipe."""
     file = Path(file)
     if file.exists() and not file.is_file() and not file.is_dir():
         raise OSError(f"{file} is a pipe, a socket or a device, where a file should be")
-
-
-def read_file(file: str | os.PathLike) -> bytes:
-    """The content of a file. OSError at once where it cannot be read, or is a pipe, a socket or a device."""
-    check_plain(file)
-    return Path(file).read_bytes()
+    return file.read_bytes()
 
 
 def add_digest(stream: io.BytesIO) -> None:
