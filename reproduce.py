@@ -25,17 +25,8 @@ from experiment.command import command_of, find_experiments
 from experiment.display import Display
 from experiment.making import make_runs
 from experiment.outcomes import Experiment, remove
+from reporting import tables
 from reporting.comparison import Comparison, is_contrast
-from reporting.tables import (
-    NARROW_TABLE_COLUMNS,
-    read_table_seeds,
-    selection_note,
-    table,
-    table_rows,
-    tables,
-    values_of,
-    write_table,
-)
 from saved_runs.by_seed import mixed_circumstances, note_missing_checksums, note_unsettled
 from saved_runs.results import Results
 from t_test import compare_all
@@ -49,7 +40,7 @@ def check_here(plan: argparse.Namespace) -> None:
     for run in {run.method: run for run in plan.tuning_runs or plan.runs}.values():
         prepare(replace(run.settings, device=plan.device))
     if plan.first.dataset not in DATASETS:
-        find_images(plan.path / "images" / plan.first.dataset)
+        find_images(plan.first.path / "images" / plan.first.dataset)
 
 
 def compare(experiment: Experiment) -> list[Comparison]:
@@ -75,7 +66,7 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
 
     def rows() -> list[str]:
         comparisons = [] if planned[0].for_tuning else [c for c in compare(experiment) if not is_contrast(c)]
-        return table(comparisons, NARROW_TABLE_COLUMNS).splitlines() if comparisons else []
+        return tables.table(comparisons, tables.NARROW_TABLE_COLUMNS).splitlines() if comparisons else []
 
     runs = [run.settings for run in left.values()]
     display = Display(left, num_done, rows())
@@ -126,33 +117,28 @@ def report_command(command: str, plan: argparse.Namespace) -> str:
 
 
 def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Sequence[str]) -> None:
-    """Print what has come of an experiment, and write its table and figures.
+    """Print what has come of an experiment and of the choice of its learning rates; write its table and figures.
 
     Without --restart, an earlier table is not replaced by one that lacks some of its runs.
-
-    Args:
-        experiment: of which there is something to report.
-        comparisons: of its runs.
-        tuning: the report of the choice of the learning rates.
     """
     plan, runs = experiment.plan, experiment.runs_by_method
     stem, to_compare = experiment.folder / plan.table_name, [run for seeds in runs.values() for run in seeds.values()]
-    notes = [*note_unsettled(experiment.finished.values()), *tuning, *selection_note(plan.select)]
+    notes = [*note_unsettled(experiment.finished.values()), *tuning, *tables.selection_note(plan.select)]
     notes += [*note_missing_checksums(to_compare), *mixed_circumstances(to_compare)]
-    text = "\n\n".join([*(tables(comparisons) if experiment.runs else []), *notes])
+    text = "\n\n".join([*(tables.tables(comparisons) if experiment.runs else []), *notes])
     say(text)
     for name, reason in experiment.failed.items():
         warn(f"{name} failed: {reason}", "reproduce.py")
     if not to_compare:
         return
-    now = {values_of(plan.methods[name]): len(seeds) for name, seeds in runs.items()}
-    earlier = read_table_seeds(stem, plan.shared).items()  # which another command may have written by now
+    now = {tables.values_of(plan.methods[name]): len(seeds) for name, seeds in runs.items()}
+    earlier = tables.read_table_seeds(stem, plan.shared).items()  # which another command may have written by now
     fewer = [f"{number} of {name}" for values, (name, number) in earlier if number > now.get(values, 0)]
     if fewer and not experiment.restarts:
         say(f"{stem}.csv keeps its table, which has more runs ({', '.join(fewer)}): ask for these too, or remove it")
         return
-    rows = [row | experiment.tuning_of(row["setting"]) for row in table_rows(comparisons, plan.methods)]
-    written = [*write_table(stem, plan.shared, rows, text), experiment.write_command()]
+    rows = [row | experiment.tuning_of(row["setting"]) for row in tables.table_rows(comparisons, plan.methods)]
+    written = [*tables.write_table(stem, plan.shared, rows, text), experiment.write_command()]
     if not ARRIVED:
         from figures import save_figures  # matplotlib is not needed where runs are made
 
@@ -180,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if plan.list:
             list_runs(experiment)
             return
-        read_table_seeds(experiment.folder / plan.table_name, plan.shared)  # which refuses a table of other settings
+        tables.read_table_seeds(
+            experiment.folder / plan.table_name, plan.shared
+        )  # refuses one of other settings
         if plan.report is None and not plan.scheduler:
             check_here(plan)
             raise_if_stopped()

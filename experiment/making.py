@@ -45,7 +45,7 @@ def make_run(run: Settings, experiment: str, **environment: str) -> Outcome:
     in `STOPPED`, and also where this process dies.
 
     Args:
-        run: its settings, with an absolute path.
+        run: its settings.
         experiment: what it is part of.
         environment: further variables for the process.
     """
@@ -142,7 +142,7 @@ def make_runs(
     tried again until that is done.
 
     Args:
-        runs: their settings, with absolute paths.
+        runs: their settings.
         jobs: how many runs to make at a time. They share out the cores and the GPUs of this machine.
         scheduler: address of the scheduler of a Dask cluster, each of whose workers makes one run at a time.
         device: of every run. Without it, the accelerator that torch finds, else the CPU.

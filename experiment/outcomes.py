@@ -42,7 +42,7 @@ class Experiment:
 
     def __init__(self, plan: argparse.Namespace, command: str) -> None:
         self.plan, self.command = plan, command
-        self.folder: Path = plan.report or plan.path / "results"
+        self.folder: Path = plan.report or plan.first.path / "results"
         self.runs: list[PlannedRun] = plan.runs
         self.learning_rates: dict[str, float] = {}
         self.finished: dict[str, Results] = {}

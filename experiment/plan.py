@@ -27,7 +27,7 @@ class PlannedRun(NamedTuple):
     Attributes:
         method: what it trains with, by name.
         flags: of train.py, without `--device`.
-        settings: what `run_settings.parse` makes of them, with an absolute path.
+        settings: what `run_settings.parse` makes of them.
         for_tuning: whether it is there to choose a learning rate, not to be compared.
     """
 
@@ -107,9 +107,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     rates = args.learning_rates = sorted(set(args.learning_rates))
     args.runs = [] if rates else plan_runs(args)
     args.tuning_runs = [plan_run(args, n, seed, x) for seed in args.tuning_seeds for x in rates for n in args.methods]
-    first_run = (args.runs or args.tuning_runs)[0]
-    args.first, args.path = first_run.settings, run_settings.parse(first_run.flags).path
-    args.report = args.path / "results" if args.report is True else args.report
+    args.first = (args.runs or args.tuning_runs)[0].settings
+    args.report = args.first.path / "results" if args.report is True else args.report
     determining = run_settings.determining(args.first)
     args.shared = {name: value for name, value in determining.items() if name not in (*COMPARED, "seed")}
     name_table(args)
@@ -193,7 +192,6 @@ def plan_run(args: argparse.Namespace, method: str, seed: int, learning_rate: fl
         parts = [f"learning_rate={rate[1]}"] if unusual else []
         flags += ["--name", "-".join((args.name, *parts, run_settings.method_name(settings), f"seed{seed}"))]
         settings = run_settings.parse(flags)
-    settings = replace(settings, path=settings.path.absolute())
     return PlannedRun(method, flags, settings, for_tuning=seed in args.tuning_seeds)
 
 
