@@ -166,9 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if plan.list:
             list_runs(experiment)
             return
-        tables.read_table_seeds(
-            experiment.folder / plan.table_name, plan.shared
-        )  # refuses one of other settings
+        tables.read_table_seeds(experiment.folder / plan.table_name, plan.shared)  # refuses one of other settings
         if plan.report is None and not plan.scheduler:
             check_here(plan)
             raise_if_stopped()
