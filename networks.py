@@ -145,15 +145,12 @@ def build_network(network_name: str, num_classes: int) -> nn.Module:
 
 
 def find_function(name: str) -> Callable[..., Any]:
-    """The function 'package.module:function', whose module is imported. ValueError where there is none.
-
-    The current folder stays what it is, here and when it is called, whatever they do.
-    """
+    """The function 'package.module:function', whose module is imported. ValueError where there is none."""
     module_name, _, function_name = name.partition(":")
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())  # last, so that nothing in it takes the place of another module
     try:
-        with chdir("."):
+        with chdir("."):  # the current folder stays, whatever the module does
             module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         raise ValueError(f"{module_name} cannot be imported: {in_one_line(error)}") from error
