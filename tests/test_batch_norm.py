@@ -169,17 +169,15 @@ def test_scales_of_every_kind_of_batch_norm_and_nothing_else():
 
 
 def test_frozen_scales_in_other_types_and_places():
-    network = nn.Sequential(
-        nn.BatchNorm2d(2, dtype=torch.float64), nn.BatchNorm1d(2, dtype=torch.float16), nn.BatchNorm2d(2, device="meta")
-    )
+    kinds = ({"dtype": torch.float64}, {"dtype": torch.float16}, {"device": "meta"})
+    network = nn.Sequential(*(nn.BatchNorm2d(2, **kind) for kind in kinds))
     network[0].weight.requires_grad = network[1].bias.requires_grad = False
     parameters = list(network.parameters())
     initialize_scales(network, 0.25)
     assert all(ours is before for ours, before in zip(network.parameters(), parameters, strict=True))
     assert [p.requires_grad for p in parameters] == [False, True, True, False, True, True]
-    assert network[0].weight.dtype == torch.float64 and network[0].weight.tolist() == [0.25, 0.25]
-    assert network[1].weight.dtype == torch.float16 and network[1].weight.tolist() == [0.25, 0.25]
-    assert network[2].weight.is_meta
+    assert [layer.weight.dtype for layer in network[:2]] == [torch.float64, torch.float16]
+    assert scales_of(network[:2]) == [0.25] * 4 and network[2].weight.is_meta
 
 
 def test_layer_that_is_used_twice():

@@ -260,16 +260,6 @@ def test_shared_parameter_appears_once():
         assert group["params"] == [network[0].weight] and group["weight_decay"] == weight_decay
 
 
-@pytest.mark.parametrize("constructor", ["convnext_tiny", "vit_b_16", "swin_t"])
-def test_network_without_batch_norm(constructor):
-    with torch.device("meta"):
-        network = torchvision.models.get_model(constructor)
-    groups = adjust_weight_decay_and_learning_rate(network)
-    grouped = [parameter for group in groups for parameter in group["params"]]
-    assert [group["name"] for group in groups] == ["biases", "weights"]
-    assert len(grouped) == len(set(grouped)) == len(list(network.parameters()))
-
-
 TORCHVISION = (
     *("densenet121", "efficientnet_b0", "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small"),
     *("regnet_y_400mf", "resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5", "vgg11_bn"),
