@@ -9,7 +9,7 @@ from functools import partial
 import joblib
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 import run_settings
 from command_line.flag_types import SettingError
@@ -133,14 +133,16 @@ def construct(settings: Settings, num_classes: int, size: Size | None, report: R
     return network
 
 
-def rewrite(network: nn.Module, settings: Settings) -> tuple[nn.Module, Groups]:
-    """The network that `--equivalent` asks to train in place of that of a run, and its parameter groups.
+def rewrite(network: nn.Module, settings: Settings, images: Tensor | None = None) -> tuple[nn.Module, Groups]:
+    """The network that `equivalent` asks to train in place of that of a run, and its parameter groups.
 
-    Its γ start at 1, but for the input layer's. SettingError where there is no such network.
+    Its γ start at 1, but for the input layer's. SettingError where there is no such network; with `images`, the logits
+    of both are compared.
     """
-    functions = {"logits": logits_alone, "logits+rates": equivalent}
     rates = settings.weight_decay, settings.learning_rate, settings.c
     try:
-        return functions[settings.equivalent](network, settings.bn_weight, *rates)
+        if settings.equivalent == "logits":
+            return logits_alone(network, settings.bn_weight, *rates)
+        return equivalent(network, settings.bn_weight, *rates, images=images)
     except ValueError as error:
         raise SettingError("equivalent", f"{settings.network}: {error}") from error

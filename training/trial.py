@@ -51,6 +51,9 @@ def check_network(
                 f" images of {settings.dataset}, and {settings.network} cannot train on one: {in_one_line(error)}",
             ) from error
     check_state(settings, trial, image_set)
+    if settings.equivalent != "no":
+        with keep_random_states():
+            rewrite(trial, settings, torch.rand(2, 3, *image_set.size))
     if problem := find_seed_problem(settings.network, num_classes):
         report(problem)
 
@@ -93,8 +96,6 @@ def check_state(settings: Settings, trial: nn.Module, image_set: ImageSet) -> No
     with keep_random_states():
         try_images(trial, 2, image_set.size)
         anew = construct(settings, len(image_set.classes), image_set.size)
-        if settings.equivalent != "no":
-            anew, _ = rewrite(anew, settings)
         anew.load_state_dict(trial.state_dict())
         differing = unlike_modules(trial, anew)
         for training in (False, True):
