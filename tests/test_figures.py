@@ -57,7 +57,7 @@ def test_learning_curves():
     digits = make_run("baseline", 1)
     digits.header |= {"dataset": "digits", "batch_size": 64}
     note = figures.learning_curves({"baseline": {1: digits}}).axes[0].get_title()
-    assert note.startswith("An epoch has 21 steps. For about 100 steps, evaluation uses\nrunning statistics")
+    assert note.startswith("An epoch has 21 steps. For about 88 steps, evaluation uses\nrunning statistics")
     with pytest.raises(ValueError, match="there are no runs"):
         figures.learning_curves({"baseline": {}})
     styles = {(str(line.get_linestyle()), line.get_marker()) for line in error.lines}

@@ -36,6 +36,7 @@ from reporting.tables import markdown
 from run_settings import PAPER, Settings
 from seeds import keep_random_states, make_deterministic
 from training import preparation
+from training.trial import check_network
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 DIGITS = ("--batch_size=64", "--learning_rate=0.05")  # what the README trains digits with
@@ -282,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 batch = next(iter(Batches(image_set, "train", first.batch_size, normalize=False)))
                 found.append(measure_initialization(network, *batch))
             for name, settings in runs.items():
-                preparation.check_network(settings, construct(settings, image_set), image_set)
+                check_network(settings, construct(settings, image_set), image_set)
                 by_step[name].append(measure_first_steps(settings, image_set, steps))
         at_first = {bn_weight: mean_over_seeds(found) for bn_weight, found in at_first.items()}
         by_step = {name: mean_over_seeds(found) for name, found in by_step.items()}
