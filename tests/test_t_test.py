@@ -281,6 +281,7 @@ def test_files(tmp_path, capsys):
     main(["--proposed", *reversed(proposed), "--baseline", *baseline])
     lines = capsys.readouterr().out.splitlines()
     *_, line, short, checksums, versions, alone = lines
+    assert max(len(line) for line in lines if line.startswith("|")) <= 120
     differences = np.subtract(PROPOSED[:4], BASELINE[:4])
     effect = differences.mean() / differences.std(ddof=1)
     flipped = [np.dot(signs, differences) for signs in itertools.product((1, -1), repeat=4)]
