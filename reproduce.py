@@ -116,10 +116,13 @@ def report_command(command: str, plan: argparse.Namespace) -> str:
     return f"{command} --report {shlex.quote(str(plan.report))}"
 
 
-def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Sequence[str]) -> None:
+def report(
+    experiment: Experiment, comparisons: Sequence[Comparison], tuning: Sequence[str], own_network: str | None
+) -> None:
     """Print what has come of an experiment and of the choice of its learning rates; write its table and figures.
 
-    Without --restart, an earlier table is not replaced by one that lacks some of its runs.
+    Without --restart, an earlier table is not replaced by one that lacks some of its runs. Trained weights are drawn of
+    torchvision's networks and of `own_network`, whose module is imported.
     """
     plan, runs = experiment.plan, experiment.runs_by_method
     stem, to_compare = experiment.folder / plan.table_name, [run for seeds in runs.values() for run in seeds.values()]
@@ -142,7 +145,8 @@ def report(experiment: Experiment, comparisons: Sequence[Comparison], tuning: Se
     if not ARRIVED:
         from figures import save_figures  # matplotlib is not needed where runs are made
 
-        made, missing = save_figures(stem, runs, experiment.folder.absolute().parent / "networks", comparisons)
+        networks = experiment.folder.absolute().parent / "networks"
+        made, missing = save_figures(stem, runs, networks, comparisons, own_network)
         say(*missing)
         written += made
     say("", *(f"written: {file}" for file in written))
@@ -153,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     with one_line_endings("reproduce.py"):
         plan, command = parse(given), command_of(given)
+        own_network = plan.first.network
         if plan.report is not None and sum(word.startswith("-") for word in given) == 1:
             found = find_experiments(plan.report)
             if not found:
@@ -161,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 list_experiments(found)
                 return
             [(command, plan)] = found.items()
+            own_network = None  # who looks into a folder imports nothing that it names
             say(report_command(command, plan))
         experiment = Experiment(plan, command)
         if plan.list:
@@ -177,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             kind = "tuning " * bool(tuning)
             hint = "give --report and the folder alone to see what it has"
             raise ValueError(f"{experiment.folder} has no finished {kind}run of this experiment: {hint}")
-        report(experiment, compare(experiment), tuning)
+        report(experiment, compare(experiment), tuning, own_network)
         if ARRIVED:
             end(128 + ARRIVED[0], HOW_TO_RESUME, "reproduce.py")
     if experiment.failed:

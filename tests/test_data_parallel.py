@@ -211,7 +211,7 @@ def test_run_goes_on_with_another_number_of_processes(seen, folder):
         ),
         ("other flags", 2, "unrecognized arguments: --momenta 0.5"),
         ("other torch", 1, "the processes differ in torch: start them all with the same command, versions and images"),
-        ("other images", 1, "the processes differ in images: start them all with the same .*"),
+        ("other images", 1, "the processes differ in images, image_hash: start them all with the same .*"),
         ("compiled", 2, "argument --compile: it is for one process, without torchrun"),
         ("no statistics", 2, "argument --network: batch norm '1.0' has no running statistics, so that it can be .*"),
     ],

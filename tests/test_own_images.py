@@ -61,7 +61,7 @@ def test_run_is_not_resumed_with_other_images(beetles, capsys):
     with pytest.raises(SystemExit, match="1"):
         train.main([*few, "2"])
     assert capsys.readouterr().err == (
-        f"train.py: error: the images of beetles have changed since x was stopped: images were {numbers}, now 54"
+        f"train.py: error: the images of beetles changed since x was begun: images was {numbers}, now 54"
         " training, 7 validation and 9 test images of 3 classes: give --restart to start over, or another --name\n"
     )
     assert Path("results/x.csv").read_bytes() == before
@@ -86,7 +86,7 @@ def test_statistics_of_the_images_are_those_of_the_run(beetles, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit, match="1"):
         train.main([*few, "2"])
-    changed = "train.py: error: the images of beetles have changed since x was stopped: mean were "
+    changed = "train.py: error: the images of beetles changed since x was begun: mean was "
     assert capsys.readouterr().err.startswith(changed + run.header["mean"] + ", now 0.")
 
 
@@ -204,7 +204,7 @@ def test_run_is_not_resumed_with_as_many_other_images(beetles, capsys, change):
     with pytest.raises(SystemExit, match="1"):
         train.main([*few, "2"])
     error = capsys.readouterr().err
-    assert f"have changed since x was stopped: image_hash were {run.header['image_hash']}, now " in error
+    assert f"changed since x was begun: image_hash was {run.header['image_hash']}, now " in error
     assert "--restart" in error and error.count("\n") == 1
     assert Path("results/x.csv").read_bytes() == before
 

@@ -387,6 +387,26 @@ def test_layer_stays_frozen_where_the_network_sees_to_it(write_module, few_digit
     assert (weights["1.4.num_batches_tracked"] == 0) == frozen == (weights["1.4.running_mean"] == 0).all()
 
 
+def test_function_that_has_changed_and_was_not_imported_anew(write_module, few_digits, tmp_path):
+    """In a notebook: what would be trained is not what the file says now."""
+    name = write_module(DROPOUT)
+    flags = [*QUICK, "--network", f"{name}:small", "--path", str(tmp_path)]
+    train.train(preparation.parse(flags))
+    (tmp_path / f"{name}.py").write_text(DROPOUT.replace("random.random() *", "2 * random.random() *"))
+    with pytest.raises(ValueError, match=f"the code of {name}:small has changed since it was imported"):
+        train.train(preparation.parse([*flags, "--restart"]))
+
+
+def test_finished_run_of_a_function_that_has_changed(write_module, few_digits, tmp_path, capsys):
+    name = write_module(DROPOUT)
+    flags = [*QUICK, "--network", f"{name}:small", "--path", str(tmp_path)]
+    train.main(flags)
+    (tmp_path / f"{name}.py").write_text(DROPOUT.replace("random.random() *", "2 * random.random() *"))
+    importlib.reload(sys.modules[name])
+    train.main(flags)
+    assert f"is finished already; the code of {name}:small changed since" in capsys.readouterr().out
+
+
 def test_function_that_has_changed(write_module, few_digits, tmp_path, capsys):
     name = write_module(DROPOUT)
     flags = [*QUICK, "--network", f"{name}:small", "--path", str(tmp_path)]
@@ -397,4 +417,4 @@ def test_function_that_has_changed(write_module, few_digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(flags)
     assert stop.value.code == 1
-    assert "-last.pt is of a run with another network: remove it and the result file" in capsys.readouterr().err
+    assert f"the code of {name}:small changed since digits-{name}" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """What a training starts from: settings that are complete, images, the network with its initial weights."""
 
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +26,8 @@ from seeds import keep_random_states
 from training import together
 from training.run import Report
 
-IMPORTED: dict[str, str | None] = {}  # a hash of the code of each network of one's own that this process has imported
+# what this process has imported of networks of one's own: the module's spec, which a reload replaces, and its code
+IMPORTED: dict[str, tuple[object, str | None]] = {}
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
@@ -123,14 +125,19 @@ def construct(settings: Settings, num_classes: int, size: Size | None, report: R
             network = construct_network(settings.network, num_classes, **arguments, image_size=size)
     except ValueError as error:
         raise SettingError("network", f"{error}") from error
-    code = network_code(settings.network)
-    if IMPORTED.setdefault(settings.network, code) != code:
-        raise SettingError(
-            "network", f"the code of {settings.network} has changed since it was imported: start Python anew"
-        )
+    check_import(settings.network)
     for warning in caught:
         report(f"{settings.network}: {warning.message}")
     return network
+
+
+def check_import(network: str) -> None:
+    """SettingError where the code of a network of one's own is not what this process has imported, as in a notebook."""
+    spec, code = getattr(sys.modules.get(network.partition(":")[0]), "__spec__", None), network_code(network)
+    imported_spec, imported_code = IMPORTED.get(network, (None, None))
+    if spec is imported_spec and code != imported_code:
+        raise SettingError("network", f"the code of {network} has changed since it was imported: start Python anew")
+    IMPORTED[network] = spec, code
 
 
 def rewrite(network: nn.Module, settings: Settings, images: Tensor | None = None) -> tuple[nn.Module, Groups]:

@@ -100,8 +100,8 @@ class Run:
         if self.results.header.get("image_hash"):
             with suppress(ValueError, OSError):  # of images that are not there any more, nothing is asked
                 notes |= image_notes(self.settings, load_images())
-        changes = "".join(f"; {change} since: --restart trains it anew" for change in self.changes(notes))
-        self.report(f"{self.settings.run_name} is finished already{changes}")
+        change = self.change(notes)
+        self.report(f"{self.settings.run_name} is finished already" + (f"; {change}" if change else ""))
         return True
 
     @property
@@ -166,20 +166,21 @@ class Run:
 
     def note(self, notes: dict[str, Value]) -> None:
         """Let the result file say what images and code are like. ValueError where the run was begun with others."""
-        if changes := self.changes(notes):
-            remedy = "give --restart to start over, or another --name"
-            raise ValueError(f"{'; '.join(changes)} since {self.settings.run_name} was stopped: {remedy}")
+        if change := self.change(notes):
+            raise ValueError(f"{change}: give --restart to start over, or another --name")
         self.notes.update(notes)
 
-    def changes(self, notes: dict[str, Value]) -> list[str]:
-        """What has changed since the run was begun. Files of early versions do not say all of it."""
-        earlier = self.results.header if self.results else {}
-        of = {"network_code": f"the code of {self.settings.network}"}
-        return [
-            f"{of.get(name, f'the images of {self.settings.dataset}')} changed ({name} was {earlier[name]}, now {note})"
-            for name, note in notes.items()
-            if earlier.get(name, note) != note
-        ]
+    def change(self, notes: dict[str, Value]) -> str | None:
+        """What has changed since the run was begun, if anything has. Files of early versions do not say all of it."""
+        for name, now in notes.items():
+            if self.results and (before := self.results.header.get(name, now)) != now:
+                what = (
+                    "code of " + self.settings.network
+                    if name == "network_code"
+                    else "images of " + self.settings.dataset
+                )
+                return f"the {what} changed since {self.settings.run_name} was begun: {name} was {before}, now {now}"
+        return None
 
     def steps(self, batches: Batches) -> Iterator[Batch]:
         """The batches, one after the other; KeyboardInterrupt with the number of a signal that has arrived."""
