@@ -4,7 +4,8 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Integral, Real
+from numbers import Real
+from operator import index
 from typing import Any
 
 import torch
@@ -18,14 +19,10 @@ from torch.nn.parameter import is_lazy
 class ScaleBatchNorm2d(_BatchNorm):
     """Batch normalization over (N, C, H, W) whose scale γ starts at `bn_weight` and whose shift β starts at 0.
 
-    In everything else it is `torch.nn.BatchNorm2d`: the same formula, buffers and `state_dict` names. γ starts at
-    `bn_weight` again after `reset_parameters()`. torch.fx takes it whole, as it does torch's layers. For two kinds of
-    code, build the network with `nn.BatchNorm2d` instead and call `initialize_scales`:
-
-    - What looks for `nn.BatchNorm2d` passes this layer over, such as `torch.ao.quantization.fuse_modules` and timm's
-      `freeze_batch_norm_2d`.
-    - Some constructors set γ after they have built the layers. timm's ResNets start those at the end of residual
-      blocks at 0, unless they get `zero_init_last=False`.
+    In everything else it is `torch.nn.BatchNorm2d`: the same formula, buffers and `state_dict` names. Two kinds of code
+    need `nn.BatchNorm2d` and `initialize_scales` instead: what looks for `nn.BatchNorm2d`, as timm's
+    `freeze_batch_norm_2d` does; and constructors that set γ themselves, as timm's ResNets without
+    `zero_init_last=False`.
 
     Args:
         num_features: number of channels C. `num_feature`, the spelling in the paper's repository, is understood too.
@@ -37,9 +34,9 @@ class ScaleBatchNorm2d(_BatchNorm):
             `dtype`.
 
     Raises:
-        TypeError: `num_features` is not an integer.
-        ValueError: `num_features` is below 1, `bn_weight` is not a finite number above 0 that the `dtype` can hold, or
-            the input of `forward` does not have 4 dimensions.
+        TypeError: `num_features` is missing, or not an integer.
+        ValueError: `bn_weight` is not a finite number above 0 that the `dtype` can hold, or the input of `forward` does
+            not have 4 dimensions.
     """
 
     def __init__(
@@ -56,14 +53,10 @@ class ScaleBatchNorm2d(_BatchNorm):
     ) -> None:
         if (num_features is None) == (num_feature is None):
             raise TypeError("ScaleBatchNorm2d needs num_features, the number of channels, exactly once")
-        channels = num_feature if num_features is None else num_features
-        if isinstance(channels, bool) or not isinstance(channels, Integral):
-            raise TypeError(f"num_features must be an integer, the number of channels, not {channels!r}")
-        if channels < 1:
-            raise ValueError(f"num_features must be at least 1, not {channels!r}")
+        channels = index(num_feature if num_features is None else num_features)
         check_bn_weight(bn_weight, batch_norm_arguments.get("dtype") or torch.get_default_dtype())
         self.bn_weight = float(bn_weight)  # before the constructor of torch, which calls reset_parameters
-        super().__init__(int(channels), eps, momentum, affine, device=device, **batch_norm_arguments)
+        super().__init__(channels, eps, momentum, affine, device=device, **batch_norm_arguments)
         self.__module__ = _BatchNorm.__module__  # by this attribute, torch.fx knows the layers that it does not trace
 
     def reset_parameters(self) -> None:
@@ -83,14 +76,11 @@ class ScaleBatchNorm2d(_BatchNorm):
 def initialize_scales(network: nn.Module, bn_weight: float) -> list[str]:
     """Set γ to `bn_weight` and β to 0 in every batch norm of a network that has a γ. In place.
 
-    Batch norms are `nn.BatchNorm1d`, `nn.BatchNorm2d`, `nn.BatchNorm3d`, `nn.SyncBatchNorm` and all classes derived
-    from them; those at the end of residual blocks, whose γ some networks start at 0, are no exception. Running
-    statistics, all other layers, devices, types and `requires_grad` stay as they are.
+    Batch norms are torch's, `nn.SyncBatchNorm` included, and all classes derived from them; also those at the end of
+    residual blocks, whose γ some networks start at 0. Nothing else changes.
 
-    This is for training from scratch: what a trained network has learned is lost with its γ and β. A UserWarning says
-    so where a batch norm has seen batches, or its running variances (without these, its γ) are not all the same, and
-    another where the layer of `prepend_input_norm` is among them, whose γ should start lower. What initializes the
-    network anew afterwards, as after construction on the meta device, undoes it.
+    This is for training from scratch: a trained network loses with γ and β what it has learned. A UserWarning says so
+    where one seems to be trained, and where the layer of `prepend_input_norm`, whose γ should start lower, is in it.
 
     Args:
         network: any module.
@@ -100,9 +90,8 @@ def initialize_scales(network: nn.Module, bn_weight: float) -> list[str]:
         The names of these batch norms, as in `network.named_modules()`.
 
     Raises:
-        ValueError: there is no such batch norm; one is lazy, without parameters as yet, or computes γ or β from other
-            parameters; or `bn_weight` is not a finite number above 0 that their types can hold. Nothing is changed
-            then.
+        ValueError: there is no such batch norm; one is lazy, or computes γ or β from other parameters; or `bn_weight`
+            is not a finite number above 0 that their types can hold. Nothing is changed then.
     """
     layers = {name: module for name, module in network.named_modules() if isinstance(module, _BatchNorm)}
     layers = {name: layer for name, layer in layers.items() if layer.weight is not None}
@@ -169,9 +158,8 @@ class NormalizesImages(nn.Sequential):
     """What `prepend_input_norm` returns: `nn.Sequential(input_norm, network)` that has the network's attributes, too.
 
     So `num_classes`, `default_cfg` or `set_grad_checkpointing` of a network of timm are found as before. What begins
-    with an underscore is not passed on, as it is about the module itself. Nor is what begins with `forward`, such as
-    `forward_features`: it would compute without the input layer. Names of weights that the network gives, as timm's
-    `no_weight_decay`, lack the `1.` in front. A value that is set is set here, not in the network.
+    with an underscore or with `forward` is not passed on: `forward_features` would compute without the input layer.
+    Names of weights that the network gives, as timm's `no_weight_decay`, lack the `1.` in front.
     """
 
     def forward(self, images: Tensor) -> Any:
@@ -193,8 +181,7 @@ def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int |
 
     Its γ starts at `bn_weight` · σ_act, as if the images were rectified activations of a layer before; its β is frozen
     at 0. It is made on the device and of the type of the network's first floating-point parameter, and in its mode.
-    Call `initialize_scales` before this, not after: it would set this γ, too. A UserWarning says so where the network
-    has such a layer already, as when a notebook's cell is run twice.
+    Call `initialize_scales` before this, not after. A UserWarning says where there is such a layer already.
 
     Args:
         network: any module.
@@ -203,8 +190,8 @@ def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int |
             `network.modules()` takes; 3 where there is none, or a lazy one that does not know it yet.
 
     Returns:
-        An `nn.Sequential` of `input_norm`, a `ScaleBatchNorm2d`, and the network, so that the names of all weights
-        start with `0.` or `1.`. Attributes of the network are found in it, too; see `NormalizesImages`.
+        An `nn.Sequential` of a `ScaleBatchNorm2d` and the network, so that the names of all weights start with `0.` or
+        `1.`. Attributes of the network are found in it, too; see `NormalizesImages`.
 
     Raises:
         ValueError: `bn_weight` is not a finite number above 0 that the type can hold.
@@ -235,15 +222,13 @@ def debias_running_statistics(network: nn.Module) -> Iterator[None]:
             torch.save(network.state_dict(), "evaluated.pt")
 
     At its end, the statistics are as before, for the training to go on. Layers stay as they are that have no running
-    statistics or no momentum (None or 0), or have seen no batch, as those that are always in evaluation mode. The
-    momentum must have been the same all the time. A trained network that was loaded with its `num_batches_tracked`
-    hardly changes, as t is large. The result is wrong where statistics did not start at 0 and 1, as those of a trained
-    network whose count was reset, and where they are free of their start already, as those saved above.
+    statistics or no momentum (None or 0), or have seen no batch. The result is wrong where the momentum has changed,
+    where statistics did not start at 0 and 1, and where they are free of their start already, as those saved above.
 
     Raises:
         ValueError: a running variance is below r, and so did not start at 1. Nothing is changed then.
     """
-    raw, debiased = [], []
+    statistics, debiased = [], []
     for name, layer in network.named_modules():
         if not isinstance(layer, _BatchNorm) or layer.running_mean is None or layer.momentum is None:
             continue
@@ -256,26 +241,22 @@ def debias_running_statistics(network: nn.Module) -> Iterator[None]:
             raise ValueError(
                 f"the running variance of layer {name!r} did not start at 1: it cannot be freed of its start"
             )
-        raw += [(layer.running_mean, layer.running_mean.clone()), (layer.running_var, layer.running_var.clone())]
-        debiased += [(layer.running_mean, mean / (1 - start_left)), (layer.running_var, variance.clamp(min=0))]
-
-    def fill(values: list[tuple[Tensor, Tensor]]) -> None:
-        with torch.no_grad():
-            for statistic, value in values:
-                statistic.copy_(value)
-
-    fill(debiased)
+        statistics += [layer.running_mean, layer.running_var]
+        debiased += [mean / (1 - start_left), variance.clamp(min=0)]
+    raw = [statistic.clone() for statistic in statistics]
+    for statistic, value in zip(statistics, debiased, strict=True):
+        statistic.copy_(value)
     try:
         yield
     finally:
-        fill(raw)
+        for statistic, value in zip(statistics, raw, strict=True):
+            statistic.copy_(value)
 
 
 def steps_until_start_is_gone(network: nn.Module) -> int:
     """After how many steps the start of all running statistics weighs less than 0.0001 in them; 0 where there are none.
 
-    It follows from the smallest momentum of the batch norms: 88 steps for 0.1, the default, and 917 for 0.01, which
-    torchvision's MobileNetV3 has.
+    It follows from the smallest momentum of the batch norms: 88 steps for 0.1, the default, and 917 for 0.01.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
     momenta = [layer.momentum for layer in layers if layer.momentum]
