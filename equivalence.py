@@ -34,12 +34,11 @@ def equivalent(
     pooling and sums pass this factor on, and the next batch norm removes it: its eps, in relation to the variance, is
     then 1/γ0² times as large. Only the last layer does not remove it. So the other network has γ / γ0, β / γ0 and
     biases / γ0, γ0 times the weights of the last layer, and otherwise the same weights. Where a parameter of the given
-    network is s times that of the other one, the other's learning rate is 1/s² times, and its weight decay s² times as
-    large. With γ0 = 0.1 and c = 100 that is, for the other one: the usual rate for γ, 100 times it for β, and a
-    hundredth of it for the weights of the last layer, with 100 times the weight decay.
+    network is s times that of the other one, the other's learning rate is 1/s² times, its weight decay s² times as
+    large. With γ0 = 0.1 and c = 100, γ learns at the usual rate, β at 100 times it, and the last layer's weights at a
+    hundredth, with 100 times the weight decay.
 
-    Both compute the same logits and losses, in training and in evaluation mode, before and after every step of SGD,
-    with or without momentum, but for rounding. This is so under these conditions:
+    Both compute the same logits and losses, in both modes, before and after every step of SGD, but for rounding, if:
 
     - Every layer is one of `HOMOGENEOUS`, of which the last `nn.Linear` gives the logits, and every batch norm has γ
       and β. What `forward` does besides is homogeneous too, such as sums, concatenations and means.
@@ -53,12 +52,10 @@ def equivalent(
         bn_weight: γ0.
         weight_decay, learning_rate, c: what the given network is trained with, see
             `adjust_weight_decay_and_learning_rate`.
-        images: a batch, random ones too, on which both are tried. What `forward` does besides its layers shows there
-            alone.
+        images: a batch, random ones too, on which both are tried, as only that shows what `forward` does besides.
 
     Returns:
-        The other network, and its parameter groups for `torch.optim.SGD`. What has another rate than its group in the
-        given network is a group of its own; its name has the factor s.
+        The other network, and its parameter groups for `torch.optim.SGD`, those with a factor s named after it.
 
     Raises:
         ValueError: a layer is not one of `HOMOGENEOUS`, a batch norm lacks γ or β, there is no linear layer, or
@@ -96,8 +93,8 @@ def equivalent(
 def check_logits(network: nn.Module, other: nn.Module, images: Tensor) -> None:
     """ValueError where two networks compute other logits of the same images. Nothing is drawn or changed.
 
-    Copies of them are tried, on the CPU and in float64, so that only their weights are rounded, and in training mode:
-    in evaluation mode, new batch norms let all values become so small that every function is homogeneous.
+    Copies of them are tried in float64, so that only their weights are rounded, and in training mode: in evaluation
+    mode, new batch norms let all values become so small that every function is homogeneous.
     """
     logits = []
     for trial in (network, other):
@@ -113,10 +110,10 @@ def check_logits(network: nn.Module, other: nn.Module, images: Tensor) -> None:
 def logits_alone(
     network: nn.Module, bn_weight: float, weight_decay: float = 1e-4, learning_rate: float = 0.1, c: float = 1
 ) -> tuple[nn.Module, Groups]:
-    """Of all that `equivalent` changes, the last layer alone: a copy of a network, and its parameter groups.
+    """What `equivalent` makes of the last layer alone: a copy of a network, and its parameter groups.
 
-    The weights of its last `nn.Linear` are `bn_weight` times as large, and learn as they do there; all else learns as
-    it does in the given network. ValueError where there is no linear layer, or `bn_weight` is not above 0.
+    The weights of the last `nn.Linear` are `bn_weight` times as large, and learn as they do there; all else is as it
+    was. ValueError where there is no linear layer, or `bn_weight` is not above 0.
     """
     other = copy.deepcopy(network)
     weight = last_layer(other).weight

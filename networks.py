@@ -43,16 +43,14 @@ def reinit_network(network: nn.Module, fan: str = "in", activation_function: typ
         raise ValueError(f"fan must be 'in' or 'out', not {fan!r}")
     if activation_function not in (nn.ReLU, nn.LeakyReLU):
         raise ValueError(f"activation_function must be nn.ReLU or nn.LeakyReLU, not {activation_function!r}")
-    mode = f"fan_{fan}"
-    nonlinearity = "relu" if activation_function is nn.ReLU else "leaky_relu"
-    # `a`, the slope below 0, has a meaning for leaky_relu alone: torch ignores it for relu.
+    options = {"mode": f"fan_{fan}", "nonlinearity": "relu" if activation_function is nn.ReLU else "leaky_relu"}
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             check_plain(module, name, "weight")
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, a=0.01, mode=mode, nonlinearity=nonlinearity)
+        if isinstance(module, nn.Conv2d):  # `a` is the slope below 0 of leaky_relu; torch ignores it for relu
+            nn.init.kaiming_normal_(module.weight, a=0.01, **options)
         elif isinstance(module, nn.Linear):
-            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), mode=mode, nonlinearity=nonlinearity)
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), **options)
 
 
 def zero_biases(network: nn.Module) -> None:
@@ -78,30 +76,26 @@ def construct_network(
     """Build a network with its initial weights, drawn from torch's global generator.
 
     Args:
-        network_name: a classification network of torchvision that has batch norms, whose weights are then drawn by
+        network_name: a classification network of torchvision that has batch norms, whose weights are drawn by
             `reinit_network` and `zero_biases`; or 'package.module:function', for what your own
-            `function(num_classes=...)` returns, with the weights that it has there, but for γ and β. The module is
-            imported, from the current folder too. `train.py` puts all layers into training mode before every epoch; a
-            layer that is to stay frozen needs a network whose own `train()` sees to it.
+            `function(num_classes=...)` returns, with its weights, but for γ and β. The module is imported, from the
+            current folder too. All layers train, unless its own `train()` keeps some frozen.
         num_classes: number of outputs.
         dataset: the images it is for.
         bn_weight: where γ starts in every batch norm, by `initialize_scales`.
-        input_norm: 'bn' puts a batch norm in front, by `prepend_input_norm`. 'dataset' leaves normalization with the
-            statistics of the data set to whoever prepares the images.
+        input_norm: 'bn' puts a batch norm in front, by `prepend_input_norm`; 'dataset' expects normalized images.
         stem: the first layers of torchvision's ResNets, ResNeXts and Wide ResNets. 'small': a 3×3 convolution with
             stride 1, and no max pooling; 'own': those it has; 'auto': 'small' for images of at most `SMALL_IMAGE`
-            pixels, unless the network is of a function of your own, and 'own' otherwise.
-        image_size: height and width of the images in pixels, one number where they are the same; by default those of
-            `dataset`, which counts as large where it is not in `DATASETS`.
+            pixels, unless the function is your own.
+        image_size: height and width of the images in pixels, or one number for both; by default those of `dataset`,
+            which counts as large where it is not in `DATASETS`.
 
     Returns:
         A module from images, float (N, 3, H, W) with values in [0, 1] ('bn') or normalized ('dataset'), to logits
         (N, num_classes).
 
     Raises:
-        ValueError: `input_norm`, `stem` or `bn_weight` is not among the choices; there is no network of that name, it
-            cannot be built, or it has no batch norm or nothing to train; or it has no such first layers as a 'small'
-            stem replaces.
+        ValueError: an argument is wrong; or the network cannot be built, has no batch norm, or nothing to train.
     """
     if input_norm not in INPUT_NORMS:
         raise ValueError(f"input_norm must be one of {', '.join(INPUT_NORMS)}, not {input_norm!r}")
@@ -179,19 +173,10 @@ def call_function(name: str, num_classes: int) -> nn.Module:
 
 
 def find_seed_problem(network_name: str, num_classes: int) -> str | None:
-    """Try whether the initial weights of a network of one's own follow from the seed of a run, and from it alone.
+    """What is wrong, in one line, where the initial weights of one's own network do not follow from the seed alone.
 
     The function is called twice from one state of the global random generators, and once from another. They stay as
-    they are.
-
-    Args:
-        network_name, num_classes: as for `construct_network`.
-
-    Returns:
-        What is wrong, in one line, or None; None for a network of torchvision.
-
-    Raises:
-        ValueError: the function returns no network.
+    they are. ValueError where it returns no network.
     """
     if ":" not in network_name:
         return None

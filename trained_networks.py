@@ -30,12 +30,11 @@ def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLik
         weights_file: its trained weights; by default FOLDER/networks/NAME-best.pt.
 
     Returns:
-        A module from images, float (N, 3, H, W) with values in [0, 1], to logits (N, classes). Where the run's
-        `input_norm` is 'dataset', it normalizes the images first, with the statistics of the run's data set.
-        For a folder of images these are in the result file.
+        A module from images, float (N, 3, H, W) with values in [0, 1], to logits (N, classes). It normalizes the images
+        first where the run's `input_norm` is 'dataset'.
 
-    A network of your own, MODULE:FUNCTION, is built anew: this imports the module that the result file names, from the
-    current folder too. So load only result files that you trust.
+    For a network of your own, this imports the module that the result file names, from the current folder too. So load
+    only result files that you trust.
 
     Raises:
         FileNotFoundError: one of the files is missing.
@@ -64,11 +63,7 @@ def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLik
 def rebuild_network(run: Results, weights_file: str | os.PathLike) -> nn.Module:
     """The network of a run with trained weights, in evaluation mode, on the CPU; draws no random numbers.
 
-    It takes what it took in training: where `input_norm` is 'dataset', images that are normalized already.
-
-    Raises:
-        FileNotFoundError: there is no `weights_file`.
-        ValueError: the weights are damaged, or of another network; or `run` does not say how many classes there are.
+    It takes the images as in training: normalized where `input_norm` is 'dataset'. Raises the errors of `load_network`.
     """
     settings = DEFAULTS | run.header
     weights = load_weights(weights_file)
@@ -104,12 +99,7 @@ def find_num_classes(settings: Mapping[str, Value]) -> int:
 
 
 def load_weights(file: str | os.PathLike) -> dict[str, Tensor]:
-    """A `state_dict` from its file, on the CPU.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or holds something else.
-    """
+    """A `state_dict` from its file, on the CPU. ValueError where this is damaged, or holds something else."""
     content = read_file(file)
     weights = None
     with suppress(Exception):  # which one depends on where the damage is
