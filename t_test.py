@@ -21,9 +21,7 @@ from command_line.flag_types import Parser
 def make_parser() -> Parser:
     """The flags of the command."""
     parser = Parser(
-        prog="t_test.py",
-        description="One-sided paired t-test over the seeds of result files.",
-        allow_abbrev=False,
+        prog="t_test.py", description="One-sided paired t-test over the seeds of result files.", allow_abbrev=False
     )
     flag = parser.add_argument
     flag("--proposed", nargs="+", type=Path, required=True, metavar="FILE", help="result files, one for each seed")
@@ -39,7 +37,7 @@ if __name__ == "__main__":
 import numpy as np
 from scipy.stats import ttest_rel
 
-from reporting.comparison import Comparison
+from reporting.comparison import Comparison, is_contrast
 from reporting.tables import selection_note, tables, without_tables
 from saved_runs.by_seed import (
     accuracy_by_seed,
@@ -66,14 +64,12 @@ def evaluate(d1: Any, d2: Any) -> float:
             ones, as two Series, must have the same labels in the same order.
 
     Returns:
-        The p-value, between 0 and 1. Where all differences are equal there is nothing to test, and it is NaN, which is
-        never at most 0.05. So it is where they differ by no more than the rounding of the values' own types: 0.1 as
-        float32 is 0.1 as float64.
+        The p-value, between 0 and 1; NaN, which is never at most 0.05, where all differences are equal, or differ by no
+        more than the rounding of the values' own types: 0.1 as float32 is 0.1 as float64.
 
     Raises:
         ValueError: the lengths or the labels differ, there are fewer than two pairs, an input does not have exactly
-            one dimension, or a value is missing (NaN or masked), infinite, or no real number, as text, dates, complex
-            numbers and what is in a sparse or quantized tensor.
+            one dimension, or a value is missing (NaN or masked), infinite, or no real number.
     """
     pairs_of_labels = zip(labels(d1), labels(d2), strict=False)  # one of them may have none
     if not all(ours.equals(theirs) for ours, theirs in pairs_of_labels):
@@ -97,15 +93,15 @@ def labels(values: Any) -> list[Any]:
 
 
 def as_vector(values: Any, name: str) -> tuple[np.ndarray, float]:
-    """`values` as a float64 array of one dimension, and their `relative_error`.
+    """`values` as a float64 array of one dimension, and how far rounding may have moved one, relative to it.
 
     ValueError, naming `name`, where that cannot be.
     """
     if np.ma.is_masked(values):
         raise ValueError(f"{name} holds a masked value")
     try:
-        rounding = relative_error(values)
-        vector = np.asarray(without_gradient(values))
+        numbers, rounding = plain_numbers(values)
+        vector = np.asarray(numbers)
         if vector.dtype.kind not in "biufO" or not all(map(is_real, vector.flat)):
             raise TypeError(f"they are of the type {vector.dtype}")
         vector = vector.astype(np.float64)
@@ -123,19 +119,16 @@ def is_real(value: Any) -> bool:
     return isinstance(value, Real | Decimal | np.bool_ | None) and not isinstance(value, np.timedelta64)
 
 
-def relative_error(values: Any) -> float:
-    """How far rounding may have moved a value: by half a unit of the coarsest type, and one of float64."""
+def plain_numbers(values: Any) -> tuple[Any, float]:
+    """The numbers of a tensor, or of those in a list, and their rounding: half a unit of the coarsest type, and more.
+
+    A tensor is told without an import of torch, which takes seconds.
+    """
     if isinstance(values, list | tuple):
-        return max(map(relative_error, values), default=0.0)
+        numbers, roundings = zip(*map(plain_numbers, values), strict=True) if values else ((), (0.0,))
+        return numbers, max(roundings)
     name = str(getattr(values, "dtype", "")).lower().removeprefix("torch.")
-    return HALF_UNITS.get(name, 2.0**-53) + 2.0**-52
-
-
-def without_gradient(values: Any) -> Any:
-    """The numbers of a tensor, or of those in a list. Seeing one takes no import of torch, which takes seconds."""
-    if isinstance(values, list | tuple):
-        return [without_gradient(value) for value in values]
-    return values.tolist() if hasattr(values, "detach") else values
+    return values.tolist() if hasattr(values, "detach") else values, HALF_UNITS.get(name, 2.0**-53) + 2.0**-52
 
 
 def compare(method: str, proposed: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison:
@@ -155,8 +148,8 @@ def compare(method: str, proposed: Mapping[int, float], baseline: Mapping[int, f
 def apply_holm_correction(comparisons: Iterable[Comparison]) -> None:
     """Set each `corrected_p_value`, by Holm's step-down correction for the number of comparisons.
 
-    Of m comparisons, the one with the k-th smallest p-value has it multiplied by m + 1 - k; it becomes at most 1 and
-    at least the corrected value before it. One without a p-value counts as if it were 1.
+    Of m comparisons, the k-th smallest p-value is multiplied by m + 1 - k; it becomes at most 1 and at least the
+    corrected value before it. One without a p-value counts as if it were 1.
     """
     tested = [c for c in comparisons if c.reference is not None]
     largest = 0.0
@@ -168,9 +161,7 @@ def apply_holm_correction(comparisons: Iterable[Comparison]) -> None:
 def compare_all(
     runs: Mapping[str, Mapping[int, Results]], planned: int = 0, contrasts: Iterable[Sequence[str]] = ()
 ) -> list[Comparison]:
-    """Compare every method with the one called 'baseline', if it is there, and what else is asked for.
-
-    The p-values are corrected for the number of all these comparisons, contrasts included.
+    """Compare every method with the one called 'baseline', if it is there, and the contrasts; corrected for them all.
 
     Args:
         runs: the finished runs by method and seed.
@@ -182,16 +173,12 @@ def compare_all(
         there is nothing to compare with.
     """
     accuracies = {name: accuracy_by_seed(seeds) for name, seeds in runs.items()}
+    others = ((name, "baseline" if name != "baseline" and "baseline" in runs else None) for name in runs)
     comparisons = []
-    for name, ours in accuracies.items():
-        other = None if name == "baseline" or "baseline" not in accuracies else "baseline"
-        comparisons.append(replace(compare(name, ours, accuracies.get(other, {})), planned=planned, reference=other))
-    for one, other in contrasts:
-        contrast = compare(f"{one} vs {other}", accuracies[one], accuracies[other])
-        comparisons.append(replace(contrast, accuracies={}, planned=planned, reference=other))
-    for c in comparisons:
-        methods = [name for name in runs if name in (c.method, c.reference) or f"{name} vs {c.reference}" == c.method]
-        c.settled = all(run.settled for name in methods for run in runs[name].values())
+    for one, other in (*others, *contrasts):
+        c = replace(compare(one, accuracies[one], accuracies.get(other, {})), planned=planned, reference=other)
+        c.settled = all(run.settled for method in (one, other) for run in runs.get(method, {}).values())
+        comparisons.append(replace(c, method=f"{one} vs {other}", accuracies={}) if is_contrast(c) else c)
     apply_holm_correction(comparisons)
     return comparisons
 
