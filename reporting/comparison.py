@@ -14,10 +14,9 @@ SIGN_FLIPS = 2**18  # all of up to 18 pairs, a sample of them beyond
 def sign_flip_p_value(differences: Sequence[float]) -> float:
     """p-value of the one-sided permutation test that the mean of paired differences is greater than 0.
 
-    If a method made no difference, each pair could as well have come out the other way round. The p-value is the share
-    of all 2^n ways to choose the signs of n differences whose mean is at least the observed one. It assumes no
-    distribution; with n pairs it is at least 1/2^n. Beyond 18 pairs it is estimated from 2^18 random choices, the same
-    ones at every call: those of `scipy.stats.permutation_test` with `rng=0`, in less memory.
+    It is the share of all 2^n ways to choose the signs of n differences whose mean is at least the observed one, and
+    assumes no distribution. Beyond 18 pairs it is estimated from 2^18 random choices, always the same ones: those of
+    `scipy.stats.permutation_test` with `rng=0`, in less memory.
     """
     differences = np.asarray(differences, dtype=np.float64)
     scale, n = np.abs(differences).sum() or 1.0, len(differences)
@@ -47,14 +46,12 @@ class Comparison:
         method: what it is called; of a contrast, "A vs B".
         accuracies: its test accuracies in percent, by seed; none for a contrast, whose methods have rows of their own.
         differences: its accuracy minus the other's, by seed, for the seeds that both have.
-        interval: the 95 % confidence interval of the mean difference, two-sided.
-        p_value: of `t_test.evaluate`. Like the interval, NaN for fewer than two pairs and where all differences are
-            equal.
-        corrected_p_value: the p-value after Holm's correction for all comparisons made together; NaN until
-            `t_test.apply_holm_correction` sets it.
+        interval: the 95 % confidence interval of the mean difference, two-sided; NaN where `p_value` is.
+        p_value: of `t_test.evaluate`; NaN for fewer than two pairs too.
+        corrected_p_value: the same after `t_test.apply_holm_correction`; NaN until then.
         planned: how many pairs are planned; 0 where it is not known.
         reference: the other method; None where it is compared with nothing.
-        settled: whether the accuracies are of runs that are long enough to say something; see `Results.settled`.
+        settled: whether all runs are; see `Results.settled`.
     """
 
     method: str
@@ -103,20 +100,17 @@ class Comparison:
 
         It is "worse" where the whole interval, which is not corrected, lies below 0.
         """
-        return self.verdict_of_test + ", unsettled" * (not self.settled)
-
-    @property
-    def verdict_of_test(self) -> str:
-        """The same, whatever the runs are worth."""
         if len(self.differences) < self.planned:
-            return f"interim: {len(self.differences)} of {self.planned}"
-        if len(self.differences) < 2:
-            return "no test: under 2 pairs"
-        if np.isnan(self.p_value):
-            return "all differences are equal"
-        if self.interval[1] < 0:
-            return "worse"
-        return "significant" if self.corrected_p_value <= LEVEL else "not significant"
+            verdict = f"interim: {len(self.differences)} of {self.planned}"
+        elif len(self.differences) < 2:
+            verdict = "no test: under 2 pairs"
+        elif np.isnan(self.p_value):
+            verdict = "all differences are equal"
+        elif self.interval[1] < 0:
+            verdict = "worse"
+        else:
+            verdict = "significant" if self.corrected_p_value <= LEVEL else "not significant"
+        return verdict if self.settled else f"{verdict}, unsettled"
 
 
 def is_contrast(c: Comparison) -> bool:

@@ -56,9 +56,9 @@ def add_legend(figure: Figure, handles: Mapping[str, Artist] | None = None, titl
 
 
 def make_logarithmic(panel: Axes, values: np.ndarray, largest: float = np.inf) -> None:
-    """Give a panel a logarithmic y axis from the smallest of these values above 0 to the largest of them.
+    """Give a panel a logarithmic y axis for these values above 0, at most up to `largest`.
 
-    Its ticks are plain numbers, close enough together that one can read a difference off. It ends at `largest`.
+    Its ticks are plain numbers, close enough together that one can read a difference off.
     """
     above = values[values > 0] if (values > 0).any() else np.ones(1)
     low, high = above.min() / 1.1, min(above.max() * 1.1, largest)

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from math import isnan, nan
+from math import isnan
 from pathlib import Path
 
 from command_line.files import read_file, write_atomically
@@ -42,10 +42,12 @@ def table(comparisons: Sequence[Comparison], columns: Sequence[str] = TABLE_COLU
 
 def certainty_table(comparisons: Sequence[Comparison]) -> str:
     """What the comparisons say beside the t-test, as a Markdown table."""
-    columns = ("setting", "p (sign flips)", "d_z")
-    compared = [c for c in comparisons if c.reference is not None]
-    rows = [(c.method, shown(c.sign_flip_p_value, ".2g"), shown(c.effect_size, ".2f")) for c in compared]
-    return markdown([dict(zip(columns, row, strict=True)) for row in rows], columns)
+    rows = [
+        {"setting": c.method, "p (sign flips)": shown(c.sign_flip_p_value, ".2g"), "d_z": shown(c.effect_size, ".2f")}
+        for c in comparisons
+        if c.reference is not None
+    ]
+    return markdown(rows, ("setting", "p (sign flips)", "d_z"))
 
 
 def shown(number: float, form: str) -> str:
@@ -67,18 +69,13 @@ def selection_note(select: str) -> list[str]:
 
 
 def table_rows(comparisons: Sequence[Comparison], methods: Mapping[str, Mapping[str, Value]]) -> list[dict[str, Value]]:
-    """The rows of the table with all digits; what there is none of, such as the p-value of a single pair, is empty.
-
-    Args:
-        comparisons: a row each.
-        methods: the settings of every method, which belong into its row.
-    """
+    """A row with all digits for each comparison, with the settings of its method; what there is none of is empty."""
     rows = []
     for c in comparisons:
-        row = {"setting": c.method, **dict.fromkeys(COMPARED), "seeds": None, "mean": nan, "standard_deviation": nan}
+        row = {"setting": c.method, **dict.fromkeys(COMPARED), "seeds": None}
         if not is_contrast(c):
-            row |= {**compared(methods[c.method]), "seeds": len(c.accuracies), "mean": c.mean}
-            row |= {"standard_deviation": c.deviation}
+            row |= {**compared(methods[c.method]), "seeds": len(c.accuracies)}
+        row |= {"mean": c.mean, "standard_deviation": c.deviation}
         if c.reference is not None:
             row |= {"pairs": len(c.differences), "difference": c.difference, "lower": c.interval[0]}
             row |= {"upper": c.interval[1], "p_value": c.p_value, "corrected_p_value": c.corrected_p_value}
@@ -91,17 +88,14 @@ def table_rows(comparisons: Sequence[Comparison], methods: Mapping[str, Mapping[
 def write_table(stem: Path, header: Mapping[str, Value], rows: Sequence[Mapping[str, Value]], text: str) -> list[Path]:
     """Write the table of an experiment as STEM.csv, below the settings that its runs share, and `text` as STEM.md.
 
-    Where an earlier version has written the same in another form, both files stay as they are. Returns both.
+    Where an earlier version has written the same in another form, both files stay as they are. Returns both. OSError
+    where one cannot be written.
 
     Args:
         stem: the path of both files without their ending.
         header: the settings that all runs of the table share.
-        rows: for each method its numbers by name, of which `seeds` is how many runs have been finished; and further
-            rows, without `seeds`.
+        rows: those of `table_rows`, and others.
         text: the table as it is shown.
-
-    Raises:
-        OSError: a file cannot be written.
     """
     stream = io.StringIO()
     stream.writelines(f"{line}\n" for line in header_lines(header))
@@ -136,13 +130,9 @@ def parse_table(content: str) -> tuple[dict[str, Value], list[dict[str, str]]]:
 
 
 def read_table_seeds(stem: Path, header: Mapping[str, Value]) -> dict[tuple[str, ...], tuple[str, int]]:
-    """What the table STEM.csv has, whose runs share these settings; empty without a table.
+    """By `values_of` each method in the table STEM.csv, its name and how many finished runs it has; empty without one.
 
-    Returns:
-        By `values_of` a method, its name and how many finished runs it has.
-
-    Raises:
-        ValueError: the file is of other settings, or not a table.
+    ValueError where the file is of other settings than these, which its runs share, or not a table.
     """
     file = stem.with_name(f"{stem.name}.csv")
     if not file.exists():
