@@ -73,10 +73,9 @@ def learning_curves(runs: Runs) -> Figure:
     make_logarithmic(axes[0], np.concatenate(shown[0]), largest=100)
     make_logarithmic(axes[1], np.concatenate(shown[1]))
     first = next(run for seeds in runs.values() for run in seeds.values())
-    steps, settling_steps = first.steps_per_epoch, first.settling_steps
-    if steps and steps < settling_steps:
-        note = f"An epoch has {steps} steps. For about {settling_steps} steps, evaluation uses\nrunning statistics"
-        axes[0].set_title(f"{note} of batch norm that have not settled.", fontsize=8)
+    if first.steps_per_epoch and first.steps_per_epoch < first.settling_steps:
+        note = f"An epoch has {first.steps_per_epoch} steps. For about {first.settling_steps} steps, evaluation uses\n"
+        axes[0].set_title(f"{note}running statistics of batch norm that have not settled.", fontsize=8)
     add_legend(axes[0].figure, title="median and middle half of the seeds")
     return axes[0].figure
 
@@ -84,8 +83,7 @@ def learning_curves(runs: Runs) -> Figure:
 def forest_plot(comparisons: Sequence[Comparison]) -> Figure:
     """The mean difference of each comparison with its 95 % confidence interval, and a dot for each seed.
 
-    The rows are in the order of the comparisons, without those that have no pairs, as the baseline has none with
-    itself. A contrast shows the first method minus the second. ValueError where no comparison has pairs.
+    Comparisons without pairs are left out. ValueError where none has pairs.
     """
     comparisons = [c for c in comparisons if c.differences]
     if not comparisons:
@@ -118,28 +116,25 @@ def forest_plot(comparisons: Sequence[Comparison]) -> Figure:
 def accuracy_by_bn_weight(runs: Runs, comparisons: Sequence[Comparison] | None = None) -> Figure:
     """Test accuracy by the initial γ, for all methods that have the c and input_norm of 'proposed'.
 
-    It shows mean and standard deviation over the seeds, and a star where the verdict of the comparison with the
-    baseline, which is corrected, is "significant". By default the methods are compared with the baseline alone.
-    ValueError where they have fewer than three values of γ.
+    It shows mean and standard deviation over the seeds, and a star where the verdict of the comparison, by default with
+    the baseline alone, is "significant". ValueError where they have fewer than three values of γ.
     """
     verdicts = {c.method: c.verdict for c in (compare_all(runs) if comparisons is None else comparisons)}
-    points = []
+    panel, points = make_axes(), []
     for method, seeds in runs.items():
         values = compared(next(iter(seeds.values())).header) if seeds else {}
         if seeds and values == compared({**PAPER["proposed"], "bn_weight": values["bn_weight"]}):
             c = compare(method, accuracy_by_seed(seeds), {})
-            points.append((values["bn_weight"], c.mean, np.nan_to_num(c.deviation), verdicts.get(method)))
+            points.append((values["bn_weight"], c.mean, np.nan_to_num(c.deviation)))
+            if verdicts.get(method) == "significant":
+                panel.annotate("*", points[-1][:2], (5, 2), textcoords="offset points", fontsize=18)
     if len({weight for weight, *_ in points}) < 3:
         raise ValueError("there are fewer than three bn_weights to compare")
-    weights, means, deviations, stars = zip(*sorted(points, key=lambda point: point[0]), strict=True)
-    panel = make_axes()
+    weights, means, deviations = zip(*sorted(points), strict=True)
     panel.errorbar(weights, means, deviations, color="black", marker="o", capsize=3, label="c = 100, input_norm bn")
-    for weight, mean, verdict in zip(weights, means, stars, strict=True):
-        if verdict == "significant":
-            panel.annotate("*", (weight, mean), (5, 2), textcoords="offset points", fontsize=18)
     if runs.get("baseline"):
-        theirs = list(accuracy_by_seed(runs["baseline"]).values())
-        panel.axhline(np.mean(theirs), color="C3", linestyle="--", label="baseline")
+        mean = compare("baseline", accuracy_by_seed(runs["baseline"]), {}).mean
+        panel.axhline(mean, color="C3", linestyle="--", label="baseline")
     panel.set(xscale="log", xlabel="initial γ (bn_weight)", ylabel="test accuracy (%), mean ± standard deviation")
     panel.set_xticks(weights, [f"{weight:g}" for weight in weights], minor=False)
     panel.minorticks_off()
@@ -168,8 +163,8 @@ def save_figures(
 ) -> tuple[list[Path], list[str]]:
     """Draw and write every figure that can be made. OSError where one cannot be written. Nothing is downloaded.
 
-    Two figures show trained networks, those of `SHOWN` with the smallest seed. Their γ and β are also written to
-    STEM-scales-and-shifts.npz, from which that figure is drawn where the weights are missing.
+    Two figures show trained networks, those of `SHOWN` with the smallest seed. What they show is also written to
+    STEM-scales-and-shifts.npz, from which they are drawn where the weights are missing.
 
     Args:
         stem: the folder, and how the names of the files begin.
@@ -179,8 +174,8 @@ def save_figures(
         own_network: MODULE:FUNCTION that may be imported to draw its trained weights; see `observe_runs`.
 
     Returns:
-        The files of the figures; and a line for each figure of trained networks that cannot be made, with the reason.
-        A figure that would compare more methods or seeds than there are is left out without one.
+        The files of the figures; and a line on figures of trained networks that cannot be made, with the reason. A
+        figure that would compare more methods or seeds than there are is left out without one.
     """
     comparisons = compare_all(runs) if comparisons is None else comparisons
     title = describe(run for seeds in runs.values() for run in seeds.values())
@@ -212,8 +207,7 @@ def save_figures(
 def read_runs(files: Iterable[Path]) -> Runs:
     """Read result files by method and seed. The paper's methods come first, under their names.
 
-    OSError where a file cannot be read; ValueError where one is damaged or of an unfinished run, or where the runs
-    differ in more than their seed and `COMPARED`.
+    ValueError where a file is damaged or of an unfinished run, or runs differ in more than their seed and `COMPARED`.
     """
     named = {name: compared(values) for name, values in NAMED.items()}
     groups: dict[str, list[Path]] = {name: [] for name in named}
@@ -230,10 +224,7 @@ def read_runs(files: Iterable[Path]) -> Runs:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: draw what can be drawn, print the files, and say on standard error what is missing and why.
-
-    See `one_line_endings` for its exit codes.
-    """
+    """The command line: draw what can be drawn, print the files, and say on standard error what is missing and why."""
     with one_line_endings("figures.py"):
         args = make_parser().parse_args(argv)
         networks = args.networks or args.files[0].absolute().parent.parent / "networks"

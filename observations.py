@@ -34,10 +34,7 @@ NORMALIZED = ".normalized"  # ends the names of normalized values in an archive
 
 
 def batch_norms(weights: Weights) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Depth, γ (C,) and β (C,) of every batch norm that has both, in the order of the `state_dict` of a network.
-
-    The network has no wrapper such as `nn.DataParallel`: the depth of the first follows from its name.
-    """
+    """Depth, γ (C,) and β (C,) of every batch norm that has both, in the order of the `state_dict` of a network."""
     layers = [name.removesuffix(".running_mean") for name in weights if name.endswith(".running_mean")]
     layers = [layer for layer in layers if {f"{layer}.weight", f"{layer}.bias"} <= weights.keys()]
     for depth, layer in enumerate(layers, start=first_depth(layers)):
@@ -62,9 +59,9 @@ def initial_scale(depth: int, bn_weight: float) -> float:
 
 def batch_norm_arrays(weights: Weights) -> dict[str, np.ndarray]:
     """All that belongs to batch norms in a `state_dict`, under the same names, but for their counts of batches."""
-    layers = {name.rpartition(".")[0] for name in weights if name.endswith(".running_mean")}
-    of_batch_norms = (name for name in weights if name.rpartition(".")[0] in layers)
-    return {name: as_array(weights[name]) for name in of_batch_norms if not name.endswith(".num_batches_tracked")}
+    layers = [name.removesuffix(".running_mean") for name in weights if name.endswith(".running_mean")]
+    names = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias", "running_mean", "running_var")]
+    return {name: as_array(weights[name]) for name in names if name in weights}
 
 
 # --- normalized values ----------------------------------------------------------------------------------------------
@@ -85,10 +82,7 @@ NUM_MEASURED = 128  # test images on which normalized values are measured
 def measure_normalized_values(network: nn.Module, images: Tensor) -> list[NormalizedValues]:
     """How large normalized values get in each batch norm of a network, in the order of computation (Section 3).
 
-    Args:
-        network: any module; it computes in evaluation mode, that is with the running statistics, and is left as it was,
-            the mode of each of its layers included.
-        images: one batch of what it takes.
+    The network, any module, takes these images in evaluation mode, and is left as it was.
     """
     measured, hooks = [], []
 
@@ -118,10 +112,7 @@ def measure_normalized_values(network: nn.Module, images: Tensor) -> list[Normal
 def measure_run(
     run: Results, network: nn.Module, image_set: ImageSet, num_images: int = NUM_MEASURED
 ) -> list[NormalizedValues]:
-    """`measure_normalized_values` of a run's network on some test images, prepared as in training.
-
-    The network is from `rebuild_network`, and the data set of the run on the CPU.
-    """
+    """`measure_normalized_values` of a run's network on some test images of its data set, prepared as in training."""
     [images] = image_set.take([image_set.sample("test", num_images)])
     images = images.float() / 255
     if (DEFAULTS | run.header)["input_norm"] == "dataset":
@@ -154,11 +145,9 @@ def save_observations(file: Path, runs: Mapping[str, Results], found: Observatio
 
 
 def load_observations(file: Path, runs: Mapping[str, Results]) -> Observations:
-    """What `save_observations` wrote of runs, or of some of them. Older files have no normalized values.
+    """What `save_observations` wrote of runs, or of some of them. ValueError where it is damaged, or of other runs.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or of other runs.
+    Older files have no normalized values.
     """
     content, found = read_file(file), Observations({}, {}, [])
     try:
@@ -190,19 +179,17 @@ def observe_runs(
     """The learned γ and β and the normalized values of trained networks, as far as their files allow.
 
     Args:
-        runs: for each method a finished run, all of one data set; there may be none.
+        runs: for each method a finished run, all of one data set.
         networks: the folder with their weights, NAME-best.pt; `images` beside it has the data. Nothing is downloaded.
         archive: written where there are weights and images, and read where weights are missing.
-        own_network: MODULE:FUNCTION that may be imported. A network of another module is left out, as nobody has asked
-            for its code to be run.
+        own_network: MODULE:FUNCTION that may be imported. Code of another module is not run, as nobody asked for it.
 
     Raises:
         OSError: the archive cannot be written.
     """
-    found = Observations({}, {}, [])
+    found, trained = Observations({}, {}, []), {}
     if not runs:
         return found
-    trained = {}
     try:
         for method, run in runs.items():
             network = str(run.header.get("network", DEFAULTS["network"]))
@@ -240,33 +227,33 @@ DEPTH = "batch norm, from input to output (0: in front of the network)"
 def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mapping[str, float]) -> Figure:
     """How far γ and β went from where they started, by depth, all methods on one scale (Section 3).
 
-    Both are divided by the γ that their batch norm started with, so that methods with different ones can be compared.
-    For each method and batch norm, a marker is at the median of the channels, a thick bar goes from the 5 % to the
-    95 % quantile, and a thin one from the smallest to the largest value. The scale is that of the network: values of
-    the batch norm in front of it that go beyond are written at the edge.
+    Both are divided by the γ that their batch norm started with. A marker is at the median of the channels, a thick bar
+    goes from the 5 % to the 95 % quantile, and a thin one from the smallest to the largest value. Values of the batch
+    norm in front of the network that go beyond the scale of the others are written at the edge.
 
     Args:
         weights: for each method a `state_dict`, as in `networks/NAME-best.pt`.
-        bn_weights: for each method the initial γ of the batch norms; see `observations.initial_scale`.
+        bn_weights: for each method the initial γ of the batch norms; see `initial_scale`.
     """
     panels = make_axes(2, width=9, height=3.4, sharex=True)
     offsets = 0.24 * (np.arange(len(weights)) - (len(weights) - 1) / 2)
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for index, (method, trained) in enumerate(weights.items()):
-        layers = [
-            (d, np.array((scale, shift)) / initial_scale(d, bn_weights[method]))
-            for d, scale, shift in batch_norms(trained)
-        ]
-        if not layers:
+        depths, quantiles = [], []
+        for depth, scale, shift in batch_norms(trained):
+            values = np.array((scale, shift)) / initial_scale(depth, bn_weights[method])
+            depths.append(depth)
+            quantiles.append(np.quantile(values, (0, 0.05, 0.5, 0.95, 1), axis=1))
+        if not depths:
             raise ValueError(f"{method} has no batch norm with γ, β and running statistics")
-        depths = np.array([depth for depth, _ in layers])
-        quantiles = np.array([np.quantile(values, (0, 0.05, 0.5, 0.95, 1), axis=1) for _, values in layers])
+        depths, quantiles = np.array(depths), np.array(quantiles)
         found[method] = depths, quantiles
+        places = depths + offsets[index]
+        style = line_style(index) | {"linestyle": "none", "markeredgecolor": "black", "markersize": 4}
         for panel, (lowest, low, median, high, highest) in zip(panels, quantiles.transpose(2, 1, 0), strict=True):
-            panel.vlines(depths + offsets[index], lowest, highest, color=f"C{index}", linewidth=0.8)
-            panel.vlines(depths + offsets[index], low, high, color=f"C{index}", linewidth=3, alpha=0.6)
-            style = line_style(index) | {"linestyle": "none", "markeredgecolor": "black", "markersize": 4}
-            panel.plot(depths + offsets[index], median, label=method, **style)
+            panel.vlines(places, lowest, highest, color=f"C{index}", linewidth=0.8)
+            panel.vlines(places, low, high, color=f"C{index}", linewidth=3, alpha=0.6)
+            panel.plot(places, median, label=method, **style)
     for place, (panel, start, name) in enumerate(zip(panels, (1, 0), ("γ", "β"), strict=True)):
         panel.axhline(start, color="black", linestyle="--", linewidth=0.8, zorder=0, label="start")
         label_axes(panel, "", f"learned {name} / initial γ")
