@@ -19,8 +19,7 @@ class Batches:
     `normalize`, normalized with the statistics of the set; int64 (n,).
 
     Those of 'train' are shuffled and, where the set allows it, mirrored. The numbers drawn from torch's global
-    generator are those that the paper's code draws through torch's DataLoader, so order and flips are the same. Both go
-    to the device before the first batch of an epoch, and nothing does after that.
+    generator are those that the paper's code draws through torch's DataLoader, so order and flips are the same.
 
     Args:
         image_set: the images.

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,8 +81,8 @@ def class_names(folder: str | Path) -> list[str]:
 def find_images(folder: Path, report: Callable[[str], None] = lambda line: None) -> FoundImages:
     """The images of `folder`/train/CLASS and `folder`/test/CLASS (or val/CLASS where there is no test/).
 
-    Classes and files are in the order of their names, as torchvision's ImageFolder has them. `report` is given a line
-    that counts the files that do not end with one of `ENDINGS`, if any.
+    They are in the order of torchvision's ImageFolder. `report` is given a line that counts the files that do not end
+    with one of `ENDINGS`, if any.
 
     Raises:
         FileNotFoundError: one of these folders is missing, or has no image.
@@ -102,11 +102,12 @@ def find_images(folder: Path, report: Callable[[str], None] = lambda line: None)
     for part in parts:
         num_train = len(files)
         note(str(part), seen)
-        by_class = [sorted(walk(str(part / name), seen, left_out)) for name in until_stopped(classes)]
-        if empty := [name for name, found in zip(classes, by_class, strict=True) if not found]:
+        by_class = {name: sorted(walk(str(part / name), seen, left_out)) for name in until_stopped(classes)}
+        if empty := [name for name, found in by_class.items() if not found]:
             raise FileNotFoundError(f"{part} has no image of {listed(empty)}: {counted(left_out)}")
-        files += [Path(*file) for found in by_class for file in found]
-        labels += [label for label, found in enumerate(by_class) for _ in found]
+        for label, found in enumerate(by_class.values()):
+            files += [Path(*file) for file in found]
+            labels += [label] * len(found)
     if left_out:
         report(f"{folder}: {counted(left_out)}")
     return FoundImages(files, labels, classes, num_train, folder, files[:num_train])
@@ -140,9 +141,9 @@ def counted(left_out: Counter[str]) -> str:
 
 
 def identify(found: FoundImages, contents: Sequence[str] = ()) -> str:
-    """A short hash of the images of a folder: of classes, names in it, labels, and `contents` or else sizes in bytes.
+    """A short hash of the images of a folder: of classes, names, labels, and `contents` (SHA-256) or else sizes.
 
-    `contents` has the SHA-256 of each file. The hash is the same for a copy on another machine.
+    It is the same for a copy on another machine.
     """
     digest = hashlib.sha256(ascii(found.classes).encode())
     above = len(found.folder.parts)
@@ -170,35 +171,45 @@ def listed(names: Sequence[str]) -> str:
 def read_image(file: Path) -> Tensor:
     """The image in a file, uint8 (3, H, W), upright, in red, green and blue as PIL converts it.
 
-    Of grey of more than 8 bits the upper 8 are taken; transparency is ignored.
+    Of grey of more than 8 bits the upper 8 are taken; transparency is ignored. ValueError, too, where pixels have no
+    common scale.
+    """
+    with open_image(file) as (opened, content):
+        if simplejpeg and opened.format == "JPEG" and opened.mode == "RGB" and find_orientation(opened) == 1:
+            with suppress(ValueError):  # of a slight damage, which PIL may pass over
+                return torch.from_numpy(simplejpeg.decode_jpeg(content)).permute(2, 0, 1)
+        opened.load()
+        image = opened
+        if find_orientation(image) != 1:
+            # of its metadata only what its pixels depend on: the rest would be rewritten, which may fail
+            image.info = {name: image.info[name] for name in image.info if name == "transparency"}
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or (image.mode == "I" and opened.format == "PPM"):  # not as in other "I"
+            tags = getattr(opened, "tag_v2", {})
+            grey = (np.asarray(image) >> tags.get(BITS, (16,))[0] - 8).astype(np.uint8)  # PIL would cut off at 255
+            image = Image.fromarray(255 - grey if tags.get(WHITE_IS_ZERO) == 0 else grey)
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {image.mode} have no scale of their own: convert it")
+        elif "transparency" in image.info:
+            image = image.convert("RGBA")
+        return v2.functional.pil_to_tensor(image.convert("RGB"))
+
+
+@contextmanager
+def open_image(file: Path) -> Iterator[tuple[Image.Image, bytes]]:
+    """PIL's image of a file, not decoded yet, and the file's content.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it does not hold a whole image, or its pixels have no common scale; the message names it.
+        ValueError: it does not hold a whole image, as one finds out within, too; the message names it.
     """
     content = read_file(file)
     try:
-        with Image.open(io.BytesIO(content)) as opened:
-            if simplejpeg and opened.format == "JPEG" and opened.mode == "RGB" and find_orientation(opened) == 1:
-                with suppress(ValueError):  # of a slight damage, which PIL may pass over
-                    return torch.from_numpy(simplejpeg.decode_jpeg(content)).permute(2, 0, 1)
-            opened.load()
-            image = opened
-            if find_orientation(image) != 1:
-                # of its metadata only what its pixels depend on: the rest would be rewritten, which may fail
-                image.info = {name: image.info[name] for name in image.info if name == "transparency"}
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16") or (image.mode == "I" and opened.format == "PPM"):  # not as in other "I"
-                tags = getattr(opened, "tag_v2", {})
-                grey = (np.asarray(image) >> tags.get(BITS, (16,))[0] - 8).astype(np.uint8)  # PIL would cut off at 255
-                image = Image.fromarray(255 - grey if tags.get(WHITE_IS_ZERO) == 0 else grey)
-            elif image.mode in ("I", "F"):
-                raise ValueError(f"pixels of mode {image.mode} have no scale of their own: convert it")
-            elif "transparency" in image.info:
-                image = image.convert("RGBA")
-            return v2.functional.pil_to_tensor(image.convert("RGB"))
+        with Image.open(io.BytesIO(content)) as image:
+            yield image, content
     except Exception as error:  # which one depends on the format, and on where the damage is
-        raise unreadable(file, error) from error
+        reason = "it is not of a known kind" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise ValueError(f"{file} cannot be read as an image: {reason}") from error
 
 
 def find_orientation(image: Image.Image) -> int:
@@ -226,23 +237,13 @@ def own_size(files: Iterable[Path]) -> Size | None:
     """Height and width that all these images have, upright, or None where they differ or one is not small."""
     sizes = set()
     for file in files:
-        content = read_file(file)
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                width, height = image.size
-                exchanged = find_orientation(image) >= 5 and image.format != "TIFF"  # whose size is upright already
-        except Exception as error:
-            raise unreadable(file, error) from error
+        with open_image(file) as (image, _):
+            width, height = image.size
+            exchanged = find_orientation(image) >= 5 and image.format != "TIFF"  # whose size is upright already
         sizes.add((width, height) if exchanged else (height, width))
         if len(sizes) > 1 or max(height, width) > SMALL_IMAGE:
             return None
     return sizes.pop()
-
-
-def unreadable(file: Path, error: Exception) -> ValueError:
-    """The error for a file that is not a whole image."""
-    reason = "it is not of a known kind" if isinstance(error, Image.UnidentifiedImageError) else error
-    return ValueError(f"{file} cannot be read as an image: {reason}")
 
 
 def resize(image: Tensor, size: Size, margin: float = 1) -> Tensor:
@@ -257,10 +258,7 @@ def resize(image: Tensor, size: Size, margin: float = 1) -> Tensor:
 
 
 def decode_all(images: Images, size: Size, workers: int, show_bar: bool = False) -> tuple[Tensor, list[str]]:
-    """All images in one tensor, uint8 (N, 3, H, W), decoded by `workers` threads, and the SHA-256 of each file.
-
-    KeyboardInterrupt as soon as a signal has arrived. See `read_image`.
-    """
+    """All images in one tensor, uint8 (N, 3, H, W), decoded by `workers` threads, and the SHA-256 of each file."""
     decoded = torch.empty(len(images), 3, *size, dtype=torch.uint8)
 
     def decode(index: int) -> str:

@@ -62,8 +62,9 @@ class ImageSet:
     @property
     def notes(self) -> dict[str, str]:
         """What a result file says of the images: `numbers` and, if known, `mean`, `std` and `image_hash`."""
-        statistics = {"mean": self.mean, "std": self.std} if self.mean else {}
-        notes = {"images": self.numbers, **{name: " ".join(map(repr, of)) for name, of in statistics.items()}}
+        notes = {"images": self.numbers}
+        if self.mean:
+            notes |= {"mean": " ".join(map(repr, self.mean)), "std": " ".join(map(repr, self.std))}
         return notes | ({"image_hash": self.image_hash} if self.image_hash else {})
 
     def sample(self, split: str, num_images: int) -> Tensor:
@@ -110,12 +111,10 @@ def load_image_set(
             `SMALL_IMAGE` pixels, they are decoded once and kept; above, streamed, and augmented for training.
         flip: whether training images may be mirrored left to right. Digits never are.
         split_seed: seed with which the validation images are drawn; of 'digits', the test images too. The paper's is 0.
-        workers: how many threads decode the images that are kept, or processes those that are streamed; by default as
-            many as torch has threads.
+        workers: how many threads or, where images are streamed, processes decode them; by default torch's threads.
         download: whether to download CIFAR into `folder` where it, or a file of it, is missing or damaged.
-        statistics: whether mean and standard deviation are needed. For a folder they are kept in a file, see
-            `keep_statistics`.
-        report: called with a line of text where they cannot be kept, or files in the folder are left out.
+        statistics: whether mean and standard deviation are needed; see `keep_statistics`.
+        report: called with a line of text where these cannot be kept, or files in the folder are left out.
         show_bar: whether to draw a progress bar on standard error while images are decoded.
 
     Raises:
@@ -163,10 +162,7 @@ def find(name: str, folder: Path, download: bool, split_seed: int, report: Calla
 
 
 def find_digits(split_seed: int) -> FoundImages:
-    """scikit-learn's handwritten digits in three equal channels, a fifth of them, drawn with a seed, as test images.
-
-    The digits are not mirrored: a mirrored 2 is no digit.
-    """
+    """scikit-learn's handwritten digits in three equal channels, a fifth of them, drawn with a seed, as test images."""
     from sklearn.datasets import load_digits  # takes a second to import, which not every start has to wait for
 
     digits = load_digits()
@@ -179,7 +175,7 @@ def find_digits(split_seed: int) -> FoundImages:
         labels=digits.target[order].tolist(),
         classes=[str(name) for name in digits.target_names],
         num_train=len(complete_train),
-        flip=False,
+        flip=False,  # a mirrored 2 is no digit
         statistics=((float(seen.mean()),) * 3, (float(seen.std()),) * 3),
     )
 

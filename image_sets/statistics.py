@@ -18,7 +18,7 @@ from image_sets.folders import FoundImages, Size, Statistics
 def compute_statistics(batches: Iterable[Tensor], num_images: int, show_bar: bool = False) -> Statistics:
     """Mean and standard deviation of the channels of `num_images` images in batches, uint8 (n, 3, H, W).
 
-    ValueError where a channel has one value only; KeyboardInterrupt as soon as a signal has arrived.
+    ValueError where a channel has one value only.
     """
     sums, squares, count = np.zeros(3, np.int64), np.zeros(3, np.int64), 0  # whole numbers add up in any order
     with tqdm(total=num_images, desc="statistics", unit="image", disable=not show_bar, leave=False) as bar:
@@ -39,10 +39,10 @@ def compute_statistics(batches: Iterable[Tensor], num_images: int, show_bar: boo
 def keep_statistics(
     found: FoundImages, size: Size, compute: Callable[[], Statistics], report: Callable[[str], None]
 ) -> Statistics:
-    """What `compute` returns, computed anew only where the files are others than those it was computed from last.
+    """What `compute` returns, kept as JSON in the folder of the data set, and computed anew where its files change.
 
-    It is kept in the folder of the data set, as JSON, with a checksum of the names, sizes and times of change of the
-    files of its training images. Where nothing can be written there, `report` is given a line that says so.
+    They have changed where a name, a size or a time of change of a training image has. Where nothing can be written
+    there, `report` is given a line that says so.
     """
     files = [(str(file.relative_to(found.folder)), file.stat()) for file in found.files]
     listed = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]

@@ -23,18 +23,11 @@ MARGIN = 256 / 224  # for evaluation, images are resized by this much more befor
 
 
 class StreamedImages:
-    """Images that are decoded anew each time, ahead of time and by several processes.
+    """Images that are decoded anew each time, ahead of time, by so many processes; with `workers` = 0 by this one.
 
-    For training, a random part of an image is resized (torchvision's RandomResizedCrop) and mirrored half of the time;
-    both follow the seed in its key alone, whichever process does it. For evaluation, an image is resized and its centre
-    cropped.
-
-    Args:
-        images: the files, or uint8 (N, 3, H, W).
-        size: height and width to give them.
-        flip: whether images are mirrored for training.
-        workers: how many processes decode; 0 for this one.
-        pin_memory: whether batches are put into memory from which a GPU copies faster.
+    For training, a random part of an image is resized (torchvision's RandomResizedCrop) and, with `flip`, mirrored half
+    of the time; both follow the seed in its key alone, whichever process does it. For evaluation, an image is resized
+    and its centre cropped.
     """
 
     def __init__(self, images: Images, size: Size, flip: bool, workers: int, pin_memory: bool = False) -> None:
