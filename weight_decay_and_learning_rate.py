@@ -2,13 +2,11 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping
-from numbers import Real
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.utils.parametrize import is_parametrized
 
 NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm)  # _NormBase: batch norms and instance norms
 if hasattr(nn, "RMSNorm"):  # from torch 2.4 on
@@ -52,23 +50,18 @@ def adjust_weight_decay_and_learning_rate(
         Dictionaries with 'params' (a list), 'weight_decay', 'lr' and 'name': "biases", "batch norm scales", "weights".
 
     Raises:
-        TypeError: `network` is no module, `weight_decay`, `learning_rate` or `c` is no number, or `skip_list` is a
-            text.
+        TypeError: `network` is no module, or `weight_decay`, `learning_rate` or `c` is no number.
         ValueError: `weight_decay` or `learning_rate` is below 0 or not finite, `c` is neither 0 nor a finite number of
             at least 1, or `skip_list` names no parameter of `network`; or FSDP has made one flat parameter of several.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network must be a torch.nn.Module, not {type(network).__name__}: net, not net.parameters()")
-    for name, value in {"weight_decay": weight_decay, "learning_rate": learning_rate, "c": c}.items():
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number, not {value!r}")
-        if name != "c" and not 0 <= value < math.inf:
+    for name, value in {"weight_decay": weight_decay, "learning_rate": learning_rate}.items():
+        if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
     if not (c == 0 or 1 <= c < math.inf):
         raise ValueError(f"c must be 0 or 1 (no reduction) or above 1, not {c!r}")
     weight_decay, learning_rate, c = map(float, (weight_decay, learning_rate, c))  # torch.load refuses an np.float64
-    if isinstance(skip_list, str):
-        raise TypeError(f"skip_list must be a list of names, not the text {skip_list!r}")
     by_name = dict(network.named_parameters(remove_duplicate=False))
     skip_list = set(skip_list)
     unknown = skip_list - by_name.keys()
@@ -79,7 +72,9 @@ def adjust_weight_decay_and_learning_rate(
     no_decay, batch_norm_scales, decay = [], [], []
     modules = dict(network.named_modules())
     for path, parameter in network.named_parameters():
-        module, name = owner(modules, path)
+        # what a tensor is computed from in a parametrization goes where the tensor would go
+        holder, _, name = re.sub(r"(^|\.)parametrizations\.(\w+)\..*", r"\1\2", path).rpartition(".")
+        module = modules[holder]
         if not parameter.requires_grad:
             continue
         if getattr(parameter, "_is_flat_param", False):
@@ -101,12 +96,3 @@ def adjust_weight_decay_and_learning_rate(
         {"name": "weights", "params": decay, "weight_decay": weight_decay, "lr": learning_rate},
     ]
     return [group for group in groups if group["params"]]
-
-
-def owner(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
-    """The module that computes with a parameter, and what this is called there: that of which it is a part, if any."""
-    within = re.fullmatch(r"(?:(.*?)\.)?parametrizations\.(\w+)\..*", path)
-    if within and is_parametrized(modules.get(within[1] or ""), within[2]):
-        return modules[within[1] or ""], within[2]
-    module, _, name = path.rpartition(".")
-    return modules[module], name
