@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Real
 from operator import index
 from typing import Any
 
@@ -146,8 +145,7 @@ def check_plain(layer: nn.Module, layer_name: str, name: str) -> None:
 def check_bn_weight(bn_weight: float, dtype: torch.dtype) -> None:
     """ValueError where this is not a finite number above 0 that the type can hold."""
     held = torch.finfo(dtype)  # beyond this range, numbers become 0 or infinite, or lose digits
-    is_number = isinstance(bn_weight, Real) and not isinstance(bn_weight, bool)
-    if not (is_number and held.smallest_normal <= bn_weight <= held.max):
+    if not held.smallest_normal <= bn_weight <= held.max:
         raise ValueError(f"bn_weight must be a finite number above 0 that {dtype} can hold, not {bn_weight!r}")
 
 

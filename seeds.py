@@ -16,8 +16,7 @@ def make_complex(simple_seed: int | str, verbose: bool = False) -> int:
     """Turn a simple seed, such as 1, into a number that uses all 32 bits.
 
     It is the last 32 bits of the MD5 of the seed's decimal text, so that 1 and '1' give the same. The seeds 0 to 88265
-    (`settings.MAX_SEED`) give distinct values; the next one is the first to collide. The paper trains with 1 to 15 and
-    draws the validation set with 0.
+    give distinct values. The paper trains with 1 to 15 and draws the validation set with 0.
 
     Args:
         simple_seed: any integer, NumPy's included, or text.

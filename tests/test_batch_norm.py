@@ -229,7 +229,7 @@ def test_trained_network_loses_its_scales_with_a_warning():
 
 
 BAD_WEIGHTS = [
-    *((value, None) for value in (0, -0.1, math.nan, math.inf, 10**400, True, "0.1", None, 1e-320, 1e-60, 1e39)),
+    *((value, None) for value in (0, -0.1, math.nan, math.inf, 10**400, 1e-320, 1e-60, 1e39)),
     *((value, torch.float16) for value in (1e-9, 70_000)),
     (1e39, torch.bfloat16),
 ]
