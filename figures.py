@@ -22,7 +22,7 @@ def make_parser() -> Parser:
     flag = parser.add_argument
     flag("files", nargs="+", type=Path, metavar="FILE", help="result files of finished runs")
     flag("--output", type=folder, required=True, help="folder for the figures")
-    flag("--network", help="MODULE:FUNCTION of your own whose trained weights may be drawn: its code is run")
+    flag("--network", help="your own MODULE:FUNCTION, to draw its trained weights: its code is run")
     flag("--networks", type=folder, help="folder of the trained weights (default: networks/ beside the files' folder)")
     return parser
 

@@ -112,38 +112,38 @@ class Settings:
     batch_size: int = setting(TRAINING, 128, "images in a batch", whole(1))
     num_epochs: int = setting(TRAINING, 180, "passes over the training images", whole(1))
     learning_rate: float = setting(TRAINING, 0.1, "initial learning rate", positive)
-    scheduler: str = setting(TRAINING, "cos", "cosine or constant rate", choices=SCHEDULES)
+    scheduler: str = setting(TRAINING, "cos", "learning rate: half a cosine, or constant", choices=SCHEDULES)
     momentum: float = setting(TRAINING, 0.9, "momentum of SGD", fraction)
-    weight_decay: float = setting(TRAINING, 1e-4, "weight decay", not_negative)
+    weight_decay: float = setting(TRAINING, 1e-4, "weight decay; biases, γ and β have none", not_negative)
     device: str | None = setting(FILES, None, "cpu, cuda, cuda:1 ... (default: the accelerator that torch finds)")
     checkpoint_seconds: float = setting(FILES, 60.0, "least time between two checkpoints", not_negative)
-    restart: bool = setting(FILES, False, "start over, replacing what an earlier run of this name left")
-    tensorboard: bool = setting(FILES, False, "write curves for TensorBoard too")
+    restart: bool = setting(FILES, False, "start over and replace the earlier run of this name")
+    tensorboard: bool = setting(FILES, False, "also write curves for TensorBoard")
     stem: str = setting(
-        BEYOND, "auto", "first layers of a ResNet: for small images, its own, or by the images' size", choices=STEMS
+        BEYOND, "auto", "first layers of a ResNet: by image size, for small images, its own", choices=STEMS
     )
     image_size: int | None = setting(
-        BEYOND, None, "height and width in pixels (default: their own if small, else 224)", whole(1)
+        BEYOND, None, "height and width in pixels (default: their own if alike and small, else 224)", whole(1)
     )
     no_flip: bool = setting(BEYOND, False, "never mirror an image")
     split_seed: int | str = setting(
-        BEYOND, 0, "seed that draws the validation images, or the word seed for the run's own", seed_of_split
+        BEYOND, 0, "seed that draws the validation images; the word seed: the run's own", seed_of_split
     )
     workers: int | None = setting(
         FILES, None, "processes that decode large images (default: the run's threads)", whole(0)
     )
     precision: str = setting(BEYOND, "float32", "how matrix products and convolutions are rounded", choices=PRECISIONS)
     compile: bool = setting(BEYOND, False, "compile the network with torch.compile")
-    debias: bool = setting(BEYOND, False, "evaluate without the values that batch norms' running statistics start from")
+    debias: bool = setting(BEYOND, False, "evaluate without the starting values of batch norm's running statistics")
     equivalent: str = setting(
         BEYOND,
         "no",
-        "train a network with γ = 1 and as small logits, or one that learns the same way",
+        "train with γ = 1 instead: with the logits scaled, or with learning rates scaled too",
         choices=EQUIVALENTS,
     )
-    bn_weight: float = setting(METHOD, 0.1, "initial γ of every batch norm", positive)
-    c: float = setting(METHOD, 100.0, "divides the learning rate of γ", reduction)
-    input_norm: str = setting(METHOD, "bn", "what normalizes the images", choices=INPUT_NORMS)
+    bn_weight: float = setting(METHOD, 0.1, "initial γ of every batch norm; 1 is usual", positive)
+    c: float = setting(METHOD, 100.0, "divides the learning rate of γ; 0 means 1", reduction)
+    input_norm: str = setting(METHOD, "bn", "a batch norm in front, or the data set's statistics", choices=INPUT_NORMS)
     seed: int = setting(TRAINING, 1, "seed of weights, batches and flips", whole(0))
 
     def __post_init__(self) -> None:

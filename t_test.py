@@ -25,7 +25,7 @@ def make_parser() -> Parser:
     )
     flag = parser.add_argument
     flag("--proposed", nargs="+", type=Path, required=True, metavar="FILE", help="result files, one for each seed")
-    flag("--baseline", nargs="+", type=Path, required=True, metavar="FILE", help="those to be improved on")
+    flag("--baseline", nargs="+", type=Path, required=True, metavar="FILE", help="those to compare with")
     selection_help = "test accuracy at the epoch of the best validation accuracy, or at the last (default: %(default)s)"
     flag("--select", default="best", choices=run_settings.SELECTIONS, help=selection_help)
     return parser

@@ -54,25 +54,23 @@ def make_parser() -> Parser:
     methods = {"dest": "methods", "metavar": "SETTING", "type": named_method, "default": default}
     comparison("--settings", nargs="+", **methods, help=methods_help)
     positives = {"nargs": "+", "default": [], "type": run_settings.positive}
-    comparison("--bn_weights", **positives, metavar="γ", help="proposed, with each of these")
+    comparison("--bn_weights", **positives, metavar="γ", help="also proposed with each of these γ")
     comparison("--seeds", nargs="+", default=[seed_range("1-15")], type=seed_range, metavar="SEEDS", help=seeds_help)
     contrast = {"action": "append", "nargs": 2, "default": [], "metavar": ("SETTING", "OTHER")}
-    comparison(
-        "--contrast", **contrast, help="test whether SETTING is better than OTHER, too; may be given several times"
-    )
+    comparison("--contrast", **contrast, help="also test whether SETTING is better than OTHER; may be repeated")
     selection_help = "test accuracy at the epoch of the best validation accuracy, or at the last (default: %(default)s)"
     comparison("--select", default="best", choices=SELECTIONS, help=selection_help)
-    rates_help = "choose each setting's learning rate among these, on the tuning seeds"
+    rates_help = "choose each method's learning rate among these, on the tuning seeds"
     comparison("--learning_rates", **positives, metavar="RATE", help=rates_help)
-    tuning_help = "seeds to choose on, none of --seeds (default: 16-20)"
+    tuning_help = "seeds to choose it on, none of --seeds (default: 16-20)"
     comparison("--tuning_seeds", nargs="+", type=seed_range, default=[], metavar="SEEDS", help=tuning_help)
     files("--name", default="", type=file_name, help="beginning of all file names (default: made from the settings)")
     files("--jobs", default=1, type=whole(1), help="runs at a time on this machine (default: %(default)s)")
-    scheduler_help = "tcp://HOST:PORT of a Dask scheduler that gets the runs; cos and none are those of train.py"
+    scheduler_help = "tcp://HOST:PORT of a Dask scheduler; cos and none are those of train.py"
     files("--scheduler", action="append", default=[], type=scheduler, help=scheduler_help)
     files("--device", help="device of every run (default: with --jobs, runs share out all GPUs; cpu without any)")
-    files("--list", action="store_true", help="print the commands of all runs instead of making them")
-    report_help = "make no runs, only table and figures of those in FOLDER (default: results/ below --path)"
+    files("--list", action="store_true", help="print the commands of all runs instead")
+    report_help = "make no runs: table and figures of those in FOLDER (default: results/ below --path)"
     files("--report", nargs="?", const=True, type=folder, metavar="FOLDER", help=report_help)
     return parser
 

@@ -123,15 +123,14 @@ def test_commands_for_a_network_and_images_of_ones_own(tmp_path):
     [example] = re.findall(r"^```\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     make_folder(tmp_path / "images" / "flowers")
     commands = example.replace("python ", f"{sys.executable} {ROOT}/").replace("--num_epochs 5", "--num_epochs 1")
-    commands = re.sub(r"(train|reproduce)\.py", r"\1.py --device cpu", commands).replace("--seeds 1-3", "--seeds 1-2")
+    commands = re.sub(r"(train|reproduce)\.py", r"\1.py --device cpu", commands).replace("--seeds 1-3", "--seeds 1")
     run = subprocess.run(["bash", "-ec", commands], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("best epoch 1: ") == 2 and "| proposed | 2 " in run.stdout
+    assert run.stdout.count("best epoch 1: ") == 2 and "| proposed | 1 " in run.stdout
     results = {file.name for file in (tmp_path / "results").iterdir()}
     experiment = "flowers-my_networks.small-batch_size=16-num_epochs=1-image_size=32"
     assert {f"{experiment}-weight0.1-c100-bn-seed1.csv", f"{experiment}.md", f"{experiment}-forest.png"} <= results
-    figures = {file.stem for file in (tmp_path / "figures").glob("*.png")}
-    assert {"figure-normalized-values", "figure-scales-and-shifts"} <= figures  # which need the network's code
+    assert f"{experiment}-normalized-values.png" in results  # which needs networks and images
 
 
 def test_array_job(tmp_path):
