@@ -53,23 +53,24 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
     plan = experiment.plan
     if not experiment.restarts:
         experiment.read(planned)
+    if plan.report is not None or not planned:
+        return
     left, num_done = experiment.left(planned), experiment.num_done(planned)
-    if plan.report is None and planned:
-        epochs = f"{plan.first.num_epochs} epoch{'s' * (plan.first.num_epochs > 1)}"
-        how = f"on {plan.scheduler}" if plan.scheduler else f"{plan.jobs} at a time"
-        kind = "tuning runs" if planned[0].for_tuning else "runs"
-        say(f"{len(planned)} {kind} of {epochs}, {how}; {num_done} are finished")
-    if plan.report is not None or ARRIVED or not left:
+    epochs = f"{plan.first.num_epochs} epoch{'s' * (plan.first.num_epochs > 1)}"
+    how = f"on {plan.scheduler}" if plan.scheduler else f"{plan.jobs} at a time"
+    kind = "tuning runs" if planned[0].for_tuning else "runs"
+    say(f"{len(planned)} {kind} of {epochs}, {how}; {num_done} are finished")
+    if ARRIVED or not left:
         return
     if experiment.restarts:
-        remove(list(left.values()))
+        remove(left.values())
 
     def rows() -> list[str]:
         comparisons = [] if planned[0].for_tuning else [c for c in compare(experiment) if not is_contrast(c)]
         return tables.table(comparisons, tables.NARROW_TABLE_COLUMNS).splitlines() if comparisons else []
 
-    runs = [run.settings for run in left.values()]
     display = Display(left, num_done, rows())
+    runs = [run.settings for run in left.values()]
     made = make_runs(runs, plan.jobs, plan.scheduler, plan.device, say, display.show)
     with catch_signals(raising=False), closing(display), closing(made):
         try:
@@ -102,12 +103,10 @@ def list_experiments(found: Mapping[str, argparse.Namespace]) -> None:
         experiment.read(plan.tuning_runs)
         experiment.choose_learning_rates()
         experiment.read(experiment.runs)
-        planned = experiment.runs or plan.tuning_runs
-        num_done = experiment.num_done(planned)
-        kind = "runs" if experiment.runs else "tuning runs"
+        planned, kind = (experiment.runs, "runs") if experiment.runs else (plan.tuning_runs, "tuning runs")
+        done = f"{experiment.num_done(planned)} of {len(planned)} {kind} are finished"
+        done += f", {len(experiment.failed)} cannot be read" * bool(experiment.failed)
         what = f"{', '.join(plan.methods)}; seeds {' '.join(ranges(plan.seeds))}"
-        done = f"{num_done} of {len(planned)} {kind} are finished"
-        done += f", {len(experiment.failed)} cannot be read" if experiment.failed else ""
         say(f"{plan.table_name}: {what}; {done}", report_command(command, plan), "")
 
 

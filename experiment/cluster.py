@@ -42,16 +42,12 @@ def ask(question: Callable[..., Any], *arguments: Any, **options: Any) -> Future
 class Cluster:
     """The workers of a Dask cluster as places for runs, one at a time each.
 
-    Args:
-        client: of its scheduler.
-        path: the folder below which the files of all runs are.
-        report: called with a line where a worker is of no use.
+    All files of the runs are below `path`; `report` is called with a line where a worker is of no use.
     """
 
     def __init__(self, client: "Client", path: Path, report: Callable[[str], None]) -> None:
         self.client, self.path, self.report = client, path, report
-        self.known: set[str] = set()
-        self.usable: set[str] = set()
+        self.problems: dict[str, str] = {}  # why a worker cannot make runs; empty where it can
         self.deadline = time.monotonic() + WORKER_SECONDS
 
     def places(self) -> Collection[str]:
@@ -60,17 +56,17 @@ class Cluster:
         ClusterError where there is no worker, or one of the first cannot make runs.
         """
         alive = set(ask(self.client.nthreads).result(ANSWER_SECONDS))
-        if not self.known and not alive and time.monotonic() > self.deadline:
+        if not self.problems and not alive and time.monotonic() > self.deadline:
             raise ClusterError(f"{self.client.scheduler.address} has no workers: start some with dask worker")
-        if new := alive - self.known:
-            problems = self.find_problems(new)
-            if problems and not self.known:
-                raise ClusterError("; ".join(problems.values()))
-            for problem in problems.values():
+        if new := alive - self.problems.keys():
+            found = self.find_problems(new)
+            problems = [f"{worker}: {problem}" for worker, problem in found.items() if problem]
+            if problems and not self.problems:
+                raise ClusterError("; ".join(problems))
+            for problem in problems:
                 self.report(f"no runs for a worker that has joined: {problem}")
-            self.usable |= new - problems.keys()
-            self.known |= new
-        return self.usable & alive
+            self.problems |= found
+        return [worker for worker in alive if not self.problems[worker]]
 
     def begin(self, place: str, make: Callable[..., Any], run: Settings) -> Future:
         """Make a run in a worker."""
@@ -96,7 +92,7 @@ class Cluster:
         return answers
 
     def find_problems(self, workers: Collection[str]) -> dict[str, str]:
-        """Why workers cannot make runs whose files belong below `path`, and what to change, by their addresses."""
+        """Why workers cannot make runs, and what to change, by their addresses; empty where they can."""
         path, package, project = self.path, __package__, Path(__file__).parent.parent
         probe = path / f"probe-{uuid.uuid4().hex}.tmp"
 
@@ -114,13 +110,8 @@ class Cluster:
         finally:
             probe.unlink(missing_ok=True)
         silence = f"it does not answer within {ANSWER_SECONDS} seconds"
-        problems = {}
-        for worker, answer in answers.items():
-            if isinstance(answer, Exception):
-                answer = silence if isinstance(answer, TimeoutError) else in_one_line(answer)
-            if answer:
-                problems[worker] = f"{worker}: {answer}"
-        return problems
+        answers = {worker: silence if isinstance(a, TimeoutError) else a for worker, a in answers.items()}
+        return {worker: in_one_line(a) if isinstance(a, Exception) else a for worker, a in answers.items()}
 
 
 @contextmanager

@@ -1,14 +1,13 @@
 """What an experiment shows while its runs are made: on a terminal, what moves; elsewhere, a line now and then."""
 
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 from tqdm import tqdm
 
-from command_line.endings import say
+from command_line.endings import say, shows_bar
 from command_line.flag_types import as_typed
 from experiment.plan import PlannedRun
 from run_settings import Settings
@@ -29,17 +28,16 @@ class Display:
 
     def __init__(self, runs: Mapping[str, PlannedRun], num_done: int, rows: Sequence[str]) -> None:
         self.runs, self.num_done, self.rows = runs, num_done, rows
-        self.num_runs = num_done + len(runs)
         self.epochs = {name: count_epochs(run.settings) for name, run in runs.items()}
         self.epochs_before = sum(self.epochs.values())
         self.left = {name: run.settings.num_epochs for name, run in runs.items()}  # epochs of runs that have not ended
         self.start = time.monotonic()
-        self.at_work: list[str] = []
         self.began: dict[str, float] = {}  # when each run did
-        self.on_terminal = sys.stderr.isatty()
+        self.at_work: list[str] = []
+        self.on_terminal = shows_bar()
         self.options = {"disable": not self.on_terminal, "leave": False, "dynamic_ncols": True}
         bar = "{percentage:3.0f}%|{bar}| {desc} [{elapsed}{postfix}]"
-        self.bar = tqdm(total=self.num_runs, bar_format=bar, **self.options)
+        self.bar = tqdm(total=num_done + len(runs), bar_format=bar, **self.options)
         self.lines: list[tqdm] = []
 
     def show(self, at_work: Sequence[Settings]) -> None:
@@ -60,7 +58,7 @@ class Display:
         self.num_done, self.rows = self.num_done + 1, rows
         if failed or not self.on_terminal:
             time_left = self.time_left()
-            say(f"{self.num_done}/{self.num_runs} {text}{f' ({time_left})' * bool(time_left)}")
+            say(f"{self.num_done}/{self.bar.total} {text}" + f" ({time_left})" * bool(time_left))
         self.draw()
 
     def time_left(self) -> str:
@@ -77,15 +75,17 @@ class Display:
             return
         texts = list(self.rows)
         for name in self.at_work:
+            method, _, settings, for_tuning = self.runs[name]
             elapsed = tqdm.format_interval(time.monotonic() - self.began[name])
-            epoch = min(self.epochs[name] + 1, self.left[name])
-            texts.append(f"{elapsed} {describe(self.runs[name])}: epoch {epoch}/{self.left[name]}")
+            rate = f" at {as_typed(settings.learning_rate)}" * for_tuning
+            epoch = min(self.epochs[name] + 1, settings.num_epochs)
+            texts.append(f"{elapsed} {method}{rate}, seed {settings.seed}: epoch {epoch}/{settings.num_epochs}")
         while len(self.lines) < len(texts):
             self.lines.append(tqdm(bar_format="{desc}{bar}", position=len(self.lines) + 1, **self.options))
         for line, text in zip_longest(self.lines, texts, fillvalue=""):
             line.set_description_str(text)
         self.bar.n = self.num_done + sum(self.epochs[name] / self.left[name] for name in self.at_work)
-        self.bar.set_description_str(f"{self.num_done}/{self.num_runs}", refresh=False)
+        self.bar.set_description_str(f"{self.num_done}/{self.bar.total}", refresh=False)
         self.bar.set_postfix_str(self.time_left())
 
     def close(self) -> None:
@@ -101,9 +101,3 @@ def count_epochs(settings: Settings) -> int:
         return len(re.findall(rb"^\d.*\n", file.read_bytes(), re.MULTILINE))
     except OSError:  # it has not begun
         return 0
-
-
-def describe(run: PlannedRun) -> str:
-    """A run among the others of its experiment."""
-    rate = f" at {as_typed(run.settings.learning_rate)}" if run.for_tuning else ""
-    return f"{run.method}{rate}, seed {run.settings.seed}"

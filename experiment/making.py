@@ -42,12 +42,7 @@ def make_run(run: Settings, experiment: str, **environment: str) -> Outcome:
     """Make a run, or what is left of it, in a process of its own, which Ctrl-C in a terminal does not reach.
 
     When the process's standard input ends, it stops after its next step and saves the run: as soon as the experiment is
-    in `STOPPED`, and also where this process dies.
-
-    Args:
-        run: its settings.
-        experiment: what it is part of.
-        environment: further variables for the process.
+    in `STOPPED`, and also where this process dies. `environment` has further variables for the process.
     """
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}  # where this process finds its modules, so may a user's own be
     variables = {**os.environ, **paths, STOP_AT_END_OF_INPUT: "1", **environment}
@@ -95,11 +90,9 @@ def stop_runs(experiment: str) -> bool:
 
 
 class Here(ThreadPoolExecutor):
-    """Places for runs on this machine: threads of this process that wait, each with a device and a share of the cores.
+    """Places for runs on this machine: threads that wait, each with a device and a share of the cores.
 
-    Args:
-        jobs: how many.
-        device: of every run; by default, they share out the GPUs.
+    Without a `device`, they share out the GPUs.
     """
 
     def __init__(self, jobs: int, device: str | None) -> None:
@@ -143,9 +136,9 @@ def make_runs(
 
     Args:
         runs: their settings.
-        jobs: how many runs to make at a time. They share out the cores and the GPUs of this machine.
+        jobs: how many to make at a time. They share out the cores and, without `device`, the GPUs of this machine.
         scheduler: address of the scheduler of a Dask cluster, each of whose workers makes one run at a time.
-        device: of every run. Without it, the accelerator that torch finds, else the CPU.
+        device: of every run.
         report: called with a line where a run waits or a worker is of no use.
         show: called with the runs at work, again and again.
         stops: numbers of signals that have arrived. As soon as there is one, no further run begins, and those at work
@@ -166,7 +159,7 @@ def make_runs(
                     left, told = pool.stop(at_work.keys(), stop), True
                     at_work = {place: at_work[place] for place in left}
                 places = pool.places()
-                for place in sorted(places - at_work.keys()):
+                for place in sorted(set(places) - at_work.keys()):
                     if waiting and not stops:
                         run = waiting.popleft()
                         at_work[place] = run, pool.begin(place, make, replace(run, restart=False, device=device))
@@ -184,17 +177,17 @@ def make_runs(
                     del at_work[place]
                     if isinstance(outcome, FlagError):
                         raise outcome
-                    if isinstance(outcome, AtWorkError) and run not in busy:
-                        busy.add(run)
-                        report(f"{run.run_name} waits: another process is at work on it")
-                    if isinstance(outcome, LostError):
-                        losses[run] += 1
-                        if losses[run] == ATTEMPTS:
-                            outcome = ChildProcessError(f"it was lost {ATTEMPTS} times: {outcome}")
                     if isinstance(outcome, AtWorkError):
+                        if run not in busy:
+                            report(f"{run.run_name} waits: another process is at work on it")
+                        busy.add(run)
                         waiting.append(run)
                     elif isinstance(outcome, LostError):
-                        waiting.appendleft(run)
+                        losses[run] += 1
+                        if losses[run] < ATTEMPTS:
+                            waiting.appendleft(run)
+                        else:
+                            yield run, ChildProcessError(f"it was lost {ATTEMPTS} times: {outcome}")
                     else:
                         yield run, stops[0] if stops and isinstance(outcome, int) else outcome
         finally:

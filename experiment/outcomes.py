@@ -1,7 +1,7 @@
 """An experiment: its plan, and what has come of it so far."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +35,7 @@ class Experiment:
         folder: of the result files.
         runs: those to compare; none as long as their learning rates are not chosen.
         learning_rates: those that are chosen, by method.
+        restarts: whether its runs are made anew.
         finished: the results of runs, by name.
         failed: why runs have failed, by name.
         diverged: why runs of the tuning have diverged, by name; these have not failed.
@@ -45,6 +46,7 @@ class Experiment:
         self.folder: Path = plan.report or plan.first.path / "results"
         self.runs: list[PlannedRun] = plan.runs
         self.learning_rates: dict[str, float] = {}
+        self.restarts: bool = plan.report is None and plan.first.restart
         self.finished: dict[str, Results] = {}
         self.failed: dict[str, str] = {}
         self.diverged: dict[str, str] = {}
@@ -86,11 +88,6 @@ class Experiment:
         known = self.finished | self.diverged
         return sum(run.settings.run_name in known for run in planned)
 
-    @property
-    def restarts(self) -> bool:
-        """Whether its runs are made anew: with --restart, unless only a report is asked for."""
-        return self.plan.report is None and self.plan.first.restart
-
     def note(self, run: PlannedRun, outcome: Results | Exception) -> str:
         """Note what has come of a run that was made; returns a line on it."""
         name = run.settings.run_name
@@ -114,12 +111,10 @@ class Experiment:
     def tuning(self) -> Tuning:
         """The validation accuracies of the runs of the tuning that are there."""
         tuning = {name: {rate: {} for rate in self.plan.learning_rates} for name in self.plan.methods}
-        for run in self.plan.tuning_runs:
-            name, accuracies = run.settings.run_name, tuning[run.method][run.settings.learning_rate]
-            if name in self.finished:
-                accuracies[run.settings.seed] = self.finished[name].val_accuracy
-            elif name in self.diverged:
-                accuracies[run.settings.seed] = None
+        known = dict.fromkeys(self.diverged) | {name: run.val_accuracy for name, run in self.finished.items()}
+        for method, _, settings, _ in self.plan.tuning_runs:
+            if settings.run_name in known:
+                tuning[method][settings.learning_rate][settings.seed] = known[settings.run_name]
         return tuning
 
     def choose_learning_rates(self) -> list[str]:
@@ -148,7 +143,7 @@ class Experiment:
         return runs
 
 
-def remove(runs: Sequence[PlannedRun]) -> None:
+def remove(runs: Collection[PlannedRun]) -> None:
     """Remove the files of runs, of all of them or, where another process is at work on one, of none."""
     all_files = [run_files(run.settings.path, run.settings.run_name) for run in runs]
     for files in all_files:  # one after the other, as a process may not have so many files open at a time

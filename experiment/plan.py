@@ -4,7 +4,6 @@ Nothing here takes long to import, so that `--help` and a wrong flag are answere
 """
 
 import argparse
-import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -50,7 +49,7 @@ def make_parser() -> Parser:
     comparison, files = (parser.add_argument_group(t).add_argument for t in ("the comparison", "files and devices"))
     methods_help = f"any of {', '.join(NAMED)}, or your own as NAME:bn_weight=0.2,c=50 (default: baseline proposed)"
     seeds_help = "such as 1-15 or 1 2 5-7 (default: 1-15)"
-    default = [{name: PAPER[name]} for name in ("baseline", "proposed")]
+    default = [(name, PAPER[name]) for name in ("baseline", "proposed")]
     methods = {"dest": "methods", "metavar": "SETTING", "type": named_method, "default": default}
     comparison("--settings", nargs="+", **methods, help=methods_help)
     positives = {"nargs": "+", "default": [], "type": run_settings.positive}
@@ -82,8 +81,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         The flags, with `seeds` and `tuning_seeds` as lists, `report` as a folder or None, and besides
 
         - `methods`: those of `--settings` and `--bn_weights`: their settings of `COMPARED`, by name.
-        - `runs`: all runs to compare, in the order in which they are to be made. With `--learning_rates` there are none
-          until `plan_runs` is called with the rates that are chosen.
+        - `runs`: all runs to compare, in the order in which they are to be made; none as long as their learning rates
+          are to be chosen.
         - `tuning_runs`: the runs on which the rates are chosen.
         - `first`: the settings of one of all these runs.
         - `shared`: what determines the numbers of all runs to compare, by name.
@@ -133,10 +132,10 @@ def name_table(args: argparse.Namespace) -> None:
 
 def plan_methods(args: argparse.Namespace) -> None:
     """Put the methods of all flags together. FlagError where two have the same name or the same settings."""
-    names = [name for one in args.methods for name in one]
-    args.methods = {name: values for one in args.methods for name, values in one.items()}
+    names = [name for name, _ in args.methods]
+    args.methods = dict(args.methods)
     for bn_weight in args.bn_weights:
-        values = {**PAPER["proposed"], "bn_weight": bn_weight}
+        values = PAPER["proposed"] | {"bn_weight": bn_weight}
         if values not in args.methods.values():
             args.methods[f"bn_weight {as_typed(bn_weight)}"] = values
     different = {tuple(values.values()) for values in args.methods.values()}
@@ -168,15 +167,12 @@ def plan_seeds(args: argparse.Namespace) -> None:
         raise FlagError(f"argument --tuning_seeds: {', '.join(map(str, sorted(both)))} {problem}")
 
 
-def plan_runs(args: argparse.Namespace, learning_rates: Mapping[str, float] | None = None) -> list[PlannedRun]:
+def plan_runs(args: argparse.Namespace, learning_rates: Mapping[str, float] = {}) -> list[PlannedRun]:
     """The runs to compare, seed by seed, so that what is there after an interruption is a paired sample.
 
-    Args:
-        args: what `parse` returns.
-        learning_rates: that of each method, where they have been chosen.
+    Methods are compared at these learning rates where they have been chosen.
     """
-    rates = learning_rates or {}
-    return [plan_run(args, name, seed, rates.get(name)) for seed in args.seeds for name in args.methods]
+    return [plan_run(args, name, seed, learning_rates.get(name)) for seed in args.seeds for name in args.methods]
 
 
 def plan_run(args: argparse.Namespace, method: str, seed: int, learning_rate: float | None = None) -> PlannedRun:
@@ -186,20 +182,19 @@ def plan_run(args: argparse.Namespace, method: str, seed: int, learning_rate: fl
     flags = [*args.others, *rate, *compared, "--seed", str(seed)]
     settings = run_settings.parse([*flags, "--name", args.name])
     if args.name:
-        unusual = rate and learning_rate != DEFAULTS["learning_rate"]  # as in default names
-        parts = [f"learning_rate={rate[1]}"] if unusual else []
-        flags += ["--name", "-".join((args.name, *parts, run_settings.method_name(settings), f"seed{seed}"))]
-        settings = run_settings.parse(flags)
+        parts = [f"learning_rate={rate[1]}"] if rate and learning_rate != DEFAULTS["learning_rate"] else []
+        name = "-".join((args.name, *parts, run_settings.method_name(settings), f"seed{seed}"))
+        flags, settings = [*flags, "--name", name], replace(settings, name=name)
     return PlannedRun(method, flags, settings, for_tuning=seed in args.tuning_seeds)
 
 
-def named_method(text: str) -> dict[str, dict[str, Value]]:
+def named_method(text: str) -> tuple[str, dict[str, Value]]:
     """The type of a flag that takes a method: its name, with the settings of `COMPARED` that make it up."""
     name, colon, rest = text.partition(":")
     if not colon:
         if name not in NAMED:
             raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(NAMED)}, and has no :bn_weight=...")
-        return {name: NAMED[name]}
+        return name, NAMED[name]
     values = PAPER["proposed"] | {"equivalent": DEFAULTS["equivalent"]}
     for part in rest.split(","):
         key, _, value = part.partition("=")
@@ -212,7 +207,7 @@ def named_method(text: str) -> dict[str, dict[str, Value]]:
     values["c"] = values["c"] or 1.0  # both mean no reduction
     if values["equivalent"] == DEFAULTS["equivalent"]:
         del values["equivalent"]  # as in the paper's methods
-    return {name: values}
+    return name, values
 
 
 def seed_range(text: str) -> list[int]:
@@ -220,17 +215,18 @@ def seed_range(text: str) -> list[int]:
     numbers = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)
-        if not match or int(match[2] or match[1]) < int(match[1]):
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
             raise argparse.ArgumentTypeError(f"seeds are whole numbers and ranges such as 1-15, not {text!r}")
-        if int(match[2] or match[1]) > MAX_SEED:
+        if last > MAX_SEED:
             raise argparse.ArgumentTypeError(f"seeds above {MAX_SEED} repeat the draws of smaller ones, not {text!r}")
-        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+        numbers += range(first, last + 1)
     return numbers
 
 
 def distinct(parts: Iterable[Sequence[int]]) -> list[int]:
     """The seeds that a flag takes in several parts, each of them once."""
-    return list(dict.fromkeys(itertools.chain.from_iterable(parts)))
+    return list(dict.fromkeys(seed for part in parts for seed in part))
 
 
 def ranges(seeds: Collection[int]) -> list[str]:

@@ -51,14 +51,12 @@ def tuning_columns(rates: Mapping[float, Accuracies], chosen: float) -> dict[str
 
 def explain_choice(tuning: Tuning, seeds: Sequence[int], left: int) -> list[str]:
     """Lines on how the rates are chosen, or on what is left to make before they are."""
-    num_runs = sum(len(seeds) for rates in tuning.values() for _ in rates)
+    by_rate = [accuracies for rates in tuning.values() for accuracies in rates.values()]
     if left:
-        return [f"The learning rates are not chosen yet: {left} of {num_runs} tuning runs are left."]
-    any_diverged = any(None in accuracies.values() for rates in tuning.values() for accuracies in rates.values())
-    lines = [
-        "The rates are chosen by the mean of the best validation accuracies over the seeds"
-        f" {', '.join(map(str, seeds))}; a tie goes to the smaller one."
-    ]
+        return [f"The learning rates are not chosen yet: {left} of {len(by_rate) * len(seeds)} tuning runs are left."]
+    means = "the mean of the best validation accuracies over the seeds " + ", ".join(map(str, seeds))
+    lines = [f"The rates are chosen by {means}; a tie goes to the smaller one."]
+    any_diverged = any(None in accuracies.values() for accuracies in by_rate)
     return lines + ["A tuning run that diverged counts as 0 %."] * any_diverged
 
 
