@@ -5,7 +5,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import joblib
 import torch
@@ -83,31 +82,24 @@ def load_images(settings: Settings, report: Report = lambda line: None, show_bar
     workers = settings.workers
     if workers is None and together.size() > 1:  # torchrun gives each process one thread
         workers = max(1, joblib.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]))
-    load = partial(
-        load_image_set,
-        settings.dataset,
-        settings.path / "images",
-        settings.device,
-        image_size=settings.image_size,
-        flip=not settings.no_flip,
-        split_seed=split_seed(vars(settings)),
-        workers=workers,
-        statistics=settings.input_norm == "dataset",
-        report=report,
-        show_bar=show_bar,
-    )
-    image_set = together.in_turn(load)
+    options = {
+        "image_size": settings.image_size,
+        "flip": not settings.no_flip,
+        "split_seed": split_seed(vars(settings)),
+        "workers": workers,
+        "statistics": settings.input_norm == "dataset",
+    }
+    where = settings.dataset, settings.path / "images", settings.device
+    image_set = together.in_turn(lambda: load_image_set(*where, **options, report=report, show_bar=show_bar))
     raise_if_stopped()
     together.check_same(image_set.notes)
-    num_images = {name: len(indices) for name, indices in image_set.splits.items()}
-    smallest = min(num_images, key=num_images.get)
-    if num_images[smallest] < together.size():
-        problem = f"split {smallest} has {num_images[smallest]} images, fewer than {together.size()} processes"
-        raise SettingError("dataset", problem)
-    last = num_images["train"] % settings.batch_size or settings.batch_size
+    fewer = f"fewer than {together.size()} processes"
+    for name, indices in image_set.splits.items():
+        if len(indices) < together.size():
+            raise SettingError("dataset", f"split {name} has {len(indices)} images, {fewer}")
+    last = len(image_set.splits["train"]) % settings.batch_size or settings.batch_size
     if last < together.size():
-        problem = f"{settings.batch_size} leaves {last} images in a batch, fewer than {together.size()} processes"
-        raise SettingError("batch_size", problem)
+        raise SettingError("batch_size", f"{settings.batch_size} leaves {last} images in a batch, {fewer}")
     return image_set
 
 

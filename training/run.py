@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from typing import Any
 
@@ -96,11 +96,11 @@ class Run:
         """Whether there is nothing left to train; if so, report it, and what has changed since then."""
         if not self.finished:
             return False
-        notes = code_notes(self.settings)
+        image_set = None
         if self.results.header.get("image_hash"):
             with suppress(ValueError, OSError):  # of images that are not there any more, nothing is asked
-                notes |= image_notes(self.settings, load_images())
-        change = self.change(notes)
+                image_set = load_images()
+        change = self.change(own_notes(self.settings, image_set))
         self.report(f"{self.settings.run_name} is finished already" + (f"; {change}" if change else ""))
         return True
 
@@ -126,9 +126,12 @@ class Run:
 
         From here on, a signal ends the run between two steps, never in the middle of saving it.
         """
-        self.note(image_notes(self.settings, image_set) | code_notes(self.settings))
-        if (steps := steps_until_start_is_gone(network)) != SETTLING_STEPS:
-            self.notes["settling_steps"] = steps
+        self.notes = own_notes(self.settings, image_set)
+        if change := self.change(self.notes):
+            raise ValueError(f"{change}: give --restart to start over, or another --name")
+        settling_steps = steps_until_start_is_gone(network)
+        if settling_steps != SETTLING_STEPS:
+            self.notes["settling_steps"] = settling_steps
         self.parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
         self.start = time.monotonic()
         if self.state is not None:
@@ -144,42 +147,31 @@ class Run:
             set_random_states(self.state["random"])
             self.last_save = self.start
             self.start -= self.results.header["seconds"]
-        self.introduce(network, image_set)
-        num_images, done = len(image_set.splits["train"]), self.epochs[0] - 1
-        images = {"total": self.settings.num_epochs * num_images, "initial": done * num_images}
-        options = {"unit": " images", "unit_scale": True, "bar_format": BAR, "disable": not self.show_bar}
-        self.bar = self.contexts.enter_context(tqdm(**images, **options))
+        self.introduce(network, image_set, settling_steps)
         self.contexts.enter_context(catch_signals(raising=False))
 
-    def introduce(self, network: nn.Module, image_set: ImageSet) -> None:
-        """Report what the run does; also where it is resumed, and where its first accuracies mislead."""
-        settings = self.settings
+    def introduce(self, network: nn.Module, image_set: ImageSet, settling_steps: int) -> None:
+        """Report what the run does and where its first accuracies mislead, and draw the bar."""
+        settings, num_images = self.settings, len(image_set.splits["train"])
         size = sum(parameter.numel() for parameter in network.parameters())
         images = f"{settings.dataset}, {image_set.numbers}"
         self.report(f"{settings.network}, {size:,} parameters; {images}; {settings.device}, {settings.precision}")
         if self.results:
             self.report(f"{settings.run_name} resumes at epoch {self.epochs[0]} of {settings.num_epochs}")
-        num_steps = math.ceil(len(image_set.splits["train"]) / settings.batch_size)
-        settling_steps = 0 if settings.debias else steps_until_start_is_gone(network)
-        if self.epochs[0] * num_steps < settling_steps:
+        num_steps = math.ceil(num_images / settings.batch_size)
+        if self.epochs[0] * num_steps < settling_steps and not settings.debias:
             self.report(f"an epoch has {unsettled(num_steps, settling_steps)}")
+        images = {"total": settings.num_epochs * num_images, "initial": (self.epochs[0] - 1) * num_images}
+        options = {"unit": " images", "unit_scale": True, "bar_format": BAR, "disable": not self.show_bar}
+        self.bar = self.contexts.enter_context(tqdm(**images, **options))
 
-    def note(self, notes: dict[str, Value]) -> None:
-        """Let the result file say what images and code are like. ValueError where the run was begun with others."""
-        if change := self.change(notes):
-            raise ValueError(f"{change}: give --restart to start over, or another --name")
-        self.notes.update(notes)
-
-    def change(self, notes: dict[str, Value]) -> str | None:
+    def change(self, notes: Mapping[str, Value]) -> str | None:
         """What has changed since the run was begun, if anything has. Files of early versions do not say all of it."""
+        begun, settings = self.results.header if self.results else {}, self.settings
         for name, now in notes.items():
-            if self.results and (before := self.results.header.get(name, now)) != now:
-                what = (
-                    "code of " + self.settings.network
-                    if name == "network_code"
-                    else "images of " + self.settings.dataset
-                )
-                return f"the {what} changed since {self.settings.run_name} was begun: {name} was {before}, now {now}"
+            if (before := begun.get(name, now)) != now:
+                what = f"code of {settings.network}" if name == "network_code" else f"images of {settings.dataset}"
+                return f"the {what} changed since {settings.run_name} was begun: {name} was {before}, now {now}"
         return None
 
     def steps(self, batches: Batches) -> Iterator[Batch]:
@@ -201,10 +193,9 @@ class Run:
         passed since the last, and at the end; see `save_run`.
         """
         numbers = (epoch, train_loss, val_loss, val_accuracy, test_accuracy)
-        earlier = self.results
-        before = earlier.columns if earlier else dict.fromkeys(COLUMNS, np.array([], dtype=int))
+        before = self.results.columns if self.results else dict.fromkeys(COLUMNS, np.array([], dtype=int))
         columns = {name: np.append(before[name], value) for name, value in zip(COLUMNS, numbers, strict=True)}
-        described = describe_run(self.settings, time.monotonic() - self.start, earlier, together.size())
+        described = describe_run(self.settings, time.monotonic() - self.start, self.results, together.size())
         self.results = Results(described | self.notes, columns)
         together.agree(self.save if self.first else lambda: None)
         self.report(
@@ -241,12 +232,8 @@ class Run:
             write_results(self.files.results, self.results)
 
 
-def image_notes(settings: Settings, image_set: ImageSet) -> dict[str, Value]:
-    """What a result file says of images of one's own."""
-    return {} if settings.dataset in DATASETS else dict(image_set.notes)
-
-
-def code_notes(settings: Settings) -> dict[str, Value]:
-    """What a result file says of a network of one's own."""
+def own_notes(settings: Settings, image_set: ImageSet | None) -> dict[str, Value]:
+    """What a result file says of images and of a network of one's own."""
+    notes = dict(image_set.notes) if image_set and settings.dataset not in DATASETS else {}
     code = network_code(settings.network)
-    return {"network_code": code} if code else {}
+    return notes | {"network_code": code} if code else notes

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase, sync_batch_norm
 from torch.overrides import TorchFunctionMode
 
@@ -111,12 +110,12 @@ def batch_norm(
     shape = [1, -1] + [1] * (input.dim() - 2)
     channels = input.shape[1]
     number = values.new_tensor([input.numel() // channels])
-    sums, count = add_up(torch.cat([values.sum(others), number]), process_group).split([channels, 1])
+    sums, count = AddUp.apply(torch.cat([values.sum(others), number]), process_group).split([channels, 1])
     if count <= 1:
         raise ValueError("batch norm cannot train on a batch with one value for a channel")
     mean = sums / count
     deviations = values - mean.view(shape)
-    variance = add_up(deviations.square().sum(others), process_group) / count
+    variance = AddUp.apply(deviations.square().sum(others), process_group) / count
     if running_mean is not None:
         with torch.no_grad():
             for running, of_batch in ((running_mean, mean), (running_var, variance * (count / (count - 1)))):
@@ -135,22 +134,13 @@ class AddUp(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         context.group = group
-        return total(tensor, group)
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
 
     @staticmethod
-    @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return total(gradient, context.group), None
-
-
-def total(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of a tensor over the processes."""
-    tensor = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(tensor, group=group)
-    return tensor
-
-
-add_up = AddUp.apply
+        return AddUp.apply(gradient, context.group), None
 
 
 @contextmanager

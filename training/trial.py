@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -30,26 +32,16 @@ def check_network(
     num_train, num_classes = len(image_set.splits["train"]), len(image_set.classes)
     check_batch_size(settings, num_train)
     check_saving(settings, network)
-    try:
+    with refusing("network", f"{settings.network} cannot be copied"):
         trial = copy.deepcopy(network).cpu().train()
-    except Exception as error:
-        raise SettingError("network", f"{settings.network} cannot be copied: {in_one_line(error)}") from error
-    try:
+    height, width = image_set.size
+    with refusing("network", f"{settings.network} cannot train on two images of {height}×{width} pixels"):
         logits = try_images(trial, 2, image_set.size)
-    except (Exception, SystemExit) as error:
-        images = "two images of {}×{} pixels".format(*image_set.size)
-        reason = in_one_line(error)
-        raise SettingError("network", f"{settings.network} cannot train on {images}: {reason}") from error
     check_logits(settings, logits, num_classes)
     if (num_train - 1) % settings.batch_size == 0:
-        try:
+        last = f"a last batch of one of the {num_train} training images of {settings.dataset}"
+        with refusing("batch_size", f"{settings.batch_size} leaves {last}, and {settings.network} cannot train on one"):
             try_images(trial, 1, image_set.size)
-        except Exception as error:
-            raise SettingError(
-                "batch_size",
-                f"{settings.batch_size} leaves a last batch of one of the {num_train} training"
-                f" images of {settings.dataset}, and {settings.network} cannot train on one: {in_one_line(error)}",
-            ) from error
     check_state(settings, trial, image_set)
     if settings.equivalent != "no":
         with keep_random_states():
@@ -58,11 +50,20 @@ def check_network(
         report(problem)
 
 
+@contextmanager
+def refusing(name: str, problem: str) -> Iterator[None]:
+    """SettingError of this setting where what is within it fails, or ends the program."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise SettingError(name, f"{problem}: {in_one_line(error)}") from error
+
+
 def check_logits(settings: Settings, logits: Any, num_classes: int) -> None:
     """SettingError where a network computes this for two images, and cannot be trained with it."""
     what = None
-    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (2, num_classes):
         what = f"{shape} for 2 images, not logits {(2, num_classes)}"
     elif not logits.is_floating_point():
         what = f"logits of type {logits.dtype}, not real numbers"
@@ -79,13 +80,10 @@ def check_saving(settings: Settings, network: nn.Module) -> None:
     for name, value in network.state_dict().items():
         if isinstance(value, Tensor):
             continue
-        try:
+        kind = f"of type {type(value).__name__}, cannot be loaded with weights_only=True"
+        with refusing("network", f"{settings.network} cannot be resumed: {name} in its state_dict, {kind}"):
             torch.save(value, saved := io.BytesIO())
             load_saved(saved.getvalue())
-        except Exception as error:
-            kind = f"of type {type(value).__name__}, cannot be loaded with weights_only=True"
-            reason = f"{name} in its state_dict, {kind}"
-            raise SettingError("network", f"{settings.network} cannot be resumed: {reason}") from error
 
 
 def check_state(settings: Settings, trial: nn.Module, image_set: ImageSet) -> None:
@@ -120,10 +118,8 @@ def attributes(module: nn.Module) -> dict[str, bytes]:
     values |= {name: module.get_buffer(name) for name in module._non_persistent_buffers_set}
     found = {}
     for name, value in values.items():
-        try:
+        with suppress(Exception):  # what cannot be pickled cannot be compared
             found[name] = pickle.dumps(value.tolist() if isinstance(value, Tensor) else value)
-        except Exception:  # what cannot be pickled cannot be compared
-            continue
     return found
 
 
