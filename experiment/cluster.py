@@ -4,7 +4,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,10 +83,11 @@ class Cluster:
     def ask_workers(self, workers: Collection[str], function: Callable[[], Any]) -> dict[str, Any]:
         """What a function returns in each worker, or the error that it raises: TimeoutError without an answer."""
         questions = {w: ask(self.client.run, function, workers=[w], on_error="return") for w in workers}
-        deadline, answers = time.monotonic() + ANSWER_SECONDS, {}
+        wait(questions.values(), ANSWER_SECONDS)
+        answers = {}
         for worker, question in questions.items():
             try:
-                answers |= question.result(max(0, deadline - time.monotonic()))
+                answers |= question.result(timeout=0)
             except OSError as error:  # TimeoutError is one, too
                 answers[worker] = error
         return answers

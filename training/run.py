@@ -94,7 +94,7 @@ class Run:
 
     def finished_before(self, load_images: Callable[[], ImageSet]) -> bool:
         """Whether there is nothing left to train; if so, report it, and what has changed since then."""
-        if not self.finished:
+        if self.epochs:
             return False
         image_set = None
         if self.results.header.get("image_hash"):
@@ -103,11 +103,6 @@ class Run:
         change = self.change(own_notes(self.settings, image_set))
         self.report(f"{self.settings.run_name} is finished already" + (f"; {change}" if change else ""))
         return True
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to train."""
-        return self.results is not None and self.results.num_epochs >= self.settings.num_epochs
 
     @property
     def epochs(self) -> range:
@@ -225,7 +220,7 @@ class Run:
         }
         if self.saved_state is None:  # the results of a run that this one replaces must not stand beside its checkpoint
             self.files.results.unlink(missing_ok=True)
-        if self.finished or time.monotonic() - self.last_save > self.settings.checkpoint_seconds:
+        if not self.epochs or time.monotonic() - self.last_save > self.settings.checkpoint_seconds:
             save_run(self.files, self.state)
             self.saved_state, self.last_save = self.state, time.monotonic()
         else:
