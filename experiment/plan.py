@@ -101,6 +101,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     plan_methods(args)
     check_contrasts(args)
     plan_seeds(args)
+    args.all_runs = run_settings.parse(args.others)  # what they share
     rates = args.learning_rates = sorted(set(args.learning_rates))
     args.runs = [] if rates else plan_runs(args)
     args.tuning_runs = [plan_run(args, n, seed, x) for seed in args.tuning_seeds for x in rates for n in args.methods]
@@ -177,12 +178,13 @@ def plan_runs(args: argparse.Namespace, learning_rates: Mapping[str, float] = {}
 
 def plan_run(args: argparse.Namespace, method: str, seed: int, learning_rate: float | None = None) -> PlannedRun:
     """The run of a method with a seed, at a learning rate of its own where there is one."""
-    rate = [] if learning_rate is None else ["--learning_rate", as_typed(learning_rate)]
-    compared = [text for name, value in args.methods[method].items() for text in (f"--{name}", as_typed(value))]
-    flags = [*args.others, *rate, *compared, "--seed", str(seed)]
-    settings = run_settings.parse([*flags, "--name", args.name])
+    values = args.methods[method] | {"seed": seed}
+    values |= {} if learning_rate is None else {"learning_rate": learning_rate}
+    settings = replace(args.all_runs, name="", **values)
+    flags = [*args.others, *(text for name, value in values.items() for text in (f"--{name}", as_typed(value)))]
     if args.name:
-        parts = [f"learning_rate={rate[1]}"] if rate and learning_rate != DEFAULTS["learning_rate"] else []
+        unusual = learning_rate not in (None, DEFAULTS["learning_rate"])
+        parts = [f"learning_rate={as_typed(learning_rate)}"] if unusual else []
         name = "-".join((args.name, *parts, run_settings.method_name(settings), f"seed{seed}"))
         flags, settings = [*flags, "--name", name], replace(settings, name=name)
     return PlannedRun(method, flags, settings, for_tuning=seed in args.tuning_seeds)
