@@ -3,9 +3,11 @@
 import argparse
 import math
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class FlagError(ValueError):
@@ -29,10 +31,28 @@ class SettingError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises FlagError where it would print the list of all flags and end the program."""
+    """An ArgumentParser that raises FlagError where it would print the list of all flags and end the program.
+
+    Hyphens within a flag are taken as underscores, and a flag that does not exist is answered with one that is close.
+    """
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([with_underscores(argument) for argument in given])
 
     def error(self, message: str) -> NoReturn:
+        if flag := re.match(r"unrecognized arguments: --(\w+)", message):
+            names = [option[2:] for action in self._actions for option in action.option_strings if option[:2] == "--"]
+            short = [name for name in names if "".join(word[0] for word in name.split("_")) == flag[1]]  # lr
+            if close := short or get_close_matches(flag[1], names, n=1):
+                message += f": did you mean --{close[0]}?"
         raise FlagError(message)
+
+
+def with_underscores(argument: str) -> str:
+    """An argument of a command, with underscores for hyphens where it is a flag."""
+    name, equals, value = argument[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value if argument[:2] == "--" and name else argument
 
 
 def folder(text: str) -> Path:

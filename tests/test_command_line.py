@@ -245,3 +245,9 @@ def test_letters_that_a_stream_does_not_know():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "\\u03b3 \\xb1 1\n")
+
+
+def test_hyphens_in_flags():
+    assert parse(["--num-epochs", "5", "--batch-size=64", "--name", "a-b"]) == parse(
+        ["--num_epochs", "5", "--batch_size=64", "--name=a-b"]
+    )

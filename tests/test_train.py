@@ -352,8 +352,8 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
         ("--precision", "float16", "choose from"),
         ("--compile", "yes", "unrecognized arguments: yes"),
         ("--bn", "0.1", "unrecognized arguments: --bn 0.1"),
-        ("--batch-size", "3", "unrecognized arguments: --batch-size 3"),
-        ("--lr", "0.1", "unrecognized arguments: --lr 0.1"),
+        ("--momenta", "0.1", "unrecognized arguments: --momenta 0.1: did you mean --momentum?"),
+        ("--lr", "0.1", "unrecognized arguments: --lr 0.1: did you mean --learning_rate?"),
         ("digits", "again", "unrecognized arguments: digits again"),
     ],
 )
