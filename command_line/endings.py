@@ -4,10 +4,12 @@ Nothing here takes long to import, so that `--help` and a wrong flag are answere
 """
 
 import os
+import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from typing import NoReturn
 
 from command_line.files import AtWorkError
@@ -28,6 +30,10 @@ def answer_at_once(program: str, parse: Callable[[], object]) -> None:
         if LAUNCHED:
             raise FlagError(f"torchrun is for train.py; start {program} without it")
         parse()
+        missing = [name for name in ("torch", "torchvision", "scipy", "sklearn", "tqdm") if find_spec(name) is None]
+        if missing or sys.version_info < (3, 11):
+            what = f"this is {platform.python_version()}" + f", without {', '.join(missing)}" * bool(missing)
+            end(1, f"error: {what}; it takes Python 3.11 or newer and pip install -r requirements.txt", program)
 
 
 def open_streams() -> None:
