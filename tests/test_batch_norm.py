@@ -2,18 +2,15 @@ import copy
 import io
 import math
 import re
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 import torchvision
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize, prune
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
@@ -45,7 +42,8 @@ def test_starts_at_bn_weight_and_zero():
     [
         ({}, TypeError, "num_features"),
         ({"num_features": 3, "num_feature": 3}, TypeError, "num_features"),
-        *(({name: value}, TypeError, "an integer") for name in ("num_features", "num_feature") for value in ([3], 3.0)),
+        ({"num_features": [3]}, TypeError, "an integer"),
+        ({"num_feature": 3.0}, TypeError, "an integer"),
         ({"num_features": 3, "bn_wieght": 0.5}, TypeError, "bn_wieght"),
     ],
 )
@@ -88,21 +86,19 @@ def scales_of(network: nn.Module) -> list[float]:
     return torch.cat([layer.weight.detach() for layer in layers]).tolist()
 
 
-@pytest.mark.parametrize("constructor", ["resnet18", "mobilenet_v2", "efficientnet_b0"])
-def test_constructors_that_set_scales(constructor):
+def test_constructors_that_set_scales():
     """Those of torchvision pass this layer over. One of timm does not, nor does a flag of torchvision: two ways out."""
     norm_layer = partial(ScaleBatchNorm2d, eps=1e-5, momentum=0.1, affine=True, bn_weight=0.1)
-    network = torchvision.models.get_model(constructor, norm_layer=norm_layer)
-    assert set(scales_of(network)) == {torch.tensor(0.1).item()} and len(scales_of(network)) >= 20
-    if constructor == "resnet18":
-        told = timm.create_model("resnet18", norm_layer=norm_layer, zero_init_last=False)
-        for zeroed in (
-            timm.create_model("resnet18", norm_layer=norm_layer),
-            torchvision.models.resnet18(zero_init_residual=True),
-        ):
-            assert 0 in scales_of(zeroed)
-            assert len(initialize_scales(zeroed, 0.1)) == 20
-            assert scales_of(zeroed) == scales_of(told) == scales_of(network)
+    network = torchvision.models.resnet18(norm_layer=norm_layer)
+    told = timm.create_model("resnet18", norm_layer=norm_layer, zero_init_last=False)
+    assert scales_of(network) == scales_of(told) and set(scales_of(network)) == {torch.tensor(0.1).item()}
+    for zeroed in (
+        timm.create_model("resnet18", norm_layer=norm_layer),
+        torchvision.models.resnet18(zero_init_residual=True),
+    ):
+        assert 0 in scales_of(zeroed)
+        assert len(initialize_scales(zeroed, 0.1)) == 20
+        assert scales_of(zeroed) == scales_of(network)
 
 
 def test_further_arguments_of_torch():
@@ -125,10 +121,8 @@ def test_torch_fx_takes_it_whole():
     traced = torch.fx.symbolic_trace(copy.deepcopy(network))
     assert [node.op for node in traced.graph.nodes][:2] == ["placeholder", "call_module"]
     assert torch.equal(traced(images), network(images))
-    assert torch.fx.symbolic_trace(network.train()) and network[0].num_batches_tracked == 0
-    extractor = create_feature_extractor(network, {"0": "normalized", "1.layer1": "features"})
-    features = extractor.eval()(images)
-    assert torch.equal(features["normalized"], network.eval()[0](images)) and features["features"].shape[1] == 64
+    features = create_feature_extractor(network, {"0": "normalized"}).eval()(images)
+    assert torch.equal(features["normalized"], network[0](images))
 
 
 # --- any network ----------------------------------------------------------------------------------------------------
@@ -165,19 +159,15 @@ def test_scales_of_every_kind_of_batch_norm_and_nothing_else():
 def test_frozen_scales_in_other_types_and_places():
     kinds = ({"dtype": torch.float64}, {"dtype": torch.float16}, {"device": "meta"})
     network = nn.Sequential(*(nn.BatchNorm2d(2, **kind) for kind in kinds))
+    network.append(network[0])  # a layer that is used twice
     network[0].weight.requires_grad = network[1].bias.requires_grad = False
     parameters = list(network.parameters())
-    initialize_scales(network, 0.25)
+    assert initialize_scales(network, 0.25) == ["0", "1", "2"]
     assert all(ours is before for ours, before in zip(network.parameters(), parameters, strict=True))
     assert [p.requires_grad for p in parameters] == [False, True, True, False, True, True]
     assert [layer.weight.dtype for layer in network[:2]] == [torch.float64, torch.float16]
     assert scales_of(network[:2]) == [0.25] * 4 and network[2].weight.is_meta
-
-
-def test_layer_that_is_used_twice():
-    layer = nn.BatchNorm2d(2)
-    assert initialize_scales(nn.Sequential(layer, nn.ReLU(), layer), 0.1) == ["0"]
-    assert initialize_scales(layer, 0.3) == [""] and scales_of(layer) == pytest.approx([0.3, 0.3])
+    assert initialize_scales(network[0], 0.5) == [""] and scales_of(network[0]) == [0.5, 0.5]
 
 
 def test_network_without_scales():
@@ -193,16 +183,14 @@ def test_network_without_scales():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-@pytest.mark.parametrize("kind", ["weight", "bias"])
 @pytest.mark.parametrize(
-    "change",
+    ("change", "kind"),
     [
-        lambda layer, kind: parametrize.register_parametrization(layer, kind, nn.Softplus()),
-        prune.identity,
-        torch.nn.utils.parametrizations.weight_norm,
-        torch.nn.utils.weight_norm,
+        (lambda layer, kind: parametrize.register_parametrization(layer, kind, nn.Softplus()), "weight"),
+        (prune.identity, "bias"),
+        (torch.nn.utils.weight_norm, "weight"),
     ],
-    ids=["parametrized", "pruned", "weight norm", "old weight norm"],
+    ids=["parametrized", "pruned", "old weight norm"],
 )
 def test_scale_that_is_computed(change, kind):
     """Setting it would have no effect on the next forward pass."""
@@ -228,11 +216,7 @@ def test_trained_network_loses_its_scales_with_a_warning():
         initialize_scales(new, 0.1)  # that of timm draws some of its γ; warnings are errors here
 
 
-BAD_WEIGHTS = [
-    *((value, None) for value in (0, -0.1, math.nan, math.inf, 10**400, 1e-320, 1e-60, 1e39)),
-    *((value, torch.float16) for value in (1e-9, 70_000)),
-    (1e39, torch.bfloat16),
-]
+BAD_WEIGHTS = [(0, None), (math.nan, None), (10**400, None), (1e-60, None), (70_000, torch.float16)]
 
 
 @pytest.mark.parametrize(("bn_weight", "dtype"), BAD_WEIGHTS)
@@ -249,7 +233,7 @@ def test_scale_that_there_cannot_be(bn_weight, dtype):
         prepend_input_norm(nn.Linear(2, 2, dtype=dtype), bn_weight)
 
 
-@pytest.mark.parametrize(("bn_weight", "dtype"), [(1e-30, None), (1e-60, torch.float64), (60_000, torch.float16)])
+@pytest.mark.parametrize(("bn_weight", "dtype"), [(1e-60, torch.float64), (60_000, torch.float16)])
 def test_bn_weight_that_its_type_can_hold(bn_weight, dtype):
     weight = ScaleBatchNorm2d(3, bn_weight=bn_weight, dtype=dtype).weight
     assert weight.tolist() == pytest.approx([bn_weight] * 3, rel=1e-3, abs=0)
@@ -276,15 +260,14 @@ def test_input_norm_takes_as_many_channels_as_the_first_convolution():
     assert found == [1, 3, 3] and prepend_input_norm(grey, 0.1, num_channels=4)[0].num_features == 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @pytest.mark.parametrize("mode", [True, False])
-def test_input_norm_is_like_the_network(dtype, mode):
+def test_input_norm_is_like_the_network(mode):
     """Of its type, on its device, in its mode."""
-    network = nn.Sequential(nn.Embedding(2, 2), nn.Conv2d(3, 2, 1, dtype=dtype, device="meta")).train(mode)
+    network = nn.Sequential(nn.Embedding(2, 2), nn.Conv2d(3, 2, 1, dtype=torch.float64, device="meta")).train(mode)
     network[0].weight = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
     network[1].train(not mode)
     whole = prepend_input_norm(network, 0.1)
-    assert whole[0].weight.dtype == dtype and whole[0].weight.is_meta
+    assert whole[0].weight.dtype == torch.float64 and whole[0].weight.is_meta
     assert [module.training for module in whole.modules()] == [mode, mode, mode, mode, not mode]
     assert prepend_input_norm(nn.ReLU(), 0.1)[0].weight.dtype == torch.float32
 
@@ -306,22 +289,17 @@ def described() -> Described:
     return Described(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def through_pickle(network: nn.Module) -> nn.Module:
-    torch.save(network, file := io.BytesIO())
-    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "change", [lambda network: network, copy.deepcopy, through_pickle], ids=["it", "copy", "saved"]
-)
-def test_attributes_of_a_network_behind_the_input_norm(change):
-    """But not those that would compute without the layer, or that are about a module itself."""
-    whole = change(prepend_input_norm(described(), 0.1))
-    assert whole.num_classes == 7
-    whole.set_factor(2.5)
-    assert whole.factor == whole[1].factor == 2.5 and "factor" not in vars(whole)
-    for name in ("forward_features", "_version_of_mine", "no_such_name", "__deepcopy__"):
-        assert not hasattr(whole, name)
+def test_attributes_of_a_network_behind_the_input_norm():
+    """But not those that would compute without the layer, or that are about a module itself. In copies, too."""
+    whole = prepend_input_norm(described(), 0.1)
+    torch.save(whole, file := io.BytesIO())
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    for network in (whole, copy.deepcopy(whole), saved):
+        assert network.num_classes == 7
+        network.set_factor(2.5)
+        assert network.factor == network[1].factor == 2.5 and "factor" not in vars(network)
+        for name in ("forward_features", "_version_of_mine", "no_such_name", "__deepcopy__"):
+            assert not hasattr(network, name)
     with pytest.raises(AttributeError, match="'Described' object has no attribute 'no_such_name'"):
         _ = whole.no_such_name
     assert not hasattr(whole[:1], "num_classes") and len(whole[:1]) == 1
@@ -329,24 +307,15 @@ def test_attributes_of_a_network_behind_the_input_norm(change):
     assert len(copy.deepcopy(traced)) == 2
 
 
-@pytest.fixture
-def alone() -> Iterator[None]:
-    """A group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize(
     "change",
     [
         partial(torch.compile, backend="aot_eager", fullgraph=True),
         lambda network: torch.export.export(network, (torch.rand(4, 3, 8, 8),)).module(),
-        DistributedDataParallel,
     ],
-    ids=["compiled", "exported", "distributed"],
+    ids=["compiled", "exported"],
 )
-def test_whole_computes_in_turn(change, alone):
+def test_whole_computes_in_turn(change):
     whole = prepend_input_norm(described(), 0.1)
     plain, images = copy.deepcopy(nn.Sequential(*whole)), torch.rand(4, 3, 8, 8)
     assert list(whole.state_dict()) == list(plain.state_dict())
@@ -366,7 +335,7 @@ def test_layer_in_front_is_warned_of():
 # --- running statistics without their start -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_batches", "momentum"), [(1, 0.1), (7, 0.1), (168, 0.01)])
+@pytest.mark.parametrize(("num_batches", "momentum"), [(1, 0.1), (168, 0.01)])
 def test_debiased_statistics(num_batches, momentum):
     """Weighted averages of the batches' means and variances, in closed form; and all as before thereafter."""
     torch.manual_seed(0)

@@ -1,7 +1,5 @@
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import product
 
 import numpy as np
 import pytest
@@ -70,7 +68,7 @@ def train_six_steps(network: nn.Module, groups: list[dict]) -> tuple[list[float]
 
 @pytest.mark.parametrize(
     ("bn_weight", "c", "name", "input_norm"),
-    [(0.1, 100, "resnet", "bn"), (0.02, 7, "small", "bn"), (0.02, 7, "small", "dataset"), (3, 1, "small", "bn")],
+    [(0.1, 100, "resnet", "bn"), (0.02, 7, "small", "dataset"), (3, 1, "small", "bn")],
 )
 def test_equivalent_trains_alike(bn_weight, c, name, input_norm, few_digits):
     name = {"resnet": "torchvision.models:resnet18", "small": "test_equivalence:Residual"}[name]
@@ -119,25 +117,24 @@ def test_rates_of_the_equivalent():
     ("layers", "message"),
     [
         ([nn.BatchNorm2d(3), nn.Hardswish(), nn.Flatten(), nn.Linear(3, 2)], "not homogeneous: Hardswish"),
+        ([BatchNormAct2d(3), nn.Flatten(), nn.Linear(3, 2)], "not homogeneous: BatchNormAct2d"),
         ([nn.BatchNorm2d(3, affine=False), nn.Flatten(), nn.Linear(3, 2)], "a batch norm lacks γ or β"),
         ([nn.BatchNorm2d(3), nn.Flatten()], "no linear layer"),
-        ([BatchNormAct2d(3), nn.Flatten(), nn.Linear(3, 2)], "not homogeneous: BatchNormAct2d"),
-        (
-            [nn.BatchNorm2d(3), nn.Flatten(), torch.no_grad()(prune.identity)(nn.Linear(3, 2), "weight")],
-            "computes its weights from other",
-        ),
     ],
 )
 def test_what_has_no_equivalent(layers, message):
     with pytest.raises(ValueError, match=message):
         equivalent(nn.Sequential(*layers), 0.1)
-    if "weights" in message:
-        with pytest.raises(ValueError, match=message):
-            logits_alone(nn.Sequential(*layers), 0.1)
-    usual = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))
-    for function, bn_weight in product((equivalent, logits_alone), (0, -0.1, math.nan)):
-        with pytest.raises(ValueError, match="bn_weight must be a finite number above 0"):
-            function(usual, bn_weight)
+
+
+@pytest.mark.parametrize("function", [equivalent, logits_alone])
+def test_what_has_neither_equivalent(function):
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="bn_weight must be a finite number above 0"):
+        function(network, -0.1)
+    torch.no_grad()(prune.identity)(network[2], "weight")
+    with pytest.raises(ValueError, match="computes its weights from other"):
+        function(network, 0.1)
 
 
 class Between(Residual):
@@ -153,17 +150,15 @@ class Between(Residual):
 
 
 FUNCTIONS = {
-    "relu": (F.relu, True),
     "dropout": (F.dropout, True),  # which draws
     "norm": (lambda x: x / x.norm() * x.abs().max(), True),
     "tanh": (torch.tanh, False),
-    "gelu": (F.gelu, False),
     "shift": (lambda x: x + 0.1, False),
     "float32": (lambda x: x @ torch.eye(x.shape[-1]), False),  # whose types fit only float32
 }
 
 
-@pytest.mark.parametrize("bn_weight", [0.02, 0.9, 3])
+@pytest.mark.parametrize("bn_weight", [0.02, 3])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_images_show_what_no_layer_shows(name, bn_weight):
     make_deterministic(1)

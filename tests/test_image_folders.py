@@ -75,9 +75,7 @@ def test_folders_of_systems_are_hidden(tmp_path):
 
 LINKS = {
     "to a folder above": ("train/Käfer/again", "train"),
-    "above the images": ("train/Käfer/again", ".."),
     "to the whole system": ("train/Käfer/again", "/"),
-    "to another class": ("test/甲虫/again", "test/Käfer"),
     "to a class of the other part": ("test/甲虫/again", "train/甲虫"),
     "to the training images": ("test", "train"),
     "to an image": ("test/甲虫/again.png", "train/甲虫/1.png"),
@@ -103,11 +101,6 @@ def test_two_links_that_lead_to_each_other(tmp_path):
         (folder / "train" / "Käfer" / name).symlink_to(folder / "train" / "Käfer")
     with pytest.raises(ValueError, match=r"Käfer/(one|two) and .*Käfer are the same"):
         find_images(folder)
-    (tmp_path / "hard").mkdir()
-    other = make_folder(tmp_path / "hard" / "beetles", num_train=3, num_test=3, size=(8, 8))
-    os.link(other / "train" / "Käfer" / "0.png", other / "test" / "Käfer" / "hard.png")
-    with pytest.raises(ValueError, match=r"test/Käfer/hard.png and .*train/Käfer/0.png are the same"):
-        find_images(other)
 
 
 def test_links_to_folders_elsewhere_are_followed(tmp_path):
@@ -135,13 +128,12 @@ def test_files_that_are_left_out_are_counted(tmp_path):
         find_images(folder)
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar100"])
-def test_folder_with_the_name_of_a_known_data_set(tmp_path, forbidden_network, name):
-    make_folder(tmp_path / name, num_train=3, num_test=3, size=(8, 8))
+def test_folder_with_the_name_of_a_known_data_set(tmp_path, forbidden_network):
+    make_folder(tmp_path / "cifar10", num_train=3, num_test=3, size=(8, 8))
     with pytest.raises(
-        ValueError, match=rf"{name} is a data set that is known already: give the folder .*{name} another"
+        ValueError, match=r"cifar10 is a data set that is known already: give the folder .*cifar10 anot"
     ):
-        load_image_set(name, tmp_path)
+        load_image_set("cifar10", tmp_path)
 
 
 def test_val_in_place_of_test(tmp_path):
@@ -158,9 +150,6 @@ def test_val_in_place_of_test(tmp_path):
         ("rm -r test", "has no folder test .or val.: images belong into .*/train/CLASS"),
         ("rm -r train", "has no folder train"),
         ("mkdir train/empty test/empty", "train has no image of 'empty': images end with .jpg .jpeg"),
-        ("rm test/甲虫/*", "test has no image of '甲虫'"),
-        ("rm -r test/甲虫", "must have the same classes; only one has '甲虫'"),
-        ("mkdir test/other", "must have the same classes; only one has 'other'"),
         ("rm -r */甲虫 */beetle*", "train must have a folder for each class, at least two; it has 1"),
         ("for n in 1 2 3 4 5 6 7; do mkdir test/$n; done", "only one has '1', '2', '3', '4', '5' and 2 more"),
     ],
@@ -173,25 +162,16 @@ def test_folders_that_cannot_be_used(tmp_path, change, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("ending", ["png", "bmp", "tif", "webp", "ppm"])
-def test_lossless_files(tmp_path, ending):
-    values = RANDOM.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    file = tmp_path / f"image.{ending}"
-    Image.fromarray(values).save(file, **({"lossless": True} if ending == "webp" else {}))
-    assert (pixels(file) == values).all()
-
-
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_jpeg_has_the_pixels_that_pil_finds(tmp_path, mode, orientation):
+@pytest.mark.parametrize("turn", [1, 2, 6])
+def test_jpeg_has_the_pixels_that_pil_finds(tmp_path, mode, turn):
     exif = Image.Exif()
-    exif[0x0112] = orientation
+    exif[0x0112] = turn
     file = tmp_path / "image.jpg"
     smooth_image(RANDOM, 50, 71).convert(mode).save(file, exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(file)).convert("RGB"))
-    assert expected.shape == ((50, 71, 3) if orientation < 5 else (71, 50, 3))
+    assert expected.shape == ((50, 71, 3) if turn < 5 else (71, 50, 3))
     assert (pixels(file) == expected).all()
-    assert own_size([file]) == (expected.shape[:2] if max(expected.shape) <= 64 else None)
 
 
 @pytest.mark.parametrize("ending", ["png", "webp", "tiff"])
@@ -200,8 +180,10 @@ def test_size_is_that_of_the_pixels(tmp_path, ending, turn):
     exif = Image.Exif()
     exif[0x0112] = turn
     file = tmp_path / f"image.{ending}"
-    smooth_image(RANDOM, 20, 30).save(file, exif=exif)
-    assert own_size([file]) == pixels(file).shape[:2] == ((20, 30) if turn == 1 else (30, 20))
+    image = smooth_image(RANDOM, 20, 30)
+    image.save(file, exif=exif, **({"lossless": True} if ending == "webp" else {}))
+    expected = np.asarray(image) if turn == 1 else np.rot90(np.asarray(image), -1)
+    assert own_size([file]) == expected.shape[:2] and (pixels(file) == expected).all()
 
 
 def orientation(kind: int, count: int, value: bytes) -> bytes:
@@ -210,12 +192,11 @@ def orientation(kind: int, count: int, value: bytes) -> bytes:
     return b"Exif\0\0II*\0" + struct.pack("<I", 8) + entry + bytes(4)
 
 
-@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
-def test_turned_where_the_rest_of_the_exif_cannot_be_written_again(tmp_path, ending):
+def test_turned_where_the_rest_of_the_exif_cannot_be_written_again(tmp_path):
     width = struct.pack("<HHI", 0x0100, 2, 4) + b"wide"  # a text, in the place of a number
     exif = orientation(3, 1, struct.pack("<H", 6))
     exif = exif[:14] + struct.pack("<H", 2) + width + exif[16:]
-    file = tmp_path / f"image.{ending}"
+    file = tmp_path / "image.png"
     smooth_image(RANDOM, 20, 30).save(file, exif=exif)
     with Image.open(file) as image, pytest.raises((TypeError, ValueError, AttributeError, struct.error)):
         ImageOps.exif_transpose(image)
@@ -224,9 +205,7 @@ def test_turned_where_the_rest_of_the_exif_cannot_be_written_again(tmp_path, end
 
 
 SENSELESS = {
-    "0": orientation(3, 1, struct.pack("<H", 0)),
     "9": orientation(3, 1, struct.pack("<H", 9)),
-    "65535": orientation(3, 1, struct.pack("<H", 65535)),
     "text": orientation(2, 4, b"six"),
     "half": orientation(11, 1, struct.pack("<f", 6.5)),
     "beyond the end": orientation(5, 1, struct.pack("<I", 2**31)),
@@ -235,25 +214,15 @@ SENSELESS = {
 
 
 @pytest.mark.filterwarnings("ignore")  # as outside of tests
-@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
 @pytest.mark.parametrize("exif", SENSELESS.values(), ids=SENSELESS)
-def test_senseless_orientation_is_upright(tmp_path, ending, exif):
+def test_senseless_orientation_is_upright(tmp_path, exif):
     """For the size and for the pixels."""
-    file = tmp_path / f"image.{ending}"
-    smooth_image(RANDOM, 20, 30).save(file, exif=exif)
-    expected = np.asarray(Image.open(file))
-    assert own_size([file]) == (20, 30) == expected.shape[:2]
-    assert (pixels(file) == expected).all()
-
-
-@pytest.mark.filterwarnings("ignore:Metadata Warning")  # as outside of tests
-@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
-def test_first_of_two_orientations_counts(tmp_path, ending):
-    """As for PIL itself."""
-    file = tmp_path / f"image.{ending}"
-    smooth_image(RANDOM, 20, 30).save(file, exif=orientation(3, 2, struct.pack("<HH", 6, 8)))
-    assert own_size([file]) == (30, 20)
-    assert (pixels(file) == np.asarray(ImageOps.exif_transpose(Image.open(file)))).all()
+    for ending in ("png", "jpg", "webp"):
+        file = tmp_path / f"image.{ending}"
+        smooth_image(RANDOM, 20, 30).save(file, exif=exif)
+        expected = np.asarray(Image.open(file))
+        assert own_size([file]) == (20, 30) == expected.shape[:2]
+        assert (pixels(file) == expected).all()
 
 
 def test_slightly_damaged_jpeg_is_read_as_pil_reads_it(tmp_path):
@@ -303,12 +272,10 @@ def test_grey_black_and_white_palette_and_transparency(tmp_path):
     assert (pixels(tmp_path / "transparent.png") == 255 - three).all()
 
 
-@pytest.mark.parametrize("ending", ["png", "tif"])
-def test_16_bit_grey_keeps_its_upper_8_bits(tmp_path, ending):
+def test_16_bit_grey_keeps_its_upper_8_bits(tmp_path):
     values = np.array([[0, 255, 256, 12345, 65535]], dtype=np.uint16)
-    file = tmp_path / f"image.{ending}"
-    Image.fromarray(values).save(file)
-    assert pixels(file)[0].tolist() == [[0] * 3, [0] * 3, [1] * 3, [48] * 3, [255] * 3]
+    Image.fromarray(values).save(tmp_path / "image.png")
+    assert pixels(tmp_path / "image.png")[0].tolist() == [[0] * 3, [0] * 3, [1] * 3, [48] * 3, [255] * 3]
 
 
 def tiff(values: np.ndarray, bits: int, white_is_zero: bool) -> bytes:
@@ -324,7 +291,7 @@ def tiff(values: np.ndarray, bits: int, white_is_zero: bool) -> bytes:
     return struct.pack("<2sHIH", b"II", 42, 8, len(tags) + 1) + entries + bytes(4) + data
 
 
-@pytest.mark.parametrize(("bits", "white_is_zero"), [(8, False), (8, True), (12, False), (16, False), (16, True)])
+@pytest.mark.parametrize(("bits", "white_is_zero"), [(8, True), (12, False), (16, False), (16, True)])
 def test_grey_tiff_uses_the_whole_scale(tmp_path, bits, white_is_zero):
     upper = RANDOM.integers(0, 256, (4, 6))
     values = (upper << bits - 8) + RANDOM.integers(0, 1 << bits - 8, (4, 6))
@@ -332,54 +299,48 @@ def test_grey_tiff_uses_the_whole_scale(tmp_path, bits, white_is_zero):
     assert (pixels(tmp_path / "image.tif") == (255 - upper if white_is_zero else upper)[..., None]).all()
 
 
-@pytest.mark.parametrize("most", [65535, 4095, 1000])
-def test_pgm_of_more_than_8_bits(tmp_path, most):
-    values = np.array([[0, 1, most // 2, most - 1, most]])
+def test_pgm_of_more_than_8_bits(tmp_path):
+    values = np.array([[0, 1, 500, 999, 1000]])
     for magic, data in (("P5", values.astype(">u2").tobytes()), ("P2", " ".join(map(str, values[0])).encode())):
-        (tmp_path / "image.pgm").write_bytes(f"{magic}\n5 1\n{most}\n".encode() + data)
-        assert (abs(pixels(tmp_path / "image.pgm")[0] - values.T / most * 255) <= 1).all()
+        (tmp_path / "image.pgm").write_bytes(f"{magic}\n5 1\n1000\n".encode() + data)
+        assert (abs(pixels(tmp_path / "image.pgm")[0] - values.T / 1000 * 255) <= 1).all()
         assert pixels(tmp_path / "image.pgm")[0, -1].tolist() == [255] * 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1)])
-def test_image_that_would_take_gigabytes_is_named(tmp_path, shape, workers):
+def test_image_that_would_take_gigabytes_is_named(tmp_path, workers):
     """With a shorter side of 256 pixels, 1×20,000 have 1.3 billion."""
     folder = make_folder(tmp_path / "beetles", num_train=30, num_test=3, size=(8, 8))
-    Image.new("RGB", shape[::-1]).save(folder / "train" / "Käfer" / "0.png")
-    message = (
-        rf"Käfer/0.png, of {shape[0]}×{shape[1]} pixels, cannot be resized: with a shorter side of 256 it would have"
-    )
+    Image.new("RGB", (20_000, 1)).save(folder / "train" / "Käfer" / "0.png")
+    message = r"Käfer/0.png, of 1×20000 pixels, cannot be resized: with a shorter side of 256 it would have"
     with pytest.raises(ValueError, match=message):
         load_image_set("beetles", tmp_path, image_size=224, workers=workers)
 
 
-@pytest.mark.parametrize("read", [read_image, lambda file: own_size([file])], ids=["read", "size"])
-@pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
-def test_file_that_is_no_image(tmp_path, content, read):
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
+def test_file_that_is_no_image(tmp_path, content):
     file = tmp_path / "image.jpg"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"image.jpg cannot be read as an image: it is not of a known kind$"):
-        read(file)
+    for read in (read_image, lambda file: own_size([file])):
+        with pytest.raises(ValueError, match=r"image.jpg cannot be read as an image: it is not of a known kind$"):
+            read(file)
 
 
-@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp", "bmp"])
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
 def test_file_that_is_cut_short(tmp_path, ending):
     file = tmp_path / f"image.{ending}"
     smooth_image(RANDOM, 60, 60).save(file)
-    content = file.read_bytes()
-    for length in (len(content) // 2, len(content) - 100):
-        file.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=rf"image.{ending} cannot be read as an image: \S") as error:
-            read_image(file)
-        assert "\n" not in str(error.value)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"image.{ending} cannot be read as an image: \S") as error:
+        read_image(file)
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_pixels_without_a_scale(tmp_path, dtype):
-    Image.fromarray(np.ones((3, 3), dtype)).save(tmp_path / "image.tif")
-    with pytest.raises(ValueError, match=r"image.tif .*have no scale of their own"):
-        read_image(tmp_path / "image.tif")
+def test_pixels_without_a_scale(tmp_path):
+    for dtype in (np.int32, np.float32):
+        Image.fromarray(np.ones((3, 3), dtype)).save(tmp_path / "image.tif")
+        with pytest.raises(ValueError, match=r"image.tif .*have no scale of their own"):
+            read_image(tmp_path / "image.tif")
 
 
 def test_size_that_all_images_have(tmp_path):
@@ -394,7 +355,7 @@ def test_size_that_all_images_have(tmp_path):
     assert own_size(files[:1]) == (64, 64)
 
 
-@pytest.mark.parametrize("shape", [(40, 70), (70, 40), (33, 33), (24, 24), (10, 300)])
+@pytest.mark.parametrize("shape", [(40, 70), (33, 33), (10, 300)])
 @pytest.mark.parametrize("margin", [1, 256 / 224])
 def test_resized_images_are_those_of_torchvision(shape, margin):
     image = v2.functional.pil_to_tensor(smooth_image(RANDOM, *shape))
@@ -437,23 +398,6 @@ def test_too_few_images_to_split(tmp_path):
         load_image_set("few", tmp_path)
 
 
-def test_hundreds_of_classes(tmp_path):
-    for part, number in (("train", 10), ("test", 1)):
-        for label in range(300):
-            folder = tmp_path / "many" / part / f"n{label:05}"
-            folder.mkdir(parents=True)
-            for n in range(number):
-                Image.new("RGB", (4, 4), "red").save(folder / f"{n}.png")
-    image_set = load_image_set("many", tmp_path, statistics=False)
-    assert len(image_set.classes) == 300 and image_set.images.shape == (3300, 3, 4, 4)
-    assert sorted(image_set.labels[image_set.splits["val"]].tolist()) == list(range(300))
-
-
-class Reports(list):
-    def __call__(self, line: str) -> None:
-        self.append(line)
-
-
 @pytest.mark.parametrize("image_size", [None, 70], ids=["kept", "streamed"])
 def test_statistics_are_those_of_numpy_and_kept(tmp_path, monkeypatch, image_size):
     folder = make_folder(tmp_path / "small", num_train=30, num_test=6, size=(16, 16))
@@ -479,7 +423,7 @@ def test_statistics_are_those_of_numpy_and_kept(tmp_path, monkeypatch, image_siz
     os.utime(train_files[3], (1e9, 1e9))  # older than before
     assert load() == (image_set.mean, image_set.std)
     assert json.loads(file.read_text())["made_from"] != made_from
-    for damaged in ("", "{}", "[]", '{"mean": 1, "std": 2}', "[" * 100_000, "\ud800"):
+    for damaged in ("", "[]", '{"mean": 1, "std": 2}', "[" * 100_000, "\ud800"):
         file.write_bytes(damaged.encode(errors="surrogatepass"))
         assert load() == (image_set.mean, image_set.std)
     Image.new("RGB", (16, 16), "white").save(train_files[0])
@@ -497,17 +441,11 @@ def test_statistics_that_cannot_be_kept(tmp_path, monkeypatch):
         raise PermissionError(13, "cannot write it: Permission denied", str(file))
 
     monkeypatch.setattr(statistics, "write_atomically", refuse)
-    reports = Reports()
-    image_set = load_image_set("small", tmp_path, report=reports)
-    assert len(image_set.mean) == 3 and not list(folder.glob("*.json"))
+    reports = []
+    assert load_image_set("small", tmp_path, statistics=False, report=reports.append).mean is None and not reports
+    assert len(load_image_set("small", tmp_path, report=reports.append).mean) == 3 and not list(folder.glob("*.json"))
     [line] = reports
     assert "are computed each time" in line and "statistics-16x16.json" in line and "\n" not in line
-
-
-def test_statistics_are_computed_only_where_they_are_needed(tmp_path):
-    folder = make_folder(tmp_path / "small", num_train=30, num_test=6, size=(16, 16))
-    assert load_image_set("small", tmp_path, statistics=False).mean is None
-    assert not list(folder.glob("*.json"))
 
 
 def test_images_without_spread(tmp_path):

