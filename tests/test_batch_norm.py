@@ -104,9 +104,8 @@ def test_constructors_that_set_scales():
 def test_further_arguments_of_torch():
     layer = ScaleBatchNorm2d(3, bn_weight=0.5, track_running_stats=False, dtype=torch.float64)
     assert layer.running_mean is None and layer.weight.dtype == torch.float64
-    assert ScaleBatchNorm2d(3, momentum=None).momentum is None
-    layer = ScaleBatchNorm2d(3, affine=False, bn_weight=0.5)
-    assert layer.weight is None and layer.bias is None
+    layer = ScaleBatchNorm2d(3, momentum=None, affine=False, bn_weight=0.5)
+    assert layer.momentum is None and layer.weight is None and layer.bias is None
     layer(torch.randn(2, 3, 2, 2))
     with pytest.raises(ValueError, match="4D"):
         layer(torch.randn(2, 3))

@@ -16,7 +16,7 @@ def test_unknown_split():
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("number", [1, 2, 31, 1000, 50_000])
+@pytest.mark.parametrize("number", [1, 31, 50_000])
 def test_order_is_that_of_a_data_loader(number, shuffle):
     """Of this version of torch: three epochs, and what the global generator gives afterwards."""
     torch.manual_seed(number)
@@ -89,10 +89,3 @@ def test_batches_do_not_change_the_images():
         for images, _ in batches:
             images.zero_()
     assert torch.equal(image_set.images, before)
-
-
-def test_normalized_digits_have_mean_0_and_spread_1():
-    batches = [Batches(load_image_set("digits"), name, 10_000, normalize=True) for name in ("train", "val")]
-    images = torch.cat([images for loader in batches for images, _ in loader])
-    assert images.mean().item() == pytest.approx(0, abs=1e-5)
-    assert images.std().item() == pytest.approx(1, abs=1e-4)

@@ -2,7 +2,6 @@
 
 import socket
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -64,25 +63,31 @@ def test_what_cannot_be_had(tmp_path, no_network, name, title, folder):
 
 
 def test_what_is_not_to_be_downloaded(tmp_path, forbidden_network):
+    folder = tmp_path / "images"
     with pytest.raises(FileNotFoundError, match=r"CIFAR-10 is not in .*images, .*\(Dataset not found or corrupted\)"):
-        load_image_set("cifar10", tmp_path / "images", download=False)
+        load_image_set("cifar10", folder, download=False)
     assert not list(tmp_path.iterdir())
+    folder.write_text("")  # a file in place of the folder
+    for download in (False, True):
+        with pytest.raises(FileNotFoundError, match=r"CIFAR-10 is not in .*images, or"):
+            load_image_set("cifar10", folder, download=download)
 
 
-def test_what_another_run_is_unpacking(small_cifar10, forbidden_network):
+def test_what_another_run_is_unpacking(small_cifar10, forbidden_network, monkeypatch):
     """The folder is not whole yet: the load waits for who has the lock, and finds it whole then."""
     file = small_cifar10 / "cifar-10-batches-py" / "data_batch_3"
     content = file.read_bytes()
     file.write_bytes(content[:1000])
-    locked = threading.Event()
+    locked, asked = threading.Event(), threading.Event()
 
     def unpack() -> None:
         with FileLock(small_cifar10 / "cifar10.lock"):
             locked.set()
-            time.sleep(0.5)
+            asked.wait()
             file.write_bytes(content)
 
-    thread = threading.Thread(target=unpack)
+    monkeypatch.setattr(cifar, "FileLock", lambda lock_file: asked.set() or FileLock(lock_file))
+    thread = threading.Thread(target=unpack, daemon=True)
     thread.start()
     locked.wait()
     assert len(load_image_set("cifar10", small_cifar10).images) == 65
@@ -90,14 +95,19 @@ def test_what_another_run_is_unpacking(small_cifar10, forbidden_network):
     assert not (small_cifar10 / "cifar10.lock").exists()
 
 
-@pytest.mark.parametrize(("download", "reason"), [(False, "not found or corrupted"), (True, "downloaded: no route")])
-@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
-@pytest.mark.parametrize("change", ["missing", "damaged"])
-def test_files_that_are_not_whole(small_cifar10, no_network, name, download, reason, change):
+@pytest.mark.parametrize(
+    ("name", "damaged", "download", "reason"),
+    [
+        ("data_batch_3", False, False, "not found or corrupted"),
+        ("test_batch", True, False, "not found or corrupted"),
+        ("batches.meta", True, True, "downloaded: no route"),
+    ],
+)
+def test_files_that_are_not_whole(small_cifar10, no_network, name, damaged, download, reason):
     file = small_cifar10 / "cifar-10-batches-py" / name
     content = bytearray(file.read_bytes())
     file.unlink()
-    if change == "damaged":
+    if damaged:
         content[100] ^= 1
         file.write_bytes(content)
     with pytest.raises(FileNotFoundError, match=rf"CIFAR-10 .* damaged \(.*{reason}.*\): unpack") as error:
@@ -106,20 +116,12 @@ def test_files_that_are_not_whole(small_cifar10, no_network, name, download, rea
     assert [file.name for file in small_cifar10.iterdir()] == ["cifar-10-batches-py"]
 
 
-@pytest.mark.parametrize("name", ["data_batch_3", "batches.meta"])
-def test_files_are_mended_by_a_download(small_cifar10, monkeypatch, name):
-    file = small_cifar10 / "cifar-10-batches-py" / name
+def test_files_are_mended_by_a_download(small_cifar10, monkeypatch):
+    file = small_cifar10 / "cifar-10-batches-py" / "batches.meta"
     content = file.read_bytes()
     file.unlink()
     monkeypatch.setattr(cifar, "download_and_extract_archive", lambda *_, **__: file.write_bytes(content))
     assert load_image_set("cifar10", small_cifar10).classes[3] == "cat"
-
-
-@pytest.mark.parametrize("download", [False, True])
-def test_file_in_place_of_the_folder(tmp_path, forbidden_network, download):
-    (tmp_path / "images").write_text("")
-    with pytest.raises(FileNotFoundError, match=r"CIFAR-10 is not in .*images, or"):
-        load_image_set("cifar10", tmp_path / "images", download=download)
 
 
 def test_server_that_never_answers(tmp_path, monkeypatch):
@@ -129,9 +131,6 @@ def test_server_that_never_answers(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     before = socket.getdefaulttimeout()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        hang_up = threading.Timer(30, listener.close)  # so that a load without a time-out fails, and does not hang
-        hang_up.daemon = True
-        hang_up.start()
         for name in ("http_proxy", "https_proxy"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{listener.getsockname()[1]}")
         with pytest.raises(FileNotFoundError, match=r"could not be downloaded: .*timed out"):

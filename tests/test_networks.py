@@ -65,12 +65,6 @@ def test_stem(arguments, small):
     assert isinstance(network.maxpool, nn.Identity if small else nn.MaxPool2d)
 
 
-def test_defaults():
-    network = construct_network()
-    assert network[1].fc.out_features == 10
-    assert all(torch.all(m.weight == 1) for m in network[1].modules() if isinstance(m, nn.BatchNorm2d))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -90,36 +84,36 @@ def test_bad_arguments(arguments, message):
 
 FAMILIES = dict.fromkeys(  # of each, the smallest network and the smallest images that it can train on
     ("efficientnet_b0", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18"), 1
-) | {"densenet121": 29, "googlenet": 15, "inception_v3": 75, "maxvit_t": 221, "shufflenet_v2_x0_5": 1, "vgg11_bn": 32}
+) | {"densenet121": 29, "googlenet": 15, "inception_v3": 75, "shufflenet_v2_x0_5": 1}
 
 
 def test_every_family_is_tested():
-    """All classes of torchvision's networks but those that have no batch norm."""
+    """All classes of torchvision's networks but those that have no batch norm, or that take seconds for a step."""
 
     def classes(names: Iterable[str]) -> set[str]:
         builders = map(torchvision.models.get_model_builder, names)
         return {inspect.signature(builder).return_annotation.__name__ for builder in builders}
 
-    without = {"AlexNet", "ConvNeXt", "SqueezeNet", "SwinTransformer", "VisionTransformer"}
+    without = {"AlexNet", "ConvNeXt", "SqueezeNet", "SwinTransformer", "VisionTransformer", "MaxVit", "VGG"}
     assert classes(FAMILIES) == classes(torchvision.models.list_models(module=torchvision.models)) - without
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_of_torchvision_trains(name):
-    """A step on 8 images, or on 2 where they must be large; of 8 pixels where 1 would do."""
+    """A step on 8 images; of 8 pixels where 1 would do."""
     torch.manual_seed(1)
     pixels = max(FAMILIES[name], 8)
     network = construct_network(name, 5, "imagenet", 0.1, image_size=pixels)
     optimizer = torch.optim.SGD(adjust_weight_decay_and_learning_rate(network, learning_rate=0.01, c=100))
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    images = torch.rand(8 if pixels <= 75 else 2, 3, pixels, pixels)
-    F.cross_entropy(network(images), torch.randint(5, (len(images),))).backward()
+    images = torch.rand(8, 3, pixels, pixels)
+    F.cross_entropy(network(images), torch.randint(5, (8,))).backward()
     optimizer.step()
     for key, value in network.state_dict().items():
         assert value.isfinite().all(), key
         learned = value.is_floating_point() and key != "0.bias"
         assert torch.equal(value, before[key]) != learned or key.endswith("num_batches_tracked"), key
-    assert network.eval()(images).shape == (len(images), 5)
+    assert network.eval()(images).shape == (8, 5)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,6 @@ from folders import make_folder
 from image_sets.batches import Batches
 from image_sets.folders import find_images, read_image
 from image_sets.loading import load_image_set
-from image_sets.streaming import StreamedImages
 from saved_runs.results import read_results
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +57,7 @@ def test_evaluation_is_a_plain_loop_of_torchvision(images, workers):
         assert torch.cat([of for _, of in batches]).tolist() == [labels[index] for index in indices]
 
 
-@pytest.mark.parametrize(("workers", "flip"), [(0, True), (0, False), (1, True), (3, True)])
+@pytest.mark.parametrize(("workers", "flip"), [(0, True), (0, False), (3, True)])
 def test_training_is_a_plain_loop_with_a_seed_for_each_image(images, workers, flip):
     """Two epochs: the order is that of a DataLoader, the augmentation torchvision's."""
     image_set = load(images, workers, flip=flip)
@@ -84,15 +81,6 @@ def test_training_is_a_plain_loop_with_a_seed_for_each_image(images, workers, fl
         torch.set_rng_state(after)
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(ours[0].sort(0).values, ours[1].sort(0).values)  # other crops of the same images
-
-
-def test_images_are_mirrored_half_of_the_time():
-    image = torch.arange(70, dtype=torch.uint8).expand(3, 70, 70)
-    for flip, expected in ((True, 50), (False, 0)):
-        streamed = StreamedImages(image[None], (70, 70), flip, workers=0)
-        [batch] = streamed.batches([[(0, seed) for seed in range(100)]])
-        mirrored = (batch[:, 0, 0, 0] > batch[:, 0, 0, -1]).sum().item()
-        assert abs(mirrored - expected) <= 15 * flip
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -137,22 +125,28 @@ def test_processes_live_from_epoch_to_epoch_and_no_longer_than_the_images(images
     list(Batches(image_set, "test", 2, normalize=False))
     assert set(psutil.Process().children()) - before == first and len(first) == 2
     del batches, image_set
-    psutil.wait_procs(first, timeout=30)
+    psutil.wait_procs(first)
     assert not set(psutil.Process().children()) - before
 
 
 SCRIPT = """
-import sys
+import os, signal, sys
 from image_sets.batches import Batches
 from image_sets.loading import load_image_set
+other = os.fork()
 image_set = load_image_set("beetles", sys.argv[1], image_size=66, workers=2, statistics=False)
 next(iter(Batches(image_set, "train", 4, normalize=False)))
+if not other:
+    os.kill(os.getpid(), signal.SIGKILL)
+os.waitpid(other, 0)
 """
 
 
 def test_program_that_ends_in_the_middle_of_an_epoch(images):
-    """Its processes do not keep it from ending."""
-    subprocess.run([sys.executable, "-c", SCRIPT, str(images)], cwd=ROOT, check=True, timeout=100)
+    """Its processes do not keep it from ending, and end with it: one that is killed, and one that is not."""
+    script = subprocess.Popen([sys.executable, "-c", SCRIPT, images], cwd=ROOT, stdout=subprocess.PIPE)
+    script.communicate()  # until all of its processes have ended, for each of them holds the pipe
+    assert script.returncode == 0
 
 
 NETWORK = """
@@ -171,66 +165,40 @@ def flags_of(path: Path, name: str, num_epochs: int) -> list[str]:
     return [*flags.split(), "--device", "cpu"]
 
 
-@contextmanager
-def begun_run(path: Path, name: str, num_epochs: int) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]:
-    """A run in a process and session of its own, which has made an epoch, and its processes that decode; none stays."""
-    (path / "network_for_streamed.py").write_text(NETWORK)
-    command = [sys.executable, ROOT / "train.py", *flags_of(path, name, num_epochs)]
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen(command, cwd=path, **options) as process:
-        watchdog = threading.Timer(200, process.kill)
-        watchdog.start()
-        while not (path / "results" / f"{name}.csv").exists():
-            time.sleep(0.01)
-            assert process.poll() is None
-        children = psutil.Process(process.pid).children()
-        assert len(children) == 2
-        yield process, children
-        watchdog.cancel()
-    _, alive = psutil.wait_procs(children, timeout=30)
-    assert not alive
-
-
-def test_killed_run_goes_on_to_the_same_numbers(images, monkeypatch):
-    """Its processes leave signals to it, and end with it."""
+def test_stopped_run_goes_on_to_the_same_numbers(images, monkeypatch):
+    """Its processes leave signals to it. One to all, as from a cluster that takes its machine back, stops it."""
     path = images.parent
-    with begun_run(path, "killed", 3000) as (process, children):
+    (path / "network_for_streamed.py").write_text(NETWORK)
+    command = [sys.executable, ROOT / "train.py", *flags_of(path, "stopped", 3000)]
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    file = path / "results" / "stopped.csv"
+    with subprocess.Popen(command, cwd=path, **options) as process, ExitStack() as at_end:
+        at_end.callback(process.kill)
+
+        def wait_for(num_epochs: int) -> None:
+            while not file.exists() or read_results(file).num_epochs < num_epochs:
+                assert process.poll() is None
+                time.sleep(0.01)
+
+        wait_for(1)
+        children = psutil.Process(process.pid).children()
         for child in children:
             child.send_signal(signal.SIGTERM)
             child.send_signal(signal.SIGINT)
-        file = path / "results" / "killed.csv"
-        earlier = read_results(file).num_epochs
-        while read_results(file).num_epochs < earlier + 2:  # it goes on
-            time.sleep(0.01)
-        assert all(child.is_running() for child in children)
-        process.kill()
+        wait_for(read_results(file).num_epochs + 2)  # it goes on
+        assert len(children) == 2 and all(child.is_running() for child in children)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, errors = process.communicate()
+    assert (process.returncode, errors) == (128 + signal.SIGTERM, f"train.py: {HOW_TO_RESUME}\n")
+    psutil.wait_procs(children)
+
     num_epochs = read_results(file).num_epochs + 1
     monkeypatch.chdir(path)
     undisturbed = train.main(flags_of(path, "undisturbed", num_epochs))
-    resumed = train.main([*flags_of(path, "killed", num_epochs), "--workers", "1"])
+    resumed = train.main([*flags_of(path, "stopped", num_epochs), "--workers", "1"])
     for column, values in undisturbed.columns.items():
         assert np.array_equal(resumed.columns[column], values), column
     ours, theirs = (
-        torch.load(path / "networks" / f"{name}-best.pt", weights_only=True) for name in ("killed", "undisturbed")
+        torch.load(path / "networks" / f"{name}-best.pt", weights_only=True) for name in ("stopped", "undisturbed")
     )
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
-
-
-def test_signal_to_all_processes_stops_a_run_in_one_line(images):
-    """As from a cluster that takes its machine back."""
-    with begun_run(images.parent, "stopped", 3000) as (process, _):
-        os.killpg(process.pid, signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert errors == f"train.py: {HOW_TO_RESUME}\n"
-
-
-def test_statistics_do_not_depend_on_who_computes_them(tmp_path):
-    folder = make_folder(tmp_path / "beetles", num_train=30)
-    found = []
-    for workers in (0, 2):
-        for file in folder.glob("*.json"):
-            file.unlink()
-        image_set = load_image_set("beetles", tmp_path, image_size=SIZE, workers=workers)
-        found.append((image_set.mean, image_set.std))
-    assert found[0] == found[1]

@@ -1,10 +1,8 @@
-import datetime
 import itertools
 import math
 import re
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,8 +37,6 @@ def by_hand(d1, d2) -> float:
 @pytest.mark.parametrize(
     "convert",
     [
-        tuple,
-        np.array,
         np.ma.array,
         pd.Series,
         lambda d: torch.tensor(d, requires_grad=True, dtype=torch.float64),
@@ -67,9 +63,8 @@ def test_any_pairs_beside_scipy(pairs):
     assert 0 <= evaluate(d1, d2) <= 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_tensors(dtype):
-    d1, d2 = torch.tensor([80.0, 95, 70, 90, 85], dtype=dtype), torch.tensor(BASELINE[::-1], dtype=dtype)
+def test_low_precision_tensors():
+    d1, d2 = torch.tensor([80.0, 95, 70, 90, 85]).bfloat16(), torch.tensor(BASELINE[::-1]).bfloat16()
     assert evaluate(d1, d2) == pytest.approx(by_hand(d1, d2))
     assert evaluate(list(d1), list(d2)) == evaluate(d1, d2)
 
@@ -101,11 +96,8 @@ ROUNDED = np.array(PROPOSED, dtype=np.float32)
     ("d1", "d2"),
     [
         (PROPOSED, PROPOSED),
-        ([1, 2, 3], [0, 1, 2]),
-        ([95.1, 94.3], [94.0, 93.2]),
         ([95.1 / 3, 94.3 / 3, 1.0], [95.1 / 3 + 0.1, 94.3 / 3 + 0.1, 1.1]),
         (PROPOSED, ROUNDED),
-        (torch.tensor(ROUNDED), PROPOSED),
         (list(torch.tensor(ROUNDED)), np.array(PROPOSED) - 1),
         (torch.tensor(PROPOSED).bfloat16(), BASELINE),
         (np.array(PROPOSED) * 1e-180, np.array(PROPOSED) * 1e-180),
@@ -115,21 +107,10 @@ def test_a_spread_that_is_rounding_is_none(d1, d2):
     assert math.isnan(evaluate(d1, d2)) and math.isnan(evaluate(d2, d1))
 
 
-@pytest.mark.parametrize("scale", [1e-300, 1e-180, 1e-5, 1e200, 1e306])
+@pytest.mark.parametrize("scale", [1e-300, 1e306])
 def test_scale_does_not_matter(scale):
-    assert evaluate(np.array(PROPOSED) * scale, np.array(BASELINE) * scale) == pytest.approx(
-        by_hand(PROPOSED, BASELINE)
-    )
-
-
-with warnings.catch_warnings(action="ignore"):  # torch means to change or remove some of these
-    NOT_DENSE = [
-        torch.tensor([1.0, 2, 4]).to_sparse(),
-        torch.quantize_per_tensor(torch.tensor([1.0, 2, 4]), 0.1, 0, torch.quint8),
-        torch.nested.nested_tensor([torch.tensor([number]) for number in (1.0, 2, 4)]),
-        torch.zeros(3, device="meta"),
-    ]
-DAYS = [np.datetime64(f"2026-01-0{day}") for day in (1, 2, 4)]
+    p_value = evaluate(np.array(PROPOSED) * scale, np.array(BASELINE) * scale)
+    assert p_value == pytest.approx(by_hand(PROPOSED, BASELINE))
 
 
 @pytest.mark.parametrize(
@@ -138,29 +119,20 @@ DAYS = [np.datetime64(f"2026-01-0{day}") for day in (1, 2, 4)]
         ([1, 2, 3], [1, 2], "as many values in d1 as in d2, not 3 and 2"),
         ([1], [2], "at least two pairs, not 1"),
         ([], [], "at least two pairs, not 0"),
-        ([[1, 2], [3, 4]], [[1, 2], [3, 4]], "d1 must have one dimension, not 2"),
         ([1, 2], torch.zeros(2, 1), "d2 must have one dimension, not 2"),
         (1.0, 2.0, "d1 must have one dimension, not 0"),
         ([1, 2], [1, float("nan")], "d2 holds a value that is not a finite number"),
-        ([1, float("inf")], [1, 2], "d1 holds a value that is not a finite number"),
         ([1, None], [1, 2], "d1 holds a value that is not a finite number"),
         (np.ma.array([1, 2, 3], mask=[0, 1, 0]), [1, 2, 3], "d1 holds a masked value"),
         *[
             ([1, 2, 3], numbers, "d2 must be a sequence of real numbers")
             for numbers in (
-                ["a", "b", "c"],
                 ["1", "2", "4"],
-                [1, "2", 4],
                 np.array([1, "2", 4], dtype=object),
-                pd.Series(["1", "2", "4"]),
-                [1, 2 + 1j, 4],
                 torch.tensor([1, 2, 4 + 1j]),
-                np.array(DAYS),
-                np.array(DAYS, dtype=object),
-                np.array([day - DAYS[0] for day in DAYS], dtype=object),
-                np.array([1, 2, 4 + 0j], dtype=object),
-                *NOT_DENSE,
-                [datetime.date(2026, 1, day) for day in (1, 2, 4)],
+                np.array(["2026-01-01", "2026-01-02", "2026-01-04"], dtype="datetime64[D]"),
+                np.array([np.timedelta64(number, "D") for number in (1, 2, 4)], dtype=object),
+                torch.zeros(3, device="meta"),
                 [1, 2, 10**400],
                 {1: 2, 2: 3, 4: 5},
             )
@@ -195,9 +167,7 @@ def test_compare_pairs_by_seed():
 @pytest.mark.parametrize(
     ("proposed", "baseline", "verdict"),
     [
-        ({}, {}, "no test: under 2 pairs"),
         ({1: 95.0}, {1: 94.0, 2: 93.0}, "no test: under 2 pairs"),
-        ({1: 95.0, 2: 94.0}, {1: 95.0, 2: 94.0}, "all differences are equal"),
         ({1: 95.1, 2: 94.3}, {1: 94.0, 2: 93.2}, "all differences are equal"),
         ({1: 95.1, 2: 94.0}, {1: 94.0, 2: 93.0}, "significant"),
         ({1: 94.1, 2: 93.9}, {1: 95.0, 2: 94.0}, "not significant"),
@@ -234,9 +204,6 @@ def test_holm_correction(p_values):
 
 
 def test_correction_is_in_the_verdict():
-    comparisons = [Comparison(str(p), {}, {1: 1.0, 2: 1.0}, (0.0, 0.0), p) for p in (0.02, 0.03)]
-    apply_holm_correction(comparisons)
-    assert [c.corrected_p_value for c in comparisons] == [0.04, 0.04]
     comparisons = [Comparison(str(p), {}, {1: 1.0, 2: 1.0}, (0.0, 0.0), p) for p in (0.026, 0.03)]
     apply_holm_correction(comparisons)
     assert [c.verdict for c in comparisons] == ["not significant"] * 2
@@ -391,9 +358,8 @@ def test_contrasts_are_compared_and_corrected_with_the_others():
 
 
 def test_without_a_baseline_contrasts_alone_are_compared():
-    proposed, init, contrast = compare_all(
-        {"proposed": runs(PROPOSED), "init": runs(BASELINE)}, 5, [("proposed", "init")]
-    )
+    methods = {"proposed": runs(PROPOSED), "init": runs(BASELINE)}
+    proposed, init, contrast = compare_all(methods, 5, [("proposed", "init")])
     assert (proposed.reference, init.reference) == (None, None) and proposed.accuracies == dict(enumerate(PROPOSED, 1))
     assert contrast.corrected_p_value == contrast.p_value == pytest.approx(by_hand(PROPOSED, BASELINE))
 
