@@ -99,7 +99,7 @@ def test_first_steps(few_digits):
 
 def test_mean_over_seeds():
     steps = np.array([0, 5])
-    one, other = (FirstSteps(steps, np.array([a, 9.0]), np.zeros(2), {"x": np.array([0, a])}) for a in (3, 4))
+    one, other = (FirstSteps(steps, np.array([a, 9.0]), np.zeros(2), {"x": np.array([0, a])}) for a in (3.0, 4.0))
     mean = mechanism.mean_over_seeds([one, other])
     assert f"{mean.steps[1]}" == "5" and mean.running.tolist() == [3.5, 9] and mean.angles["x"].tolist() == [0, 3.5]
 
