@@ -34,7 +34,7 @@ from small import load_few_digits, train_small
 # A process that has imported what takes long and forks itself for every run: each starts at once, and none inherits
 # threads.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "torchvision", "sklearn.datasets", "sklearn.model_selection"])
+processes.set_forkserver_preload(["train", "small", "sklearn.model_selection"])
 
 STEPS = ("half written", "before fsync", "after fsync", "before replace", "after replace")
 NUM_EPOCHS = 4
