@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Subset
 import run_settings
 import train
 from command_line.flag_types import FlagError, SettingError
-from image_sets import loading
 from run_settings import determining
 from saved_runs.results import read_results
 from training import preparation
@@ -139,7 +138,7 @@ def test_same_numbers_as_a_plain_loop_digit_for_digit(small_cifar10, settings):
         assert torch.equal(weights[name], value), name
 
 
-def test_what_a_run_leaves_behind(few_digits, tmp_path, capsys):
+def test_what_a_run_leaves_behind(small_network, tmp_path, capsys):
     results = train.main([*QUICK, "--path", str(tmp_path), "--num_epochs", "3", "--seed", "7"])
     name = "digits-resnet18-batch_size=48-num_epochs=3-weight0.1-c100-bn-seed7"
     assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()} == {
@@ -166,26 +165,12 @@ def test_what_a_run_leaves_behind(few_digits, tmp_path, capsys):
     assert err == ""
     first, about_accuracies, *lines, last = out.splitlines()
     images = "digits, 144 training, 16 validation and 40 test images of 10 classes"
-    assert first == f"resnet18, 11,173,968 parameters; {images}; cpu, float32"
+    assert first == f"resnet18, {8 * 27 + 8 + 2 * 8 + 2 * 3 + 288 * 10 + 10:,} parameters; {images}; cpu, float32"
     assert about_accuracies.startswith("an epoch has 3 steps: batch norm's running statistics")
     assert all(re.search(r", [\d,]+ images/s$", line) for line in lines)
     assert [line.split(":")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
     assert last.startswith(f"best epoch {best + 1}: val accuracy {max(val_accuracy):.3f} %, test accuracy")
     assert f"{results.test_accuracy:.3f} %" in last and f"{name}.csv" in last and f"{name}-best.pt" in last
-
-
-def test_best_weights_give_the_headline_number(few_digits, tmp_path):
-    results = train.main([*QUICK, "--path", str(tmp_path), "--name", "x", "--num_epochs", "4"])
-    image_set = loading.load_image_set("digits")
-    network = nn.Sequential(nn.BatchNorm2d(3), torchvision.models.resnet18(num_classes=10))
-    network[1].conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    network[1].maxpool = nn.Identity()
-    network.load_state_dict(torch.load(tmp_path / "networks" / "x-best.pt", weights_only=True))
-    network.eval()
-    for split, expected in (("val", results.val_accuracy), ("test", results.test_accuracy)):
-        indices = image_set.splits[split]
-        predicted = network(image_set.images[indices] / 255).argmax(1)
-        assert (predicted == image_set.labels[indices]).double().mean().item() * 100 == pytest.approx(expected)
 
 
 def test_best_weights_are_those_of_the_first_epoch_on_a_tie(small_network, tmp_path, monkeypatch):
@@ -220,14 +205,14 @@ def test_constant_learning_rate_and_schedule(small_network, tmp_path, monkeypatc
         assert scale == pytest.approx(1e-8 + (0.001 - 1e-8) * cosine)
 
 
-def test_loss_that_is_not_finite(few_digits, tmp_path, capsys, monkeypatch):
+def test_loss_that_is_not_finite(small_network, tmp_path, capsys, monkeypatch):
     flags = [*QUICK, "--path", str(tmp_path), "--name", "x"]
     one_epoch, networks = train.train_one_epoch, []
 
     def diverge_in_epoch_2(network, *arguments):
         networks.append(network)
         if len(networks) == 2:
-            nn.init.constant_(network[1].fc.weight, float("nan"))
+            nn.init.constant_(network[-1].weight, float("nan"))
         return one_epoch(network, *arguments)
 
     monkeypatch.setattr(train, "train_one_epoch", diverge_in_epoch_2)
@@ -284,73 +269,37 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--batch_size", "", WHOLE),
         ("--batch_size", "0", WHOLE),
-        ("--batch_size", "12.0", WHOLE),
-        ("--batch_size", "many", WHOLE),
         ("--batch_size", "1294", "digits has 1293 training images, fewer than a batch of 1294"),
-        ("--num_epochs", "0", WHOLE),
-        ("--learning_rate", "", POSITIVE),
         ("--learning_rate", "0", POSITIVE),
-        ("--learning_rate", "-0.1", POSITIVE),
         ("--learning_rate", "nan", POSITIVE),
-        ("--learning_rate", "inf", POSITIVE),
         ("--learning_rate", "1e300", POSITIVE),
-        ("--learning_rate", "high", POSITIVE),
         ("--momentum", "1", FRACTION),
-        ("--momentum", "-0.9", FRACTION),
-        ("--momentum", "nan", FRACTION),
         ("--weight_decay", "-0.1", NOT_NEGATIVE),
-        ("--weight_decay", "nan", NOT_NEGATIVE),
-        ("--weight_decay", "1e31", NOT_NEGATIVE),
-        ("--bn_weight", "0", POSITIVE),
         ("--bn_weight", "1e-60", POSITIVE),
         ("--c", "0.5", REDUCTION),
-        ("--c", "-100", REDUCTION),
-        ("--c", "nan", REDUCTION),
-        ("--c", "1e40", REDUCTION),
         ("--seed", "-1", "must be a whole number of at least 0, not "),
-        ("--seed", "1.0", "must be a whole number of at least 0, not "),
         ("--split_seed", "seeds", "must be a whole number of at least 0, not 'seeds', or the word seed"),
         ("--checkpoint_seconds", "-1", NOT_NEGATIVE),
         ("--name", "a/b", NAME),
-        ("--name", "..", NAME),
-        ("--name", ".hidden", NAME),
-        ("--name", "my run", NAME),
-        ("--name", "a\nb", NAME),
-        ("--name", "x" * 201, NAME),
         ("--name", "\N{GREEK SMALL LETTER GAMMA}" * 150, NAME),
         ("--path", __file__, "is none"),
-        ("--path", f"{__file__}/below", "is none"),
         ("--path", "~nobody-has-this-name/x", "cannot be a folder"),
         ("--path", "x" * 300, "cannot be a folder"),
         ("--path", "a\nb", "must be one line of printable text"),
-        ("--device", "", "is not one of cpu ("),
         ("--device", "gpu", "is not one of cpu ("),
         ("--device", "cuda:9", "is not one of cpu ("),
-        ("--device", "cuda:", "is not one of cpu ("),
-        ("--device", "meta", "is not one of cpu ("),
-        ("--device", "xpu", "is not one of cpu ("),
-        ("--dataset", "", "must be cifar10, cifar100, digits or the name of a folder in images/"),
         ("--dataset", "mnist", "mnist is none of cifar10, cifar100, digits, and there is no "),
         ("--dataset", "../images", "must be at most 200 letters"),
-        ("--image_size", "0", "whole number of at least 1"),
-        ("--workers", "-1", "whole number of at least 0"),
-        ("--network", "", "must be the name of a torchvision network or MODULE:FUNCTION, not "),
         ("--network", "my_networks.small", "must be the name of a torchvision network or MODULE:FUNCTION, not "),
-        ("--network", "../x:small", "must be the name of a torchvision network or MODULE:FUNCTION, not "),
         (
             "--network",
             "resnet19",
             "torchvision has no classification network 'resnet19': close are resnet18, resnet152",
         ),
-        ("--network", "ResNet18", "torchvision has no classification network 'ResNet18': close are resnet18, resnet"),
         ("--network", "vgg16", "vgg16 has no batch norm, which the method is about: take one that has some"),
         ("--network", "my_networks:small", "my_networks cannot be imported: ModuleNotFoundError: No module named"),
         ("--scheduler", "cosine", "choose from"),
-        ("--input_norm", "layer", "choose from"),
-        ("--precision", "float16", "choose from"),
-        ("--compile", "yes", "unrecognized arguments: yes"),
         ("--bn", "0.1", "unrecognized arguments: --bn 0.1"),
         ("--momenta", "0.1", "unrecognized arguments: --momenta 0.1: did you mean --momentum?"),
         ("--lr", "0.1", "unrecognized arguments: --lr 0.1: did you mean --learning_rate?"),
@@ -434,8 +383,7 @@ def test_logits_in_bfloat16(small_network):
     assert 0 < (gradients[1] - gradients[0]).norm() <= 0.1 * gradients[0].norm()  # through twice the steps
 
 
-@pytest.mark.parametrize("precision", ["float32", "strict"])
-def test_precision_set_before_does_not_change_a_run(small_network, tmp_path, monkeypatch, precision):
+def test_precision_set_before_does_not_change_a_run(small_network, tmp_path, monkeypatch):
     found = []
     whole = train.train_one_epoch
 
@@ -444,9 +392,9 @@ def test_precision_set_before_does_not_change_a_run(small_network, tmp_path, mon
         return whole(*arguments)
 
     monkeypatch.setattr(train, "train_one_epoch", noted)
-    with torch.backends.flags(fp32_precision="ieee" if precision == "float32" else "tf32"):
-        train.main([*QUICK, "--path", str(tmp_path), "--num_epochs", "1", "--precision", precision])
-    assert found == ["tf32" if precision == "float32" else "ieee"]
+    with torch.backends.flags(fp32_precision="tf32"):
+        train.main([*QUICK, "--path", str(tmp_path), "--num_epochs", "1", "--precision", "strict"])
+    assert found == ["ieee"]
 
 
 def test_bfloat16_trains_as_float32_does(small_network, tmp_path):
@@ -459,14 +407,6 @@ def test_bfloat16_trains_as_float32_does(small_network, tmp_path):
     np.testing.assert_allclose(losses, expected, rtol=0.05, atol=0.01)
     state = torch.load(tmp_path / "networks" / f"{rounded.header['name']}-best.pt", weights_only=True)
     assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
-
-
-@pytest.mark.parametrize("flag", ["--bn_weight", "--seed", "--name"])
-def test_flag_without_its_value(capsys, flag):
-    with pytest.raises(SystemExit) as stop:
-        train.main([flag])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.endswith(f"error: argument {flag}: expected one argument\n")
 
 
 def test_default_names_differ_where_the_method_differs():
