@@ -42,8 +42,7 @@ def record(job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         job: 'flags' of train.py; 'small' for the small network on a few digits; 'double' for computing in float64, in
-            which rounding stays small; further flags of process R under its number; a version of torch that it shall
-            have, under 'torch R'.
+            which rounding stays small; further flags of process R under its number.
 
     Returns:
         'images', those of every call of the network; 'losses' of every training step; 'groups', the names in the
@@ -82,7 +81,6 @@ def record(job: dict[str, Any]) -> dict[str, Any]:
         if job.get("double"):
             patches.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(torch.float64)
-        patches.enter_context(patch.object(torch, "__version__", job.get(f"torch {RANK}", torch.__version__)))
         patches.enter_context(redirect_stderr(errors))
         try:
             results = train.main([*job["flags"], *job.get(RANK, [])])

