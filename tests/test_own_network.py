@@ -141,15 +141,11 @@ def test_stem_of_a_resnet(stem):
 WRONG = {
     "import torch\nimport no_such_module": "^{0} cannot be imported: ModuleNotFoundError: No module named 'no_such",
     "def small(: pass": "^{0} cannot be imported: SyntaxError: ",
-    "raise OSError('two\\nlines')": "^{0} cannot be imported: OSError: two lines$",
     "import sys; sys.exit(3)": "^{0} cannot be imported: SystemExit: 3$",
-    "": r"^{0} \(.*/{0}\.py\) has no function small$",
     "small = 3": r"^{0} \(.*/{0}\.py\) has no function small$",
     "def small(): pass": r"^{0}:small cannot be called with num_classes=10: TypeError: small\(\) got an unexpected",
-    "def small(num_classes): 1 / 0": "^{0}:small cannot be called with num_classes=10: ZeroDivisionError: division by",
     "def small(num_classes): raise SystemExit(0)": "^{0}:small cannot be called with num_classes=10: SystemExit: 0$",
     "def small(num_classes): pass": r"^{0}:small returns NoneType, which is no torch\.nn\.Module$",
-    "from torch import nn\ndef small(num_classes): return nn.Linear": "^{0}:small returns type, which is no ",
     "from torch import nn\ndef small(num_classes): return nn.Linear(2, 2)": "^{0}:small: there is no batch norm with ",
     "from torch import nn\ndef small(num_classes): return nn.LazyBatchNorm2d()": "^{0}:small returns lazy layers",
     "from torch import nn\ndef small(num_classes): return nn.BatchNorm2d(3).requires_grad_(False)": (
@@ -184,13 +180,10 @@ def small(num_classes):
     """
 SEEDS = {
     "return build(random.random() + np.random.rand())": None,
-    "return MADE": "returns the same weights at every call",
     "return nn.Sequential(build(), MADE)": "returns the same weights at every call",
     "return build(GENERATOR.random())": "draws otherwise at every call",
     "torch.seed(); return build()": "draws otherwise at every call",
-    "network = build(); torch.seed(); return network": "draws otherwise at every call",
     "torch.manual_seed(42); return build()": "gives the same weights with every seed",
-    "return nn.BatchNorm1d(2)": "gives the same weights with every seed",
     "network = build(); torch.manual_seed(42); return network": "seeds torch's generator",
 }
 
@@ -219,13 +212,11 @@ def small(num_classes):
     [
         ("", [], "argument --network: {0} (/"),
         (DROPOUT, ["--stem", "small"], "argument --network: {0}:small is none of torchvision's ResNets"),
-        (CONVOLUTION.replace("WIDTH", "11"), [], "{0}:small cannot be called with num_classes=10: NameError"),
         (
             CONVOLUTION.replace("WIDTH", "11").replace("OUTPUTS", "10"),
             [],
             "argument --network: {0}:small cannot train on two images of 8×8 pixels: RuntimeE",
         ),
-        (CONVOLUTION.replace("WIDTH", "8").replace("OUTPUTS", "3"), [], "{0}:small computes (2, 3) for 2 images, not"),
         (DROPOUT, ["--batch_size", "34"], "argument --batch_size: 34 leaves a last batch of one of the 1293"),
     ],
 )
@@ -242,15 +233,6 @@ def test_bad_network_ends_a_command_in_one_line(
     begins = r"30 runs of 180 epochs, 1 at a time; 0 are finished\ndigits-\S+-seed1 begins\n"
     assert not out or (command is reproduce and re.fullmatch(begins, out))
     assert not (tmp_path / "results").exists() and not list(tmp_path.glob("networks/*.pt"))
-
-
-def test_flags_are_checked_without_a_trace(write_module):
-    name = write_module(DROPOUT)
-    make_deterministic(2)
-    expected = random.random(), np.random.rand(), torch.rand(1)
-    make_deterministic(2)
-    preparation.parse(["--dataset", "digits", "--network", f"{name}:small"])
-    assert (random.random(), np.random.rand(), torch.rand(1)) == expected
 
 
 def stop_after_an_epoch(line: str) -> None:
@@ -319,7 +301,7 @@ def test_batch_norms_without_scales_or_statistics():
     assert second.name == "1" and second.maximum == pytest.approx(expected.abs().max().item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["googlenet", "maxvit_t", "mnasnet0_5", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize("name", ["googlenet", "maxvit_t"])
 def test_trained_networks_of_torchvision(tmp_path, name):
     """A last layer with a bias and without, of 7 classes; the other weights are not those of a new network."""
     from test_trained_networks import write_run
@@ -387,34 +369,19 @@ def test_layer_stays_frozen_where_the_network_sees_to_it(write_module, few_digit
     assert (weights["1.4.num_batches_tracked"] == 0) == frozen == (weights["1.4.running_mean"] == 0).all()
 
 
-def test_function_that_has_changed_and_was_not_imported_anew(write_module, few_digits, tmp_path):
-    """In a notebook: what would be trained is not what the file says now."""
-    name = write_module(DROPOUT)
-    flags = [*QUICK, "--network", f"{name}:small", "--path", str(tmp_path)]
-    train.train(preparation.parse(flags))
-    (tmp_path / f"{name}.py").write_text(DROPOUT.replace("random.random() *", "2 * random.random() *"))
-    with pytest.raises(ValueError, match=f"the code of {name}:small has changed since it was imported"):
-        train.train(preparation.parse([*flags, "--restart"]))
-
-
-def test_finished_run_of_a_function_that_has_changed(write_module, few_digits, tmp_path, capsys):
-    name = write_module(DROPOUT)
-    flags = [*QUICK, "--network", f"{name}:small", "--path", str(tmp_path)]
-    train.main(flags)
-    (tmp_path / f"{name}.py").write_text(DROPOUT.replace("random.random() *", "2 * random.random() *"))
-    importlib.reload(sys.modules[name])
-    train.main(flags)
-    assert f"is finished already; the code of {name}:small changed since" in capsys.readouterr().out
-
-
 def test_function_that_has_changed(write_module, few_digits, tmp_path, capsys):
+    """Not yet imported anew, as in a notebook, it is not what the file says. Then, a run of before is not resumed."""
     name = write_module(DROPOUT)
     flags = [*QUICK, "--network", f"{name}:small", "--path", str(tmp_path)]
+    train.main([*flags, "--name", "finished"])
     with pytest.raises(KeyboardInterrupt):
         train.train(preparation.parse(flags), stop_after_an_epoch)
     (tmp_path / f"{name}.py").write_text(DROPOUT.replace("8", "12").replace("72", "108") + "\n# of another size")
+    with pytest.raises(ValueError, match=f"the code of {name}:small has changed since it was imported"):
+        train.train(preparation.parse([*flags, "--restart"]))
     importlib.reload(sys.modules[name])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="1"):
         train.main(flags)
-    assert stop.value.code == 1
     assert f"the code of {name}:small changed since digits-{name}" in capsys.readouterr().err
+    train.main([*flags, "--name", "finished"])
+    assert f"is finished already; the code of {name}:small changed since" in capsys.readouterr().out

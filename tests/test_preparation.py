@@ -73,7 +73,6 @@ def test_a_network_is_tried_and_left_as_it_is():
     ("logits", "what"),
     [
         (lambda logits: logits[:, :2], r"\(2, 2\)"),
-        (lambda logits: logits[0], r"\(3,\)"),
         (lambda logits: (logits, logits), "tuple"),
     ],
 )
@@ -107,14 +106,6 @@ def test_network_that_cannot_be_copied():
     network.weight = nn.Parameter(torch.ones(3)) * 2
     with pytest.raises(SettingError, match="own:picky cannot be copied: RuntimeError: Only Tensors created"):
         check(network, 7, 7)
-
-
-def test_built_in_images_are_checked_like_others(few_digits, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main([*ONE_EPOCH, "--path", str(tmp_path), "--batch_size", "143"])
-    assert stop.value.code == 2
-    assert "143 leaves a last batch of one of the 144 training images of digits" in capsys.readouterr().err
-    assert not (tmp_path / "results").exists()
 
 
 class WithMore(nn.Module):

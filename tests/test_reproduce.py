@@ -205,12 +205,9 @@ def test_experiment(tmp_path, capsys):
     }
 
 
-def test_finished_runs_are_not_run_again(no_training, tmp_path, monkeypatch, capsys):
+def test_finished_runs_are_not_run_again(no_training, tmp_path, capsys):
     assert run(tmp_path, "--seeds", "1") == 0
     first = (tmp_path / "results" / f"{PROPOSED}-seed1.csv").stat().st_mtime_ns
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train", None)
-        assert run(tmp_path, "--seeds", "1") == 0
     capsys.readouterr()
     assert run(tmp_path, "--seeds", "1-2") == 0
     assert "; 2 are finished\n" in (shown := capsys.readouterr().out) and "\n3/4 " in shown and "\n2/4 " not in shown
