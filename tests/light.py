@@ -30,6 +30,14 @@ def light_run(name: str, path: Path, *flags: str) -> Settings:
     return run_settings.parse(["--name", name, "--path", str(path), *flags])
 
 
+def outcomes(path: Path, *names: str, **options: Any) -> dict[str, Any]:
+    """What comes of stand-ins, by name."""
+    from experiment.making import make_runs
+
+    made = make_runs([light_run(name, path) for name in names], **options)
+    return {run.name: outcome for run, outcome in made}
+
+
 def begun(run: Settings) -> Path:
     """A file that is there once a run has begun; in it is the process."""
     return run.path / "begun" / run.name

@@ -4,7 +4,6 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,8 +12,8 @@ from cluster import TESTS, Cluster, cluster
 from experiment import cluster as engine
 from experiment import making
 from experiment.cluster import ClusterError
-from experiment.making import Outcome, make_runs
-from light import begun, light_run, process_of, saved, wait_until
+from experiment.making import make_runs
+from light import begun, light_run, outcomes, process_of, saved, wait_until
 from run_settings import Settings
 from saved_runs.results import Results
 
@@ -23,12 +22,6 @@ from saved_runs.results import Results
 def light_runs(monkeypatch):
     """Make stand-ins in place of runs."""
     monkeypatch.setattr(making, "make_run", light.make_run_in_worker)
-
-
-def outcomes(path: Path, *names: str, **options: Any) -> dict[str, Outcome]:
-    """What comes of stand-ins, by name."""
-    made = make_runs([light_run(name, path) for name in names], **options)
-    return {run.name: outcome for run, outcome in made}
 
 
 @pytest.fixture(scope="module")

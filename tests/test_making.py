@@ -20,9 +20,9 @@ from cluster import ENVIRONMENT
 from command_line.flag_types import FlagError
 from experiment import making
 from experiment.display import count_epochs
-from experiment.making import Outcome, make_runs
+from experiment.making import make_runs
 from kill_and_restart import same
-from light import light_run, process_of, saved, wait_until
+from light import light_run, outcomes, process_of, saved, wait_until
 from run_settings import Settings
 from saved_runs.checkpoint import load_checkpoint
 from saved_runs.lock import lock_run
@@ -37,12 +37,6 @@ def light_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(making, "TRAIN", light.COMMAND)
     monkeypatch.setattr(making, "LOCK_SECONDS", 0)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))  # which there is not
-
-
-def outcomes(path: Path, *names: str, **options: Any) -> dict[str, Outcome]:
-    """What comes of stand-ins, by name."""
-    made = make_runs([light_run(name, path) for name in names], **options)
-    return {run.name: outcome for run, outcome in made}
 
 
 def test_arguments_make_the_same_settings():
@@ -292,14 +286,3 @@ def test_killed_run_and_killed_experiment(one_of_two, tmp_path, monkeypatch):
         assert len(checkpoint(run)["columns"]["epoch"]) == count_epochs(run) > 1
     assert all(outcome.num_epochs == 5 for _, outcome in make_runs(runs, jobs=2, device="cpu"))
     assert all(same(checkpoint(ours), checkpoint(theirs)) for ours, theirs in zip(runs, alone, strict=True))
-
-
-def test_reason_of_a_training(tmp_path):
-    """What its last line says."""
-    small = ["--network", "small:stochastic_depth"]
-    runs = [training(tmp_path, *small, *flags) for flags in (["--learning_rate", "1e30"], ["--c=3"])]
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / f"{runs[1].run_name}.csv").write_text("nothing\n")
-    reasons = [f"{type(outcome).__name__}: {outcome}" for _, outcome in make_runs(runs, jobs=2, device="cpu")]
-    assert any(reason.startswith("FloatingPointError: the loss ") for reason in reasons)
-    assert any(reason.startswith("ChildProcessError: ") and "is not a result file" in reason for reason in reasons)

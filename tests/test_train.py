@@ -397,18 +397,6 @@ def test_precision_set_before_does_not_change_a_run(small_network, tmp_path, mon
     assert found == ["ieee"]
 
 
-def test_bfloat16_trains_as_float32_does(small_network, tmp_path):
-    flags = [*QUICK, "--num_epochs", "20", "--path", str(tmp_path), "--learning_rate", "0.02", "--bn_weight", "0.5"]
-    full = train.main(flags)
-    rounded = train.main([*flags, "--precision", "bfloat16"])
-    assert "-precision=bfloat16-" in rounded.header["name"]
-    losses, expected = rounded.columns["train_loss"], full.columns["train_loss"]
-    assert losses.tolist() != expected.tolist()
-    np.testing.assert_allclose(losses, expected, rtol=0.05, atol=0.01)
-    state = torch.load(tmp_path / "networks" / f"{rounded.header['name']}-best.pt", weights_only=True)
-    assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
-
-
 def test_default_names_differ_where_the_method_differs():
     flags = ["", "--seed 2", "--bn_weight 0.123456789", "--bn_weight 0.12345678", "--c 10", "--input_norm dataset"]
     flags += ["--dataset digits", "--network resnet34", "--batch_size 64", "--num_epochs 5", "--learning_rate 0.05"]

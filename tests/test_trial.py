@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,11 +32,6 @@ class Odd(nn.Module):
         return self.classify(self.change(self, self.features(images).mean((2, 3))))
 
 
-def count(network: Odd, features: Tensor) -> Tensor:
-    network.steps += network.training
-    return features + network.steps
-
-
 def count_in_buffer(network: Odd, features: Tensor) -> Tensor:
     network.forgotten += network.training
     return features + network.forgotten
@@ -56,20 +50,14 @@ def drop(network: Odd, features: Tensor) -> Tensor:
     return features
 
 
-def drop_as_numpy(network: Odd, features: Tensor) -> Tensor:
-    return features * network.generator.random() if network.training else features
-
-
 def leave(*_: Any) -> Tensor:
     raise SystemExit(0)
 
 
 NOT_HELD = {
-    "counter": lambda: Odd(count, steps=0),
     "buffer that is not persistent": lambda: Odd(count_in_buffer),
     "flag beside a buffer": lambda: Odd(once, ready=False),
     "generator of its own": lambda: Odd(drop, generator=torch.Generator().manual_seed(1)),
-    "NumPy's generator": lambda: Odd(drop_as_numpy, generator=np.random.default_rng(1)),
 }
 OTHERS = {
     "exit": (lambda: Odd(leave), "cannot train on two images of 8×8 pixels: SystemExit: 0"),
