@@ -252,28 +252,18 @@ def run_and_weights(flags: list[str], path: Path, stop: bool = False) -> tuple[R
     return results, torch.load(path / "networks" / f"{settings.run_name}-last.pt", weights_only=True)["network"]
 
 
-def check_resumes(flags: list[str], path: Path) -> Results:
-    """A run that draws numbers while it trains is the same with its seed, stopped or not."""
-    (path / "images").mkdir(exist_ok=True)
-    paths = [path / name for name in ("once", "again")]
-    for other in paths:
-        other.mkdir()
-        (other / "images").symlink_to(path / "images")
-    whole, weights = run_and_weights(flags, paths[0])
-    resumed, resumed_weights = run_and_weights(flags, paths[1], stop=True)
-    for name, column in whole.columns.items():
-        assert column.tolist() == resumed.columns[name].tolist()
-    assert weights.keys() == resumed_weights.keys()
-    assert all(torch.equal(value, resumed_weights[name]) for name, value in weights.items())
-    return whole
-
-
 def test_run_that_draws_numbers_is_resumed_to_the_last_bit(write_module, few_digits, tmp_path):
     name = write_module(DROPOUT)
-    run = check_resumes([*QUICK, "--network", f"{name}:small"], tmp_path)
+    flags = [*QUICK, "--network", f"{name}:small"]
+    run, weights = run_and_weights(flags, tmp_path / "once")
+    resumed, resumed_weights = run_and_weights(flags, tmp_path / "again", stop=True)
+    for column, values in run.columns.items():
+        assert values.tolist() == resumed.columns[column].tolist()
+    assert weights.keys() == resumed_weights.keys()
+    assert all(torch.equal(value, resumed_weights[key]) for key, value in weights.items())
     assert run.header["network"] == f"{name}:small"
     assert run.header["name"].startswith(f"digits-{name}.small-batch_size=48-")
-    other, _ = run_and_weights([*QUICK, "--network", f"{name}:small", "--seed", "2"], tmp_path)
+    other, _ = run_and_weights([*flags, "--seed", "2"], tmp_path)
     assert run.columns["train_loss"].tolist() != other.columns["train_loss"].tolist()
     network = load_network(tmp_path / "once" / "results" / f"{run.header['name']}.csv")
     digits = load_image_set("digits")
