@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms import Normalize
 
 from batch_norm import SIGMA_ACT
-from command_line.files import read_file, write_atomically
+from command_line.files import add_digest, has_digest, read_file, write_atomically
 from image_sets.loading import ImageSet, load_image_set
 from reporting.drawing import add_legend, label_axes, line_style, make_axes
 from run_settings import DEFAULTS, split_seed
@@ -141,6 +141,7 @@ def save_observations(file: Path, runs: Mapping[str, Results], found: Observatio
         arrays |= {f"{method}/{layer.name}{NORMALIZED}": np.array(layer[1:]) for layer in layers}
     content = io.BytesIO()
     np.savez_compressed(content, title="\n".join(map(name_of, runs.values())), **arrays)
+    add_digest(content)  # NumPy reads the archive as it is
     write_atomically(file, content.getvalue())
 
 
@@ -151,6 +152,8 @@ def load_observations(file: Path, runs: Mapping[str, Results]) -> Observations:
     """
     content, found = read_file(file), Observations({}, {}, [])
     try:
+        if not has_digest(content):
+            raise ValueError("its checksum")
         with np.load(io.BytesIO(content)) as archive:
             arrays = {name: archive[name] for name in archive.files}
         names = str(arrays.pop("title")).splitlines()
