@@ -195,7 +195,7 @@ def test_run_goes_on_with_another_number_of_processes(seen, folder):
             1,
             "the processes differ in momentum: start them all with the same command, .*",
         ),
-        ("other flags", 2, "unrecognized arguments: --momenta 0.5"),
+        ("other flags", 2, r"unrecognized arguments: --momenta 0.5: did you mean --momentum\?"),
         ("other images", 1, "the processes differ in images, image_hash: start them all with the same .*"),
         ("compiled", 2, "argument --compile: it is for one process, without torchrun"),
         ("no statistics", 2, "argument --network: batch norm '1.0' has no running statistics, so that it can be .*"),
