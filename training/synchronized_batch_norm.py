@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase, sync_batch_norm
 from torch.overrides import TorchFunctionMode
 
-ALONE = "so that it can be trained in one process only: start train.py without torchrun"
+ONE_PROCESS_ONLY = "so that it can be trained in one process only: start train.py without torchrun"
 
 
 def synchronize(network: nn.Module, group: dist.ProcessGroup | None = None) -> None:
@@ -36,10 +36,10 @@ def synchronize(network: nn.Module, group: dist.ProcessGroup | None = None) -> N
     for name, layer in network.named_modules():
         if isinstance(layer, _BatchNorm):
             if layer.running_mean is None:
-                raise ValueError(f"batch norm {name!r} has no running statistics, {ALONE}")
+                raise ValueError(f"batch norm {name!r} has no running statistics, {ONE_PROCESS_ONLY}")
             layer.forward = partial(forward, layer, layer.forward, name, group)
         elif isinstance(layer, _NormBase) and layer.running_mean is not None:
-            raise ValueError(f"instance norm {name!r} has running statistics, {ALONE}")
+            raise ValueError(f"instance norm {name!r} has running statistics, {ONE_PROCESS_ONLY}")
 
 
 def forward(
@@ -51,7 +51,7 @@ def forward(
     with WholeBatch(group) as whole_batch:
         outputs = own_forward(*inputs, **named)
     if not whole_batch.used:
-        raise ValueError(f"batch norm {name!r} does not call torch's F.batch_norm, {ALONE}")
+        raise ValueError(f"batch norm {name!r} does not call torch's F.batch_norm, {ONE_PROCESS_ONLY}")
     return outputs
 
 
