@@ -177,6 +177,11 @@ def damage(content: bytes, others: list[bytes], draw: random.Random) -> tuple[st
     return kind, kinds[kind]()
 
 
+def is_table(file: Path) -> bool:
+    """Whether it is the table of an experiment, not the numbers of a run."""
+    return file.suffix == ".csv" and "-seed" not in file.stem
+
+
 class Folder:
     """Files that commands read and change, put back before each use."""
 
@@ -206,7 +211,8 @@ class Folder:
         expected = copy.deepcopy(expected)
         self.put_back()
         file = draw.choice(sorted(file for file in self.files if re.search(pattern, file.name)))
-        others = [content for other, content in self.files.items() if other.suffix != ".pt"]  # weights bear no name
+        # weights bear no name; the table of an experiment is left out where result files are asked for
+        others = [content for other, content in self.files.items() if other.suffix != ".pt" and not is_table(other)]
         kind, content = damage(self.files[file], others, draw)
         file.unlink()
         if isinstance(content, bytes):
