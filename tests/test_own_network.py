@@ -1,6 +1,8 @@
 import importlib
+import os
 import random
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from itertools import count
@@ -357,6 +359,14 @@ def test_layer_stays_frozen_where_the_network_sees_to_it(write_module, few_digit
     _, weights = run_and_weights([*QUICK, "--network", f"{write_module(FROZEN)}:{function}"], tmp_path)
     assert weights["1.1.num_batches_tracked"] > 0
     assert (weights["1.4.num_batches_tracked"] == 0) == frozen == (weights["1.4.running_mean"] == 0).all()
+
+
+def test_function_in_the_script_that_trains_it(write_module):
+    script = GREY + "if __name__ == '__main__':\n    from train import train\n    from run_settings import Settings\n"
+    script += "    for seed in (1, 2):\n"
+    script += "        train(Settings(dataset='digits', num_epochs=1, network='__main__:small', seed=seed))\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, f"{write_module(script)}.py"], env=environment, check=True, timeout=300)
 
 
 def test_function_that_has_changed(write_module, few_digits, tmp_path, capsys):

@@ -126,7 +126,7 @@ def construct(settings: Settings, num_classes: int, size: Size | None, report: R
 def check_import(network: str) -> None:
     """SettingError where the code of a network of one's own is not what this process has imported, as in a notebook."""
     spec, code = getattr(sys.modules.get(network.partition(":")[0]), "__spec__", None), network_code(network)
-    imported_spec, imported_code = IMPORTED.get(network, (None, None))
+    imported_spec, imported_code = IMPORTED.get(network, (spec, code))
     if spec is imported_spec and code != imported_code:
         raise SettingError("network", f"the code of {network} has changed since it was imported: start Python anew")
     IMPORTED[network] = spec, code
