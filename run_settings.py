@@ -164,7 +164,9 @@ class Settings:
 
 def checked(name: str, value: Any, default: Value | Path, **metadata: Any) -> Any:
     """The value of a setting, of the type of its field. SettingError where it is not allowed."""
-    if value is None and default is None:
+    if value is None:
+        if default is not None:
+            raise SettingError(name, "must not be None")
         return None
     if default is False:
         if not isinstance(value, bool):

@@ -410,6 +410,12 @@ def test_default_names_differ_where_the_method_differs():
     assert {flag.split()[0] for flag in flags if flag} == {f"--{name}" for name in determining(run_settings.parse([]))}
 
 
+@pytest.mark.parametrize("name", ["name", "dataset", "network", "seed", "restart"])
+def test_none_is_not_taken_for_a_word(name):
+    with pytest.raises(SettingError, match=f"^{name}: must not be None$"):
+        run_settings.Settings(**{name: None})
+
+
 def test_default_name_that_no_file_could_have():
     others = "--batch_size 99 --num_epochs 12345678 --scheduler none --stem own --compile --precision bfloat16"
     numbers = "--learning_rate 0.12345678901234567 --momentum 0.12345678901234567 --weight_decay 0.1234567890123456"
