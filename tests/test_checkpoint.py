@@ -170,6 +170,19 @@ def test_stop_during_the_last_save(alone, tmp_path, monkeypatch):
     assert same(outcome(tmp_path), outcome(alone))
 
 
+def test_signal_after_the_last_step_ends_a_loop_over_runs(alone, tmp_path):
+    """Without a command around it, nobody else would ask for it, and the next run would begin."""
+
+    def interrupt_at_the_end(line: str) -> None:
+        if line.startswith("epoch 4/4"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = preparation.parse([*FLAGS, "--path", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt, match=str(int(signal.SIGTERM))):
+        train.train(settings, interrupt_at_the_end)
+    assert same(outcome(tmp_path), outcome(alone))
+
+
 def test_seconds_between_checkpoints(tmp_path, monkeypatch):
     """By a clock on which every epoch takes a second. The result file is written last: it finds its weights there."""
     now, saved = 100.0, []

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from batch_norm import steps_until_start_is_gone
 from command_line.files import AtWorkError
-from command_line.signals import catch_signals, until_stopped
+from command_line.signals import CATCHING, catch_signals, raise_if_stopped, until_stopped
 from image_sets.batches import Batch, Batches
 from image_sets.loading import ImageSet
 from run_settings import DATASETS, Settings, Value
@@ -89,6 +89,8 @@ class Run:
         with self.contexts:
             if self.first and self.saved_state is not self.state:
                 save_run(self.files, self.state)
+            if error is None and CATCHING == [False]:  # nobody else asks for a signal that came after the last step
+                raise_if_stopped()
         if isinstance(error, SystemExit):  # or else the command would end as if all were well
             raise RuntimeError(f"{self.settings.network} has ended the program by sys.exit({error.code})") from error
 
