@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn, optim
 from tqdm import tqdm
 
@@ -181,6 +182,8 @@ class Run:
             if batches.training:
                 self.bar.update(len(labels) * together.size())
         if batches.training:
+            if self.settings.device.startswith("cuda"):  # it is behind: with CUDA graphs, by many steps
+                torch.cuda.synchronize(self.settings.device)
             self.speed = batches.num_images / (time.perf_counter() - start)
 
     def record(self, epoch: int, train_loss: float, val_loss: float, val_accuracy: float, test_accuracy: float) -> None:
