@@ -99,11 +99,10 @@ def silence(quiet: bool) -> None:
 def device_of(name: str | None) -> torch.device:
     """The device on which this process computes; every one has a GPU of its own if there are enough."""
     if size() > 1:
-        if name in (None, "cuda") and torch.cuda.is_available():
-            name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-        name = name or "cpu"
-        if name.partition(":")[0] not in ("cpu", "cuda"):
-            raise SettingError("device", f"several processes compute on cpu or cuda, not on {name}")
+        if name not in (None, "cpu", "cuda"):
+            raise SettingError("device", f"several processes compute on cpu, or on cuda with a GPU each, not on {name}")
+        on_gpu = name != "cpu" and torch.cuda.is_available()
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}" if on_gpu else name or "cpu"
     return find_device(name)
 
 
