@@ -87,7 +87,9 @@ def die(*_) -> None:
 CONSTANT = ["--scheduler", "none"]  # which keeps the checkpoint
 
 
-@pytest.mark.parametrize(("seconds", "flags"), [("0", []), ("1e9", [*CONSTANT, "--precision", "bfloat16"])])
+@pytest.mark.parametrize(
+    ("seconds", "flags"), [("0", []), ("1e9", [*CONSTANT, "--precision", "bfloat16"]), ("0", ["--debias"])]
+)
 def test_stopped_and_continued_run_is_the_same_to_the_last_bit(tmp_path, monkeypatch, capsys, seconds, flags):
     run(tmp_path / "alone", *flags)
     for epoch in (2, 4):

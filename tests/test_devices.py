@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch._dynamo.utils import counters
 from run_settings import PRECISIONS
 from small import construct_small_network
 from training.devices import speed_up, use_precision
+
+ROOT = Path(__file__).parent.parent
 
 
 def pass_through(network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,3 +135,27 @@ def test_use_precision_whatever_was_set_before(earlier):
             with use_precision(precision):
                 assert fp32_precisions() == EXPECTED[precision]
             assert fp32_precisions() == before
+
+
+FREED = """
+import ctypes, sys, torch
+from training.devices import keep_freed_memory
+if sys.argv[1] == "missing":
+    ctypes.CDLL = lambda name: object()
+if sys.argv[1] != "as it is":
+    keep_freed_memory()
+torch.manual_seed(0)
+layer = torch.nn.Conv2d(3, 64, 3, padding=1)
+for _ in range(2):  # an output of 32 MiB, from where on glibc gives memory back
+    layer(torch.rand(128, 3, 32, 32)).relu().square().mean().backward()
+print(layer.weight.grad.sum().item(), layer.weight.grad.square().sum().item())
+"""
+
+
+def test_numbers_are_the_same_with_freed_memory_kept():
+    """Also where there is no such function."""
+    kept = [
+        subprocess.run([sys.executable, "-c", FREED, how], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        for how in ("as it is", "kept", "missing")
+    ]
+    assert kept[0] == kept[1] == kept[2] != ""

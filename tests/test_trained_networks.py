@@ -31,6 +31,26 @@ def random_states() -> list:
     return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
 
 
+def test_weights_are_those_that_were_evaluated(small_network, tmp_path):
+    """With --debias; the checkpoint has the running statistics as the training left them."""
+    flags = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "1", "--scheduler", "none", "--name", "x"]
+    run = train.main([*flags, "--debias", "--path", str(tmp_path), "--device", "cpu"])
+    plain = train.main([*flags, "--path", str(tmp_path / "plain"), "--device", "cpu"])
+    assert run.columns["train_loss"] == plain.columns["train_loss"]
+    assert run.columns["val_loss"] != plain.columns["val_loss"]
+    network, image_set = load_network(tmp_path / "results" / "x.csv"), load_image_set("digits")
+    test = image_set.splits["test"]
+    with torch.no_grad():
+        right = (network(image_set.images[test] / 255).argmax(1) == image_set.labels[test]).sum().item()
+    assert right / len(test) * 100 == run.test_accuracy
+    best = torch.load(tmp_path / "networks" / "x-best.pt")
+    raw, as_ever = (torch.load(tmp_path / folder / "networks" / "x-last.pt")["network"] for folder in (".", "plain"))
+    left = 0.9 ** raw["0.num_batches_tracked"].item()  # of the start, 0 and 1
+    assert left == 0.9**3 and all(torch.equal(value, as_ever[name]) for name, value in raw.items())
+    torch.testing.assert_close(best["0.running_mean"], raw["0.running_mean"] / (1 - left))
+    torch.testing.assert_close(best["0.running_var"], (raw["0.running_var"] - left) / (1 - left))
+
+
 @pytest.mark.parametrize(("input_norm", "split_seed"), [("bn", "0"), ("dataset", "seed")])
 def test_predictions_give_the_test_accuracy(input_norm, split_seed, small_network, tmp_path):
     flags = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "16", "--split_seed", split_seed]
