@@ -134,7 +134,8 @@ def build_network(network_name: str, num_classes: int) -> nn.Module:
     options = {"aux_logits": False, "init_weights": False} if with_auxiliary_heads else {}
     with suppress(NotImplementedError), torch.device("meta"):  # RegNets, which all have some, cannot be built there
         if not any(isinstance(m, _BatchNorm) for m in models.get_model(network_name, **options).modules()):
-            raise ValueError(f"{network_name} has no batch norm, which the method is about: take one that has some")
+            other = f"{network_name}_bn" if f"{network_name}_bn" in names else "one that has some"
+            raise ValueError(f"{network_name} has no batch norm, which the method is about: take {other}")
     return models.get_model(network_name, num_classes=num_classes, **options)
 
 

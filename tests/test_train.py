@@ -289,7 +289,8 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
         ("--path", "a\nb", "must be one line of printable text"),
         ("--device", "gpu", "is not one of cpu ("),
         ("--device", "cuda:9", "is not one of cpu ("),
-        ("--dataset", "mnist", "mnist is none of cifar10, cifar100, digits, and there is no "),
+        ("--dataset", "mnist", "images/mnist: known without one are cifar10, cifar100, digits"),
+        ("--dataset", "CIFAR-10", "images/CIFAR-10: did you mean cifar10?"),
         ("--dataset", "../images", "must be at most 200 letters"),
         ("--network", "my_networks.small", "must be the name of a torchvision network or MODULE:FUNCTION, not "),
         (
@@ -297,7 +298,7 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
             "resnet19",
             "torchvision has no classification network 'resnet19': close are resnet18, resnet152",
         ),
-        ("--network", "vgg16", "vgg16 has no batch norm, which the method is about: take one that has some"),
+        ("--network", "vgg16", "vgg16 has no batch norm, which the method is about: take vgg16_bn"),
         ("--network", "my_networks:small", "my_networks cannot be imported: ModuleNotFoundError: No module named"),
         ("--scheduler", "cosine", "choose from"),
         ("--bn", "0.1", "unrecognized arguments: --bn 0.1"),

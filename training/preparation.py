@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 
 import joblib
 import torch
@@ -63,8 +64,9 @@ def complete(settings: Settings) -> Settings:
     else:
         folder = settings.path / "images" / settings.dataset
         if not folder.is_dir():
-            built_in = ", ".join(DATASETS)
-            raise SettingError("dataset", f"{settings.dataset} is none of {built_in}, and there is no {folder}")
+            close = get_close_matches(settings.dataset.lower(), DATASETS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known without one are {', '.join(DATASETS)}"
+            raise SettingError("dataset", f"there is no folder {folder}: {hint}")
         train, _ = find_parts(folder)
         num_classes, size = len(class_names(train)), None  # which takes longer to find
     with keep_random_states():
