@@ -42,7 +42,8 @@ def check_network(
         last = f"a last batch of one of the {num_train} training images of {settings.dataset}"
         with refusing("batch_size", f"{settings.batch_size} leaves {last}, and {settings.network} cannot train on one"):
             try_images(trial, 1, image_set.size)
-    check_state(settings, trial, image_set)
+    if ":" in settings.network:  # torchvision's need not be built once more to know it
+        check_state(settings, trial, image_set)
     if settings.equivalent != "no":
         with keep_random_states():
             rewrite(trial, settings, torch.rand(2, 3, *image_set.size))
