@@ -152,7 +152,9 @@ def find_function(name: str) -> Callable[..., Any]:
     function = getattr(module, function_name, None)
     if not callable(function):
         file = getattr(module, "__file__", None) or "built in"
-        raise ValueError(f"{module_name} ({file}) has no function {function_name}")
+        in_models = callable(getattr(getattr(module, "models", None), function_name, None))  # as in timm
+        hint = f": give {module_name}.models:{function_name}" * in_models
+        raise ValueError(f"{module_name} ({file}) has no function {function_name}{hint}")
     return function
 
 

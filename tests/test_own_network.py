@@ -145,6 +145,9 @@ WRONG = {
     "def small(: pass": "^{0} cannot be imported: SyntaxError: ",
     "import sys; sys.exit(3)": "^{0} cannot be imported: SystemExit: 3$",
     "small = 3": r"^{0} \(.*/{0}\.py\) has no function small$",
+    "from types import SimpleNamespace\nmodels = SimpleNamespace(small=len)": (  # as timm has, and torchvision
+        r"^{0} \(.*/{0}\.py\) has no function small: give {0}\.models:small$"
+    ),
     "def small(): pass": r"^{0}:small cannot be called with num_classes=10: TypeError: small\(\) got an unexpected",
     "def small(num_classes): raise SystemExit(0)": "^{0}:small cannot be called with num_classes=10: SystemExit: 0$",
     "def small(num_classes): pass": r"^{0}:small returns NoneType, which is no torch\.nn\.Module$",
