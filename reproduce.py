@@ -59,7 +59,7 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
     epochs = f"{plan.first.num_epochs} epoch{'s' * (plan.first.num_epochs > 1)}"
     how = f"on {plan.scheduler}" if plan.scheduler else f"{plan.jobs} at a time"
     kind = "tuning runs" if planned[0].for_tuning else "runs"
-    say(f"{len(planned)} {kind} of {epochs}, {how}; {num_done} are finished")
+    say(f"{len(planned)} {kind} of {epochs}, {how}; {num_done} are finished in {experiment.folder}")
     if ARRIVED or not left:
         return
     if experiment.restarts:

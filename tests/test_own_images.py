@@ -135,7 +135,9 @@ def test_what_is_wrong_for_all_runs_is_said_once(runs_here, beetles, capsys, cha
         reproduce.main(flags("--num_epochs", "1", "--seeds", "1-3", *others))
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and err.startswith("reproduce.py: error: ") and message in err
-    assert not out or re.fullmatch(r"6 runs of 1 epoch, \d at a time; 0 are finished\n(beetles\S+ begins\n){1,2}", out)
+    assert not out or re.fullmatch(
+        r"6 runs of 1 epoch, \d at a time; 0 are finished in \S+\n(beetles\S+ begins\n){1,2}", out
+    )
 
 
 @pytest.mark.parametrize("image_size", [8, 66], ids=["kept", "streamed"])

@@ -190,7 +190,7 @@ def test_experiment(tmp_path, capsys):
     assert shown.endswith((tmp_path / "results" / f"{EXPERIMENT}.md").read_text())
     first, second = f"{BASELINE}-seed1", f"{PROPOSED}-seed1"
     assert re.match(
-        rf"""6 runs of 2 epochs, 1 at a time; 0 are finished
+        rf"""6 runs of 2 epochs, 1 at a time; 0 are finished in {re.escape(str(tmp_path))}/results
 {re.escape(first)} begins
 1/6 {re.escape(first)} test accuracy {theirs[0]:.3f} % \(about \d\d:\d\d left\)
 {re.escape(second)} begins
@@ -210,7 +210,7 @@ def test_finished_runs_are_not_run_again(no_training, tmp_path, capsys):
     first = (tmp_path / "results" / f"{PROPOSED}-seed1.csv").stat().st_mtime_ns
     capsys.readouterr()
     assert run(tmp_path, "--seeds", "1-2") == 0
-    assert "; 2 are finished\n" in (shown := capsys.readouterr().out) and "\n3/4 " in shown and "\n2/4 " not in shown
+    assert "; 2 are finished in " in (shown := capsys.readouterr().out) and "\n3/4 " in shown and "\n2/4 " not in shown
     assert run(tmp_path, "--seeds", "1", "--restart") == 0
     assert (tmp_path / "results" / f"{PROPOSED}-seed1.csv").stat().st_mtime_ns > first
 
@@ -350,7 +350,8 @@ def test_folder_that_can_only_be_read(no_training, tmp_path, monkeypatch, capsys
         patch.setattr(os, "open", refuse)
         patch.setattr(os, "replace", refuse)
         assert run(tmp_path, "--seeds", "1-2") == 0
-        assert capsys.readouterr().out.splitlines() == ["4 runs of 2 epochs, 1 at a time; 4 are finished", *table]
+        done = "4 runs of 2 epochs, 1 at a time; 4 are finished"
+        assert capsys.readouterr().out.splitlines() == [f"{done} in {tmp_path}/results", *table]
         summary = tmp_path / "results" / f"{EXPERIMENT}.csv"
         summary.unlink()
         assert run(tmp_path, "--seeds", "1-2") == 1
@@ -413,7 +414,7 @@ def test_stopped_experiment_goes_on(no_training, tmp_path, monkeypatch, capsys):
     assert "run the same command again, without --restart" in capsys.readouterr().err
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 2  # what was there before is gone
     assert run(tmp_path, "--seeds", "1-3") == 0
-    assert capsys.readouterr().out.startswith("6 runs of 2 epochs, 1 at a time; 2 are finished\n")
+    assert capsys.readouterr().out.startswith("6 runs of 2 epochs, 1 at a time; 2 are finished in ")
 
 
 # --- what is reported -----------------------------------------------------------------------------------------------
@@ -515,7 +516,7 @@ def test_stopped_tuning_goes_on(no_training, tmp_path, monkeypatch, capsys):
     assert run(tmp_path, "--seeds", "1-2", *RATES, "--report") == 0
     assert "6 of 12 tuning runs are left" in capsys.readouterr().out
     assert run(tmp_path, "--seeds", "1-2", *RATES) == 0
-    assert capsys.readouterr().out.startswith("12 tuning runs of 2 epochs, 1 at a time; 6 are finished\n")
+    assert capsys.readouterr().out.startswith("12 tuning runs of 2 epochs, 1 at a time; 6 are finished in ")
 
 
 def test_signal_at_the_end_of_the_tuning_leaves_the_other_runs_alone(no_training, tmp_path, monkeypatch, capsys):
@@ -709,4 +710,4 @@ def test_terminal_shows_all_that_moves(no_training, tmp_path, monkeypatch, capsy
     assert re.search(r"\r\d\d:\d\d baseline, seed 1: epoch 1/2", text)
     header = r"\| setting  \| seeds \| accuracy \(%\) \| difference \| p +\| p \(Holm\) \|"
     assert re.search(header, text) and "| proposed | 1 " in text
-    assert " finished\n| setting " in capsys.readouterr().out  # nothing but the table at the end
+    assert "/results\n| setting " in capsys.readouterr().out  # nothing but the table at the end

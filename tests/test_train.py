@@ -165,7 +165,8 @@ def test_what_a_run_leaves_behind(small_network, tmp_path, capsys):
     assert err == ""
     first, about_accuracies, *lines, last = out.splitlines()
     images = "digits, 144 training, 16 validation and 40 test images of 10 classes"
-    assert first == f"resnet18, {8 * 27 + 8 + 2 * 8 + 2 * 3 + 288 * 10 + 10:,} parameters; {images}; cpu, float32"
+    size = 8 * 27 + 8 + 2 * 8 + 2 * 3 + 288 * 10 + 10
+    assert first == f"resnet18, {size:,} parameters; {images}; cpu, float32; files in {tmp_path}"
     assert about_accuracies.startswith("an epoch has 3 steps: batch norm's running statistics")
     assert all(re.search(r", [\d,]+ images/s$", line) for line in lines)
     assert [line.split(":")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]

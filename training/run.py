@@ -153,7 +153,8 @@ class Run:
         settings, num_images = self.settings, len(image_set.splits["train"])
         size = sum(parameter.numel() for parameter in network.parameters())
         images = f"{settings.dataset}, {image_set.numbers}"
-        self.report(f"{settings.network}, {size:,} parameters; {images}; {settings.device}, {settings.precision}")
+        where = f"{settings.device}, {settings.precision}; files in {settings.path}"
+        self.report(f"{settings.network}, {size:,} parameters; {images}; {where}")
         if self.results:
             self.report(f"{settings.run_name} resumes at epoch {self.epochs[0]} of {settings.num_epochs}")
         num_steps = math.ceil(num_images / settings.batch_size)
