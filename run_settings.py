@@ -6,6 +6,7 @@ quick.
 
 import argparse
 import re
+import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -54,11 +55,13 @@ def dataset_name(text: str) -> str:
     """The type of a setting that names a data set. Whether there is such a folder is not checked here."""
     if not text:
         raise argparse.ArgumentTypeError(f"must be {', '.join(DATASETS)} or the name of a folder in images/")
-    return file_name(text)
+    name = file_name(Path(text).name)
+    return name if name == text else str(absolute(text))  # a path, which `Settings` refuses: it knows where images are
 
 
 def network_name(text: str) -> str:
     """The type of a setting that names a network. Whether it exists is not checked here: only torch can tell."""
+    text = text.rstrip("/")
     if not re.fullmatch(r"\w+|\w+(\.\w+)*:\w+", text):
         raise argparse.ArgumentTypeError(f"must be the name of a torchvision network or MODULE:FUNCTION, not {text!r}")
     return text
@@ -156,6 +159,8 @@ class Settings:
         except argparse.ArgumentTypeError:
             raise SettingError("name", "these settings are too long for a default name: give one") from None
 
+        if Path(self.dataset).is_absolute():
+            raise SettingError("dataset", how_to_name(Path(self.dataset), self.path / "images"))
     @property
     def run_name(self) -> str:
         """How the names of the run's files begin: `name`, or else one that differs where a run's numbers differ."""
@@ -223,6 +228,18 @@ def check_batch_size(settings: Settings, num_train: int) -> None:
 def split_seed(values: Mapping[str, Value]) -> int:
     """The seed with which the images of a run with these settings are split."""
     return values["seed"] if values["split_seed"] == OWN_SEED else values["split_seed"]
+def how_to_name(folder: Path, images: Path) -> str:
+    """What to do where a folder was given as a data set, and not the name of one that lies in `images`."""
+    if folder.name in DATASETS:
+        return f"{folder.name} is known without a folder: give {folder.name}, or {folder} another name"
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    if (images / folder.name).exists() and folder.samefile(images / folder.name):
+        return f"give its name alone: {folder.name}"
+    source, target = shlex.quote(str(folder)), shlex.quote(str(images))
+    return f"{folder} is not in {images}: give {folder.name} after mkdir -p {target} && ln -s {source} {target}"
+
+
 
 
 def compared(values: Mapping[str, Value]) -> dict[str, Value]:

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -17,12 +18,15 @@ from torch import Tensor
 import figures
 import reproduce
 import train
+from command_line.flag_types import SettingError
 from command_line.signals import catch_signals
 from folders import make_folder
 from image_sets import folders
 from image_sets.loading import ImageSet, load_image_set
+from run_settings import Settings
 from saved_runs.results import read_results
 from trained_networks import load_network
+from training.preparation import prepare
 
 NETWORK = """
 from torch import nn
@@ -138,6 +142,23 @@ def test_what_is_wrong_for_all_runs_is_said_once(runs_here, beetles, capsys, cha
     assert not out or re.fullmatch(
         r"6 runs of 1 epoch, \d at a time; 0 are finished in \S+\n(beetles\S+ begins\n){1,2}", out
     )
+
+
+@pytest.mark.parametrize("given", ["beetles", "./beetles/", "../my data/beetles", "{here}/beetles"])
+def test_folder_elsewhere_is_taken_once_it_is_linked(beetles, tmp_path, monkeypatch, given):
+    """By the command that the refusal ends with."""
+    here = tmp_path / "my data"
+    here.mkdir()
+    beetles.rename(here / "beetles")
+    monkeypatch.chdir(here)
+    given, path = given.format(here=here), tmp_path / "my runs"
+    with pytest.raises(SettingError, match=r"dataset: .*/beetles is not in .*/my runs/images: give beetles ") as error:
+        prepare(Settings(dataset=given, path=path))
+    subprocess.run(["bash", "-ec", str(error.value).partition(" after ")[2]], check=True)
+    assert prepare(Settings(dataset="beetles/", path=path)).dataset == "beetles"
+    assert (path / "images" / "beetles").samefile(here / "beetles")
+    with pytest.raises(SettingError, match=r"^dataset: give its name alone: beetles$"):
+        Settings(dataset=f"{here}/beetles/", path=path)
 
 
 @pytest.mark.parametrize("image_size", [8, 66], ids=["kept", "streamed"])

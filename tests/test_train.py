@@ -292,7 +292,14 @@ NAME = "must be at most 200 letters, digits and . _ + = - and start with a lette
         ("--device", "cuda:9", "is not one of cpu ("),
         ("--dataset", "mnist", "images/mnist: known without one are cifar10, cifar100, digits"),
         ("--dataset", "CIFAR-10", "images/CIFAR-10: did you mean cifar10?"),
-        ("--dataset", "../images", "must be at most 200 letters"),
+        ("--dataset", "../images", "there is no folder /"),
+        ("--dataset", "images/ice cream", "must be at most 200 letters"),
+        (
+            "--dataset",
+            "/data/cifar10",
+            "cifar10 is known without a folder: give cifar10, or /data/cifar10 another name",
+        ),
+        ("--dataset", "/", "must be cifar10, cifar100, digits or the name of a folder in images/"),
         ("--network", "my_networks.small", "must be the name of a torchvision network or MODULE:FUNCTION, not "),
         (
             "--network",

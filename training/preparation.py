@@ -19,7 +19,7 @@ from equivalence import Groups, equivalent, logits_alone
 from image_sets.folders import Size, class_names, find_parts
 from image_sets.loading import ImageSet, load_image_set
 from networks import construct_network
-from run_settings import DATASETS, Settings, determining, split_seed
+from run_settings import DATASETS, Settings, absolute, determining, how_to_name, split_seed
 from saved_runs.circumstances import code_version, network_code
 from saved_runs.tensorboard_curves import check_tensorboard
 from seeds import keep_random_states
@@ -66,7 +66,9 @@ def complete(settings: Settings) -> Settings:
         if not folder.is_dir():
             close = get_close_matches(settings.dataset.lower(), DATASETS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known without one are {', '.join(DATASETS)}"
-            raise SettingError("dataset", f"there is no folder {folder}: {hint}")
+            here = absolute(settings.dataset)  # a folder of this name may be in the current one
+            problem = how_to_name(here, folder.parent) if here.is_dir() else f"there is no folder {folder}: {hint}"
+            raise SettingError("dataset", problem)
         train, _ = find_parts(folder)
         num_classes, size = len(class_names(train)), None  # which takes longer to find
     with keep_random_states():
