@@ -18,7 +18,7 @@ from run_settings import DEFAULTS, NAMED, OWN_SEED, PAPER, compared, describe_ne
 
 def make_parser() -> Parser:
     """The flags of the command."""
-    parser = Parser(prog="figures.py", description="Draw the figures of an experiment.", allow_abbrev=False)
+    parser = Parser(prog="figures.py", description=__doc__.rpartition("\n\n")[0])
     flag = parser.add_argument
     flag("files", nargs="+", type=Path, metavar="FILE", help="result files of finished runs")
     flag("--output", type=folder, required=True, help="folder for the figures")

@@ -14,6 +14,13 @@ from typing import Any, NamedTuple
 
 from command_line.flag_types import Parser, SettingError, as_typed, file_name, folder, number, whole
 
+EXAMPLES = """examples:
+  python train.py --dataset digits --num_epochs 5 --batch_size 64 --learning_rate 0.05  # a minute on a CPU
+  python train.py --precision bfloat16 --compile  # the paper's training, fast on a GPU
+  python train.py --bn_weight 1 --c 1 --input_norm dataset  # its baseline
+  python train.py --dataset flowers --network my_networks:small  # images/flowers; small() in my_networks.py
+"""
+
 Value = str | int | float | bool | None
 
 
@@ -53,6 +60,7 @@ NAMED = PAPER | {  # with those of equivalence.py
 
 def dataset_name(text: str) -> str:
     """The type of a setting that names a data set. Whether there is such a folder is not checked here."""
+    text = text.rstrip("/")
     if not text:
         raise argparse.ArgumentTypeError(f"must be {', '.join(DATASETS)} or the name of a folder in images/")
     name = file_name(Path(text).name)
@@ -61,7 +69,6 @@ def dataset_name(text: str) -> str:
 
 def network_name(text: str) -> str:
     """The type of a setting that names a network. Whether it exists is not checked here: only torch can tell."""
-    text = text.rstrip("/")
     if not re.fullmatch(r"\w+|\w+(\.\w+)*:\w+", text):
         raise argparse.ArgumentTypeError(f"must be the name of a torchvision network or MODULE:FUNCTION, not {text!r}")
     return text
@@ -152,6 +159,8 @@ class Settings:
     def __post_init__(self) -> None:
         for one in fields(self):
             object.__setattr__(self, one.name, checked(one.name, getattr(self, one.name), one.default, **one.metadata))
+        if Path(self.dataset).is_absolute():
+            raise SettingError("dataset", how_to_name(Path(self.dataset), self.path / "images"))
         if self.dataset in DATASETS:
             check_batch_size(self, DATASETS[self.dataset].num_train)
         try:
@@ -159,8 +168,6 @@ class Settings:
         except argparse.ArgumentTypeError:
             raise SettingError("name", "these settings are too long for a default name: give one") from None
 
-        if Path(self.dataset).is_absolute():
-            raise SettingError("dataset", how_to_name(Path(self.dataset), self.path / "images"))
     @property
     def run_name(self) -> str:
         """How the names of the run's files begin: `name`, or else one that differs where a run's numbers differ."""
@@ -192,12 +199,8 @@ WITHOUT_EFFECT = ("path", "name", "device", "checkpoint_seconds", "restart", "wo
 
 def make_parser() -> Parser:
     """A parser with a flag for each field of `Settings`."""
-    parser = Parser(
-        prog="train.py",
-        description="Train a network by the method of 'Revisiting Batch Norm Initialization'.",
-        usage="%(prog)s [FLAG ...]",
-        allow_abbrev=False,
-    )
+    description = "Train a network by the method of 'Revisiting Batch Norm Initialization'."
+    parser = Parser(prog="train.py", usage="%(prog)s [FLAG ...]", description=description, epilog=EXAMPLES)
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for one in fields(Settings):
         options = {key: value for key, value in one.metadata.items() if key != "group"}
@@ -225,9 +228,6 @@ def check_batch_size(settings: Settings, num_train: int) -> None:
         raise SettingError("batch_size", f"{settings.dataset} {problem}")
 
 
-def split_seed(values: Mapping[str, Value]) -> int:
-    """The seed with which the images of a run with these settings are split."""
-    return values["seed"] if values["split_seed"] == OWN_SEED else values["split_seed"]
 def how_to_name(folder: Path, images: Path) -> str:
     """What to do where a folder was given as a data set, and not the name of one that lies in `images`."""
     if folder.name in DATASETS:
@@ -240,6 +240,9 @@ def how_to_name(folder: Path, images: Path) -> str:
     return f"{folder} is not in {images}: give {folder.name} after mkdir -p {target} && ln -s {source} {target}"
 
 
+def split_seed(values: Mapping[str, Value]) -> int:
+    """The seed with which the images of a run with these settings are split."""
+    return values["seed"] if values["split_seed"] == OWN_SEED else values["split_seed"]
 
 
 def compared(values: Mapping[str, Value]) -> dict[str, Value]:

@@ -20,9 +20,7 @@ from command_line.flag_types import Parser
 
 def make_parser() -> Parser:
     """The flags of the command."""
-    parser = Parser(
-        prog="t_test.py", description="One-sided paired t-test over the seeds of result files.", allow_abbrev=False
-    )
+    parser = Parser(prog="t_test.py", description=__doc__.rpartition("\n\n")[0])
     flag = parser.add_argument
     flag("--proposed", nargs="+", type=Path, required=True, metavar="FILE", help="result files, one for each seed")
     flag("--baseline", nargs="+", type=Path, required=True, metavar="FILE", help="those to compare with")

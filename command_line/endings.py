@@ -23,7 +23,7 @@ LONGEST_LINE = 1000  # letters of an error that are shown
 
 
 def answer_at_once(program: str, parse: Callable[[], object]) -> None:
-    """Answer `--help` and a wrong flag before a command imports what takes seconds."""
+    """Answer `--help` and a wrong flag before a command imports what takes seconds, which a terminal is told."""
     if LAUNCHED and program == "train.py":
         return  # its processes answer together
     with one_line_endings(program):
@@ -34,6 +34,8 @@ def answer_at_once(program: str, parse: Callable[[], object]) -> None:
         if missing or sys.version_info < (3, 11):
             what = f"this is {platform.python_version()}" + f", without {', '.join(missing)}" * bool(missing)
             end(1, f"error: {what}; it takes Python 3.11 or newer and pip install -r requirements.txt", program)
+        if shows_bar():
+            warn("starting, which takes some seconds", program)
 
 
 def open_streams() -> None:

@@ -36,6 +36,10 @@ class Parser(argparse.ArgumentParser):
     Hyphens within a flag are taken as underscores, and a flag that does not exist is answered with one that is close.
     """
 
+    def __init__(self, epilog: str = "", **options: Any) -> None:
+        options |= {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(epilog=f"{epilog}\nUSAGE.md explains more.", **options)
+
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         given = sys.argv[1:] if args is None else args
         return super().parse_known_args([with_underscores(argument) for argument in given])

@@ -16,7 +16,7 @@ ENDING = "-command.txt"  # of the name of the file; it begins as that of the tab
 
 def command_of(given: Sequence[str]) -> str:
     """The command of an experiment, but for the flags that say where and how its runs are made."""
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--jobs")
     parser.add_argument("--report", nargs="?")

@@ -13,11 +13,13 @@ import run_settings
 from command_line.flag_types import FlagError, Parser, as_typed, file_name, folder, is_flag, whole
 from run_settings import COMPARED, DEFAULTS, MAX_SEED, NAMED, PAPER, SCHEDULES, SELECTIONS, Settings, Value
 
-DESCRIPTION = """The paper's experiment: settings × seeds, one run of train.py each, and a paired t-test over the seeds.
+EXAMPLES = """All other flags are those of train.py, see python train.py --help. The same command resumes an experiment.
 
-    python reproduce.py --dataset digits --num_epochs 5 --batch_size 64 --learning_rate 0.05 --seeds 1-15 --jobs 2
-
-A stopped experiment is resumed by the same command."""
+examples:
+  python reproduce.py --dataset digits --num_epochs 5 --batch_size 64 --learning_rate 0.05 --jobs 2  # a quarter hour
+  python reproduce.py --settings baseline init rate input --list  # the paper's ablations: the command of each run
+  python reproduce.py --report results  # the experiments in a folder
+"""
 
 
 class PlannedRun(NamedTuple):
@@ -38,14 +40,8 @@ class PlannedRun(NamedTuple):
 
 def make_parser() -> Parser:
     """The flags of the experiment itself."""
-    parser = Parser(
-        prog="reproduce.py",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="All other flags are those of train.py, see python train.py --help.",
-        usage="%(prog)s [FLAG ...]",
-        allow_abbrev=False,
-    )
+    description = "The paper's experiment: settings × seeds, one run of train.py each, and a paired t-test over seeds."
+    parser = Parser(prog="reproduce.py", usage="%(prog)s [FLAG ...]", description=description, epilog=EXAMPLES)
     comparison, files = (parser.add_argument_group(t).add_argument for t in ("the comparison", "files and devices"))
     methods_help = f"any of {', '.join(NAMED)}, or your own as NAME:bn_weight=0.2,c=50 (default: baseline proposed)"
     seeds_help = "such as 1-15 or 1 2 5-7 (default: 1-15)"

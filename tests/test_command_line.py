@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from command_line.endings import one_line_endings
+import figures
+import reproduce
+import t_test
+import train
+from command_line.endings import answer_at_once, one_line_endings
 from command_line.signals import (
     ARRIVED,
     STOP_AT_END_OF_INPUT,
@@ -68,7 +72,26 @@ def test_help_and_wrong_flags_are_answered_before_the_slow_imports(command, flag
     ids=["train.py", "reproduce.py"],
 )
 def test_help_shows_flags_in_groups(parser, titles):
-    assert re.findall(r"^(\S.*):$", parser.format_help(), re.MULTILINE)[-len(titles) :] == titles
+    assert re.findall(r"^(\S.*):$", parser.format_help(), re.MULTILINE)[-len(titles) - 1 :] == [*titles, "examples"]
+
+
+@pytest.mark.parametrize("command", [train, reproduce, t_test, figures], ids=lambda command: command.__name__)
+def test_help_has_examples_that_are_right(command, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    shown = capsys.readouterr().out
+    examples = re.findall(rf"^ +python {command.__name__}\.py (.*)", shown, re.MULTILINE)
+    assert examples and shown.endswith("\nUSAGE.md explains more.\n")
+    parse_flags = {train: parse, reproduce: plan.parse}.get(command) or command.make_parser().parse_args
+    for example in examples:
+        parse_flags(shlex.split(example, comments=True))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_start_is_announced_on_a_terminal(terminal, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    answer_at_once("x.py", lambda: None)
+    assert capsys.readouterr() == ("", "x.py: starting, which takes some seconds\n" * terminal)
 
 
 def test_order_of_flags_is_that_of_committed_files():

@@ -251,7 +251,7 @@ def tabulate_first_steps(runs: Mapping[str, FirstSteps]) -> str:
 def make_parser() -> Parser:
     """The flags of the command itself."""
     epilog = "All other flags are those of train.py, see python train.py --help."
-    parser = Parser(prog="mechanism.py", description=__doc__.split("\n")[0], epilog=epilog, allow_abbrev=False)
+    parser = Parser(prog="mechanism.py", description=__doc__.split("\n")[0], epilog=epilog)
     flag = parser.add_argument
     flag("--output", type=folder, required=True, help="folder for the numbers and figures")
     flag("--dataset", default="digits", type=run_settings.dataset_name, help="as of train.py (default: %(default)s)")
