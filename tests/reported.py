@@ -22,6 +22,7 @@ SETTINGS = {  # as in the names of files
 SWEEP = {
     f"bn_weight {weight}": f"weight{weight}-c100-bn" for weight in ("0.01", "0.05", "0.1", "0.25", "0.5", "0.75", "1")
 }
+SMALL_03 = {"small0.3": "weight0.3-c100-bn"}
 SMALL_START = {"small start": SETTINGS["input"]}  # of another network
 DIGITS = "digits-resnet18-batch_size=64-num_epochs=5"
 
@@ -29,7 +30,7 @@ DIGITS = "digits-resnet18-batch_size=64-num_epochs=5"
 @cache
 def read_runs(folder: str, experiment: str, setting: str) -> dict[int, pandas.DataFrame]:
     """The tables of a setting's result files, by seed."""
-    files = (RESULTS / folder).glob(f"{experiment}-{(SETTINGS | SWEEP | SMALL_START)[setting]}-seed*.csv")
+    files = (RESULTS / folder).glob(f"{experiment}-{(SETTINGS | SWEEP | SMALL_03 | SMALL_START)[setting]}-seed*.csv")
     runs = {int(re.search(r"seed(\d+)$", file.stem)[1]): file for file in files}
     return {seed: pandas.read_csv(runs[seed], comment="#") for seed in sorted(runs)}
 
@@ -116,6 +117,14 @@ CIFAR10_LONG = Tuned(
     ("0.01", "0.03", "0.1", "0.3"),
     range(16, 17),
 )
+NETWORKS = {  # those of which all runs are there
+    "plain2": Tuned(
+        "cifar10-networks",
+        "cifar10-plain_networks.plain2-num_epochs=5{}",
+        ("0.03", "0.1", "0.3", "1", "3"),
+        range(16, 17),
+    ),
+}
 
 
 def interval(differences: np.ndarray) -> tuple[float, float]:

@@ -30,6 +30,7 @@ from reported import (
     DIGITS,
     DIGITS_SMALL_START,
     DIGITS_TUNED,
+    NETWORKS,
     RESULTS,
     SETTINGS,
     SWEEP,
@@ -466,6 +467,29 @@ def test_other_networks():
         ),
         "its training loss ends at {:.2f}, that of the baseline at {:.2f}.".format(*losses),
     )
+
+
+def test_networks():
+    """Helped or harmed: Holm's correction is for 18 comparisons, of which those that are not made have a p of 1."""
+    made = {(network, method): tuned for network, tuned in NETWORKS.items() for method in ("proposed", "small0.3")}
+
+    def of(tuned: Tuned, setting: str, select: Callable = best) -> np.ndarray:
+        return accuracies(tuned.folder, tuned.at_chosen_rate(setting), setting, select, num_seeds=5)
+
+    gains = {(name, method): of(tuned, method) - of(tuned, "baseline") for (name, method), tuned in made.items()}
+    p_values = [[p_value(sign * gain) for gain in gains.values()] + [1] * (18 - len(gains)) for sign in (1, -1)]
+    expected = []
+    for (name, method), tuned in made.items():
+        helps, harms = (
+            holm(p_value(sign * gains[name, method]), values) for sign, values in zip((1, -1), p_values, strict=True)
+        )
+        at_last = (of(tuned, method, last) - of(tuned, "baseline", last)).mean()
+        cells = [f"{spread(of(tuned, one))} ({tuned.chosen_rate(one)})" for one in (method, "baseline")]
+        cells += [between(gains[name, method], "+"), f"{helps:.2g}", f"{harms:.2g}", f"{at_last:+.2f}"]
+        verdict = "harms" if harms <= 0.05 else "helps" if helps <= 0.05 else "undecided"
+        expected.append([name, "0.1" if method == "proposed" else "0.3", *cells, verdict])
+    [[_, *rows]] = tables_of(lines_of("What came of it so far", FOLDERS["cifar10-networks"]))
+    assert rows == expected
 
 
 def overlapping_splits(select: Callable) -> tuple[str, float]:
