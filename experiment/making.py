@@ -69,7 +69,8 @@ def make_run(run: Settings, experiment: str, **environment: str) -> Outcome:
     if (number := -code if code < 0 else code - 128) in STOP_SIGNALS:
         return number
     if code < 0:
-        return LostError(f"its process was killed by {signal.Signals(-code).name}")
+        names = {number.value: number.name for number in signal.Signals}  # most of the real-time signals have none
+        return LostError(f"its process was killed by {names.get(-code, f'signal {-code}')}")
     if code == AT_WORK:
         time.sleep(LOCK_SECONDS)
     kinds = {2: FlagError, AT_WORK: AtWorkError, DIVERGED: FloatingPointError}

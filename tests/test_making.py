@@ -65,6 +65,13 @@ def test_every_outcome(light_runs, tmp_path):
     assert reported == ["busy waits: another process is at work on it"]
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGRTMAX"), reason="there are no real-time signals")
+def test_signal_without_a_name(light_runs, tmp_path, monkeypatch):
+    number = signal.SIGRTMAX - 1
+    monkeypatch.setattr(making, "TRAIN", [sys.executable, "-c", f"import os; os.kill(os.getpid(), {number})"])
+    assert str(outcomes(tmp_path, "a")["a"]) == f"it was lost 3 times: its process was killed by signal {number}"
+
+
 def test_run_alone(light_runs, tmp_path, monkeypatch):
     """It does not begin anew where it is tried again, and has all cores."""
     monkeypatch.delenv("OMP_NUM_THREADS")
