@@ -22,7 +22,7 @@ def make_parser() -> Parser:
     """The flags of the command."""
     parser = Parser(prog="t_test.py", description=__doc__.rpartition("\n\n")[0])
     flag = parser.add_argument
-    flag("--proposed", nargs="+", type=Path, required=True, metavar="FILE", help="result files, one for each seed")
+    flag("--proposed", nargs="+", type=Path, required=True, metavar="FILE", help="result files, or one of accuracies")
     flag("--baseline", nargs="+", type=Path, required=True, metavar="FILE", help="those to compare with")
     selection_help = "test accuracy at the epoch of the best validation accuracy, or at the last (default: %(default)s)"
     flag("--select", default="best", choices=run_settings.SELECTIONS, help=selection_help)
@@ -44,6 +44,7 @@ from saved_runs.by_seed import (
     note_missing_checksums,
     note_unsettled,
     read_by_seed,
+    read_plain,
 )
 from saved_runs.results import Results
 
@@ -182,22 +183,32 @@ def compare_all(
 
 
 def report(proposed_files: Sequence[Path], baseline_files: Sequence[Path], select: str = "best") -> str:
-    """The tables of two groups of result files, and below them what to know about their pairs.
+    """The tables of two groups of result files, or of two files for `read_plain`, and what to know about their pairs.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the files cannot be compared.
     """
-    proposed = read_by_seed(proposed_files, "--proposed", select)
-    baseline = read_by_seed(baseline_files, "--baseline", select)
-    first, second = next(iter(proposed.values())), next(iter(baseline.values()))
-    check_alike(first, second, "the files of --proposed and --baseline")
-    runs = [*proposed.values(), *baseline.values()]
-    lines = ["\n\n".join(tables(compare_all({"baseline": baseline, "proposed": proposed}))), *note_unsettled(runs)]
-    lines += [*selection_note(select), *note_missing_checksums(runs), *mixed_circumstances(runs)]
+    files = [*proposed_files, *baseline_files]
+    if len(files) == 2 and all(plain := list(map(read_plain, files))):
+        (proposed, by_seed), (baseline, also_by_seed) = plain
+        if by_seed != also_by_seed or not (by_seed or len(proposed) == len(baseline)):
+            raise ValueError(f"{files[0]} and {files[1]} need a column seed in both, or as many lines, to be paired")
+        comparisons = [compare("baseline", baseline, {}), compare("proposed", proposed, baseline)]
+        comparisons[0].reference = None
+        apply_holm_correction(comparisons)
+        lines = [] if by_seed else ["paired by line"]
+    else:
+        proposed = read_by_seed(proposed_files, "--proposed", select)
+        baseline = read_by_seed(baseline_files, "--baseline", select)
+        check_alike(*(next(iter(of.values())) for of in (proposed, baseline)), "the files of --proposed and --baseline")
+        runs = [*proposed.values(), *baseline.values()]
+        comparisons = compare_all({"baseline": baseline, "proposed": proposed})
+        lines = [*note_unsettled(runs), *selection_note(select), *note_missing_checksums(runs)]
+        lines += mixed_circumstances(runs)
     if alone := sorted(proposed.keys() ^ baseline.keys()):
         lines.append(f"seeds without a partner, which do not count: {', '.join(map(str, alone))}")
-    return "\n".join(lines)
+    return "\n".join(["\n\n".join(tables(comparisons)), *lines])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

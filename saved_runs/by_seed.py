@@ -1,11 +1,15 @@
 """The finished runs of a method by seed, read from their result files, and whether they can be compared."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 import run_settings
+from command_line.files import read_file
 from saved_runs.results import Results, read_results, unsettled
 
 IDENTITIES = {"network_code": "network's code", "image_hash": "images"}  # by the name of the hash in a header
@@ -42,6 +46,30 @@ def read_by_seed(files: Iterable[Path], group: str, select: str = "best") -> dic
             raise ValueError(f"{file} has seed {seed}, and so has another file of {group}: give one file for each seed")
         runs[seed] = run
     return runs
+
+
+def read_plain(file: Path) -> tuple[dict[int, float], bool] | None:
+    """Accuracies by seed, or else by line, and whether they are by seed; None where a file is not about them.
+
+    Such a file has columns with a first line of names, `accuracy` and perhaps `seed` among them; or a number a line.
+    ValueError where one of the numbers is wrong.
+    """
+    lines = read_file(file).decode("utf-8-sig", errors="replace").splitlines() or [""]
+    names = [name.strip(' "') for name in lines[0].split(",")]
+    if not (lines[1:] if "accuracy" in names else re.fullmatch(r"\s*[\d.]+\s*", lines[0])):
+        return None
+    columns = [names.index(name) for name in ("seed", "accuracy") if name in names] or None
+    try:
+        if len({line.count(",") for line in lines if line.strip()}) > 1:
+            raise ValueError("not all lines have as many columns")
+        numbers = np.loadtxt(lines[bool(columns) :], delimiter=",", usecols=columns, ndmin=2, quotechar='"')
+        seeds = numbers[:, 0] if "seed" in names else np.arange(1, len(numbers) + 1)
+        accuracies = dict(zip(map(int, seeds), numbers[:, -1].tolist(), strict=True))
+        if sorted(accuracies) != sorted(seeds) or not np.isfinite(numbers).all():
+            raise ValueError("there must be one finite number for each seed")
+    except ValueError as error:
+        raise ValueError(f"{file}: {str(error).partition(' at row')[0]}") from None
+    return accuracies, "seed" in names
 
 
 def check_alike(one: Results, other: Results, which: str, apart_from: Sequence[str] = run_settings.COMPARED) -> None:

@@ -288,6 +288,62 @@ def test_other_files_are_refused(tmp_path, fails):
     assert "No such file" in fails(runs, [str(tmp_path / "none.csv")])
 
 
+BY_SEED = "accuracy,note,seed\r\n" + "".join(f"{a},x y,{9 - n}\r\n" for n, a in enumerate(PROPOSED))
+
+
+def plain(file: Path, text: str) -> list[str]:
+    file.write_text(text)
+    return [str(file)]
+
+
+def test_plain_files_by_seed(tmp_path, capsys):
+    baseline = '\ufeff"seed","accuracy"\n4,1.5\n' + "".join(f"{9 - n},{a}\n" for n, a in enumerate(BASELINE[:4]))
+    main(["--proposed", *plain(tmp_path / "a", BY_SEED), "--baseline", *plain(tmp_path / "b", baseline)])
+    lines = capsys.readouterr().out.splitlines()
+    fields = [field.strip() for field in lines[3].strip("|").split("|")]
+    assert fields[:3] == ["proposed", "5", f"{np.mean(PROPOSED):.2f} ± {np.std(PROPOSED, ddof=1):.2f}"]
+    assert fields[4:6] == [f"{by_hand(PROPOSED[:4], BASELINE[:4]):.2g}"] * 2
+    assert [line.split("|")[1].strip() for line in lines[:4:3]] == ["setting", "proposed"]
+    assert lines[2].split("|")[4].strip() == ""  # nothing to compare the baseline with
+    assert lines[-1] == "seeds without a partner, which do not count: 4, 5"
+
+
+def test_plain_files_by_line(tmp_path, capsys):
+    proposed, baseline = ("\n".join(map(str, accuracies)) for accuracies in (PROPOSED, BASELINE))
+    files = plain(tmp_path / "a", f"{proposed}\n\n"), plain(tmp_path / "b", f"accuracy\n{baseline}")
+    main(["--proposed", *files[0], "--baseline", *files[1]])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].split("|")[5].strip() == f"{by_hand(PROPOSED, BASELINE):.2g}" and lines[-1] == "paired by line"
+
+
+@pytest.mark.parametrize(
+    ("proposed", "baseline", "message"),
+    [
+        (BY_SEED, "95\n94\n93\n92\n91\n", "need a column seed in both, or as many lines, to be paired"),
+        ("95\n94\n", "95\n", "need a column seed in both, or as many lines, to be paired"),
+        (BY_SEED, "seed,accuracy\n1,95\n1,96\n", "b: there must be one finite number for each seed"),
+        (BY_SEED, "seed,accuracy\n1.5,95\n2,96\n", "b: there must be one finite number for each seed"),
+        (BY_SEED, "seed,accuracy\n1,95\n2,nan\n", "b: there must be one finite number for each seed"),
+        (BY_SEED, "seed,accuracy\n1,95\n2,good\n", "b: could not convert string 'good' to float64\n"),
+        (BY_SEED, "seed,accuracy\na,1,95\nb,2,94\n", "b: not all lines have as many columns\n"),
+        (BY_SEED, "seed,acc\n1,95\n", "a is not a result file, or damaged, at line 1\n"),
+        (BY_SEED, "seed,accuracy\n", "a is not a result file, or damaged, at line 1\n"),
+        (BY_SEED, "", "a is not a result file, or damaged, at line 1\n"),
+    ],
+)
+def test_plain_files_that_cannot_be_paired(tmp_path, fails, proposed, baseline, message):
+    assert message in fails(plain(tmp_path / "a", proposed), plain(tmp_path / "b", baseline))
+
+
+def test_damaged_result_files_are_no_plain_files(tmp_path, fails):
+    """Wherever their beginning is lost, up to within the last line."""
+    content = Path(*write_runs(tmp_path, [95.0])).read_text()
+    for start in range(1, content.rindex(","), 3):
+        damaged = plain(tmp_path / "damaged", content[start:])
+        fails(damaged, damaged)
+    assert "does not fit its checksum" in fails(*[plain(tmp_path / "damaged", content.replace("95.0", "95.5"))] * 2)
+
+
 def test_tables_of_experiments_are_left_out(tmp_path, fails, capsys):
     runs = write_runs(tmp_path, PROPOSED)
     rows = table_rows([replace(compare("baseline", {1: 95.0}, {}), reference=None)], {"baseline": NAMED["baseline"]})
