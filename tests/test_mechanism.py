@@ -156,6 +156,14 @@ def test_command(few_digits, tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == sorted([*expected, tmp_path / "mechanism.md"])
 
 
+def test_folder_unless_one_is_given(few_digits, tmp_path, monkeypatch, capsys):
+    """It is named as the files of such runs are."""
+    monkeypatch.setattr(mechanism, "save", lambda figure, stem: [stem])
+    mechanism.main([*FLAGS, "--steps", "1", "--path", str(tmp_path)])
+    folder = tmp_path / "results" / "mechanism-digits-test_mechanism.small_network-batch_size=64-learning_rate=0.05"
+    assert (folder / "mechanism.md").exists() and str(folder / "mechanism-rotation") in capsys.readouterr().out
+
+
 def test_network_without_convolutions(few_digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         mechanism.main([*FLAGS, "--network", "test_mechanism:perceptron", "--output", str(tmp_path)])

@@ -1,6 +1,6 @@
 """What a small initial γ changes before the first step of a training, and in the first steps.
 
-    python results/mechanism/mechanism.py --output results/mechanism/digits --dataset digits --seeds 1-5
+    python results/mechanism/mechanism.py --dataset digits --seeds 1-5
 
 `equivalence.py` has the algebra: the logits start γ0 times as large, and so do all gradients of convolutions. Here, the
 same is measured.
@@ -253,7 +253,7 @@ def make_parser() -> Parser:
     epilog = "All other flags are those of train.py, see python train.py --help."
     parser = Parser(prog="mechanism.py", description=__doc__.split("\n")[0], epilog=epilog)
     flag = parser.add_argument
-    flag("--output", type=folder, required=True, help="folder for the numbers and figures")
+    flag("--output", type=folder, help="folder for numbers and figures (default: mechanism-SETTINGS/ in results/)")
     flag("--dataset", default="digits", type=run_settings.dataset_name, help="as of train.py (default: %(default)s)")
     seeds_help = "whose mean is taken, such as 1-5 (default: 1)"
     flag("--seeds", nargs="+", default=[[1]], type=seed_range, metavar="SEEDS", help=seeds_help)
@@ -265,9 +265,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line: measure, write and print the numbers, draw; see `one_line_endings` for its exit codes."""
     with one_line_endings("mechanism.py"):
         args, others = make_parser().parse_known_args(argv)
-        args.output.mkdir(parents=True, exist_ok=True)
         flags = [f"--dataset={args.dataset}", *(DIGITS if args.dataset == "digits" else ()), *others]
         first = preparation.prepare(run_settings.parse(flags))
+        output = args.output or first.path / "results" / f"mechanism-{run_settings.experiment_name(first)}"
+        output.mkdir(parents=True, exist_ok=True)
         seeds, steps = distinct(args.seeds), [*(step for step in MEASURED if step < args.steps), args.steps]
         of_seeds = f"mean of {len(seeds)} seeds" if seeds[1:] else f"seed {seeds[0]}"
         network = run_settings.describe_network(vars(first))
@@ -289,11 +290,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         by_step = {name: mean_over_seeds(found) for name, found in by_step.items()}
         text = f"{tabulate_initialization(at_first)}\n\n{tabulate_first_steps(by_step)}\n"
         say(text)
-        write_atomically(args.output / "mechanism.md", f"{title}\n\n{text}".encode())
+        write_atomically(output / "mechanism.md", f"{title}\n\n{text}".encode())
         figures = {"initialization": draw_initialization(at_first), "running-statistics": draw_statistics(by_step)}
         for name, figure in (figures | {"rotation": draw_rotation(by_step)}).items():
             figure.suptitle(title, fontsize=10)
-            say(*save(figure, args.output / f"mechanism-{name}"))
+            say(*save(figure, output / f"mechanism-{name}"))
 
 
 if __name__ == "__main__":
