@@ -1,6 +1,6 @@
 """Figures of an experiment, from its result files and trained weights.
 
-    python figures.py results/*-seed*.csv --output results/figures
+    python figures.py results
 
 Each figure is a function that returns a `matplotlib.figure.Figure` without a window: a notebook shows it, `save` writes
 it. All figures can be read in grey: lines differ in their strokes and markers too.
@@ -20,8 +20,8 @@ def make_parser() -> Parser:
     """The flags of the command."""
     parser = Parser(prog="figures.py", description=__doc__.rpartition("\n\n")[0])
     flag = parser.add_argument
-    flag("files", nargs="+", type=Path, metavar="FILE", help="result files of finished runs")
-    flag("--output", type=folder, required=True, help="folder for the figures")
+    flag("files", nargs="+", type=Path, metavar="FILE", help="result files of finished runs, or an experiment's folder")
+    flag("--output", type=folder, help="folder for the figures (default: that of the files)")
     flag("--network", help="your own MODULE:FUNCTION, to draw its trained weights: its code is run")
     flag("--networks", type=folder, help="folder of the trained weights (default: networks/ beside the files' folder)")
     return parser
@@ -34,6 +34,7 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
+from experiment.outcomes import find_experiments
 from observations import NUM_MEASURED, learned_scales_and_shifts, normalized_values, observe_runs
 from reporting.comparison import Comparison, is_contrast
 from reporting.drawing import add_legend, label_axes, line_style, make_axes, make_logarithmic, save
@@ -223,13 +224,34 @@ def read_runs(files: Iterable[Path]) -> Runs:
     return runs
 
 
+def read_experiment(results: Path) -> tuple[str, Runs, list[Comparison]]:
+    """How the file names of the experiment in a folder begin, its finished runs by method, and their comparisons.
+
+    ValueError where there are several experiments, or none, or no finished runs; or a file is damaged.
+    """
+    found = find_experiments(results)
+    if len(found) != 1:
+        names = " or ".join(experiment.plan.table_name for experiment in found) or "one"
+        raise ValueError(f"{results} has {len(found)} experiments: give the result files of {names}")
+    [experiment] = found
+    plan, runs = experiment.plan, experiment.runs_by_method
+    if experiment.failed or not any(runs.values()):
+        raise ValueError(next(iter(experiment.failed.values()), f"{results} has no finished runs to compare"))
+    return plan.table_name, runs, compare_all(runs, len(plan.seeds), plan.contrast)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: draw what can be drawn, print the files, and say on standard error what is missing and why."""
     with one_line_endings("figures.py"):
         args = make_parser().parse_args(argv)
-        networks = args.networks or args.files[0].absolute().parent.parent / "networks"
-        files, tables = without_tables(args.files)
-        made, missing = save_figures(args.output / "figure", read_runs(files), networks, own_network=args.network)
+        results, name, comparisons, tables = args.files[0], "figure", None, []
+        if results.is_dir() and len(args.files) == 1:
+            name, runs, comparisons = read_experiment(results)
+        else:
+            results, (files, tables) = results.parent, without_tables(args.files)
+            runs = read_runs(files)
+        networks = args.networks or results.absolute().parent / "networks"
+        made, missing = save_figures((args.output or results) / name, runs, networks, comparisons, args.network)
         say(*made)
         for line in (*tables, *missing):
             warn(line, "figures.py")

@@ -8,23 +8,22 @@ All flags of train.py go to every run. The same command resumes an experiment: f
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 
 from command_line.endings import HOW_TO_RESUME, answer_at_once, end, one_line_endings, say, warn
 from command_line.signals import ARRIVED, catch_signals, raise_if_stopped
-from experiment.plan import PlannedRun, parse, ranges
+from experiment.plan import PlannedRun, command_of, parse, ranges
 from run_settings import DATASETS
 
 if __name__ == "__main__":
     answer_at_once("reproduce.py", parse)  # before torch and scipy are imported, which takes seconds
 
 from experiment.cluster import ClusterError
-from experiment.command import command_of, find_experiments
 from experiment.display import Display
 from experiment.making import make_runs
-from experiment.outcomes import Experiment, remove
+from experiment.outcomes import Experiment, find_experiments, remove
 from reporting import tables
 from reporting.comparison import Comparison, is_contrast
 from saved_runs.by_seed import mixed_circumstances, note_missing_checksums, note_unsettled
@@ -96,34 +95,24 @@ def list_runs(experiment: Experiment) -> None:
         warn(lines[-1], "reproduce.py")
 
 
-def list_experiments(found: Mapping[str, argparse.Namespace]) -> None:
-    """Print what experiments there are in a folder, as plans by command, each with the command that reports it."""
-    for command, plan in found.items():
-        experiment = Experiment(plan, command)
-        experiment.read(plan.tuning_runs)
-        experiment.choose_learning_rates()
-        experiment.read(experiment.runs)
+def list_experiments(experiments: Iterable[Experiment]) -> None:
+    """Print what experiments there are in a folder, each with the command that reports it."""
+    for experiment in experiments:
+        plan = experiment.plan
         planned, kind = (experiment.runs, "runs") if experiment.runs else (plan.tuning_runs, "tuning runs")
         done = f"{experiment.num_done(planned)} of {len(planned)} {kind} are finished"
         done += f", {len(experiment.failed)} cannot be read" * bool(experiment.failed)
         what = f"{', '.join(plan.methods)}; seeds {' '.join(ranges(plan.seeds))}"
-        say(f"{plan.table_name}: {what}; {done}", report_command(command, plan), "")
+        say(f"{plan.table_name}: {what}; {done}", f"{experiment.command} --report {shlex.quote(str(plan.report))}", "")
 
 
-def report_command(command: str, plan: argparse.Namespace) -> str:
-    """The command that reports an experiment."""
-    return f"{command} --report {shlex.quote(str(plan.report))}"
-
-
-def report(
-    experiment: Experiment, comparisons: Sequence[Comparison], tuning: Sequence[str], own_network: str | None
-) -> None:
+def report(experiment: Experiment, tuning: Sequence[str], own_network: str | None) -> None:
     """Print what has come of an experiment and of the choice of its learning rates; write its table and figures.
 
     Without --restart, an earlier table is not replaced by one that lacks some of its runs. Trained weights are drawn of
     torchvision's networks and of `own_network`, whose module is imported.
     """
-    plan, runs = experiment.plan, experiment.runs_by_method
+    plan, runs, comparisons = experiment.plan, experiment.runs_by_method, compare(experiment)
     stem, to_compare = experiment.folder / plan.table_name, [run for seeds in runs.values() for run in seeds.values()]
     notes = [*note_unsettled(experiment.finished.values()), *tuning, *tables.selection_note(plan.select)]
     notes += [*note_missing_checksums(to_compare), *mixed_circumstances(to_compare)]
@@ -155,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `one_line_endings` for its exit codes, of which 1 also means that a run failed."""
     given = sys.argv[1:] if argv is None else argv
     with one_line_endings("reproduce.py"):
-        plan, command = parse(given), command_of(given)
-        own_network = plan.first.network
+        plan = parse(given)
+        experiment, own_network = Experiment(plan, command_of(given)), plan.first.network
         if plan.report is not None and sum(word.startswith("-") for word in given) == 1:
             found = find_experiments(plan.report)
             if not found:
@@ -164,10 +153,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if len(found) > 1:
                 list_experiments(found)
                 return
-            [(command, plan)] = found.items()
-            own_network = None  # who looks into a folder imports nothing that it names
-            say(report_command(command, plan))
-        experiment = Experiment(plan, command)
+            [experiment], own_network = found, None  # who looks into a folder imports nothing that it names
+            plan = experiment.plan
+            say(f"{experiment.command} --report {shlex.quote(str(plan.report))}")
         if plan.list:
             list_runs(experiment)
             return
@@ -182,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             kind = "tuning " * bool(tuning)
             hint = "give --report and the folder alone to see what it has"
             raise ValueError(f"{experiment.folder} has no finished {kind}run of this experiment: {hint}")
-        report(experiment, compare(experiment), tuning, own_network)
+        report(experiment, tuning, own_network)
         if ARRIVED:
             end(128 + ARRIVED[0], HOW_TO_RESUME, "reproduce.py")
     if experiment.failed:

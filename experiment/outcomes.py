@@ -1,14 +1,14 @@
 """An experiment: its plan, and what has come of it so far."""
 
 import argparse
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from command_line.endings import in_one_line
-from command_line.files import DamagedFileError, write_atomically
-from experiment.command import ENDING
-from experiment.plan import PlannedRun, plan_runs
+from command_line.files import DamagedFileError, read_file, write_atomically
+from experiment.plan import PROGRAM, PlannedRun, parse, plan_runs
 from experiment.tuning import (
     Tuning,
     choose_learning_rates,
@@ -22,6 +22,8 @@ from experiment.tuning import (
 from run_settings import Value
 from saved_runs.lock import lock_run
 from saved_runs.results import Results, read_finished, run_files
+
+ENDING = "-command.txt"  # of the name of the file with the command; it begins as that of the table
 
 
 class Experiment:
@@ -141,6 +143,27 @@ class Experiment:
             if run.settings.run_name in self.finished:
                 runs[run.method][run.settings.seed] = self.finished[run.settings.run_name]
         return runs
+
+
+def find_experiments(folder: Path) -> list[Experiment]:
+    """The experiments in a folder, to be reported, with what has come of their runs.
+
+    Raises:
+        ValueError: what should be a command is none.
+        OSError: a file cannot be read.
+    """
+    experiments: dict[str, Experiment] = {}  # by command
+    for file in sorted(folder.glob(f"*{ENDING}")):
+        command = read_file(file).decode(errors="replace").strip()
+        try:
+            plan = parse([*shlex.split(command)[len(PROGRAM) :], "--report", str(folder)])
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: remove it, and give the flags of its experiment ({error})") from None
+        experiments[command] = experiment = Experiment(plan, command)
+        experiment.read(plan.tuning_runs)
+        experiment.choose_learning_rates()
+        experiment.read(experiment.runs)
+    return list(experiments.values())
 
 
 def remove(runs: Collection[PlannedRun]) -> None:

@@ -5,13 +5,25 @@ Nothing here takes long to import, so that `--help` and a wrong flag are answere
 
 import argparse
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import run_settings
 from command_line.flag_types import FlagError, Parser, as_typed, file_name, folder, is_flag, whole
-from run_settings import COMPARED, DEFAULTS, MAX_SEED, NAMED, PAPER, SCHEDULES, SELECTIONS, Settings, Value
+from run_settings import (
+    COMPARED,
+    DEFAULTS,
+    MAX_SEED,
+    NAMED,
+    PAPER,
+    SCHEDULES,
+    SELECTIONS,
+    WITHOUT_EFFECT,
+    Settings,
+    Value,
+)
 
 EXAMPLES = """All other flags are those of train.py, see python train.py --help. The same command resumes an experiment.
 
@@ -20,6 +32,7 @@ examples:
   python reproduce.py --settings baseline init rate input --list  # the paper's ablations: the command of each run
   python reproduce.py --report results  # the experiments in a folder
 """
+PROGRAM = ["python", "reproduce.py"]
 
 
 class PlannedRun(NamedTuple):
@@ -107,6 +120,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.shared = {name: value for name, value in determining.items() if name not in (*COMPARED, "seed")}
     name_table(args)
     return args
+
+
+def command_of(given: Sequence[str]) -> str:
+    """The command of an experiment, but for the flags that say where and how its runs are made."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--jobs")
+    parser.add_argument("--report", nargs="?")
+    for name in set(WITHOUT_EFFECT) - {"name"}:
+        parser.add_argument(f"--{name}", **{"action": "store_true"} if DEFAULTS[name] is False else {})
+    parser.add_argument("--scheduler", action="append", default=[])
+    others, lasting = parser.parse_known_args(given)
+    schedules = [f"--scheduler={value}" for value in others.scheduler if value in SCHEDULES]
+    return shlex.join([*PROGRAM, *lasting, *schedules])
 
 
 def name_table(args: argparse.Namespace) -> None:

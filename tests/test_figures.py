@@ -1,4 +1,6 @@
+import shutil
 import sys
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -9,12 +11,14 @@ from PIL import Image
 from scipy import stats
 
 import figures
+import reproduce
 import small
 from observations import load_observations
 from reporting import drawing
 from saved_runs.results import Results, write_results
 from t_test import compare_all
 
+RESULTS = Path(__file__).parent.parent / "results"
 CURVES = {  # test accuracies of three epochs, by setting and seed
     "baseline": {1: [50, 80, 90], 2: [55, 85, 92], 3: [60, 75, 91]},
     "proposed": {1: [40, 85, 93], 2: [45, 90, 91], 3: [50, 80, 94]},
@@ -202,6 +206,42 @@ def test_weights_of_own_networks_are_drawn_where_their_module_is_given(small_net
     assert "scales" not in out and "module_of_somebody:net is imported only where it is given as --network" in err
     figures.main([*flags, "--network", "module_of_somebody:net"])  # for the fixture builds it in any case
     assert "figure-scales-and-shifts.png" in capsys.readouterr().out
+
+
+def test_folder_of_an_experiment(tmp_path, monkeypatch):
+    """What is drawn is what `reproduce.py --report` draws, with the learning rates that were chosen."""
+    drawn = []
+    monkeypatch.setattr(figures, "save_figures", lambda *given: ([], drawn.append(repr(given)) or []))
+    folder = shutil.copytree(RESULTS / "digits-fair-rates", tmp_path / "results")
+    figures.main([str(folder)])
+    reproduce.main(["--report", str(folder)])
+    assert drawn[0] == drawn[1] and str(folder) in drawn[0] and "learning_rate': 0.02" in drawn[0]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("none", "has 0 experiments: give the result files of one"),
+        ("two", "has 2 experiments: give the result files of {0}-compile or {0}-precision=bfloat16"),
+        ("unfinished", "has no finished runs to compare"),
+        ("damaged", "{0}-weight1-c1-dataset-seed1.csv was changed after it was written"),
+    ],
+)
+def test_folder_that_is_not_of_one_experiment(what, message, tmp_path, capsys):
+    stem = "digits-resnet18-batch_size=64-num_epochs=5-learning_rate=0.05"
+    if what in ("two", "damaged"):
+        source = RESULTS / ("digits-modes" if what == "two" else "digits")
+        shutil.copytree(source, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.p[dn]*"))
+    if what == "damaged":
+        file = tmp_path / f"{stem}-weight1-c1-dataset-seed1.csv"
+        file.write_text(f"{file.read_text()}6,1,1,1,1\n")
+    if what == "unfinished":
+        (tmp_path / "x-command.txt").write_text("python reproduce.py --dataset digits --num_epochs 3 --seeds 1")
+    with pytest.raises(SystemExit, match="1"):
+        figures.main([str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and message.format(stem) in err
+    assert not list(tmp_path.glob("*.pdf"))
 
 
 def test_read_runs(tmp_path):

@@ -19,8 +19,7 @@ from torch import nn
 
 import figures
 import reproduce
-from experiment.command import find_experiments
-from experiment.outcomes import Experiment
+from experiment.outcomes import find_experiments
 from image_sets.batches import Batches
 from image_sets.loading import load_image_set
 from networks import construct_network
@@ -663,11 +662,8 @@ MADE_ALONE = {  # beside the runs of the experiments: at a rate beyond those pla
 @pytest.mark.parametrize("folder", sorted({file.parent for file in RESULTS.glob("*/*seed*.csv")}), ids=lambda f: f.name)
 def test_every_run_belongs_to_a_command(folder):
     made, planned = {file.stem for file in folder.glob("*-seed[0-9]*.csv")}, set()
-    for command, plan in find_experiments(folder).items():
-        experiment = Experiment(plan, command)
-        experiment.read(plan.tuning_runs)
-        experiment.choose_learning_rates()
-        names = {run.settings.run_name for run in (*plan.tuning_runs, *experiment.runs)}
+    for experiment in find_experiments(folder):
+        names = {run.settings.run_name for run in (*experiment.plan.tuning_runs, *experiment.runs)}
         assert made & names
         planned |= names
     assert made - planned == MADE_ALONE.get(folder.name, set())

@@ -11,8 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from command_line.flag_types import as_typed
-from experiment.command import find_experiments
-from experiment.outcomes import Experiment
+from experiment.outcomes import Experiment, find_experiments
 from figures import forest_plot
 from reporting.comparison import LEVEL, Comparison
 from reporting.drawing import save
@@ -28,13 +27,9 @@ METHODS = {"proposed": "γ 0.1", "small0.3": "γ 0.3"}
 def complete_experiments() -> dict[str, Experiment]:
     """The experiments of this folder whose runs are all there, by network."""
     experiments = {}
-    for command, plan in find_experiments(HERE).items():
-        experiment = Experiment(plan, command)
-        experiment.read(plan.tuning_runs)
-        experiment.choose_learning_rates()
-        experiment.read(experiment.runs)
+    for experiment in find_experiments(HERE):
         if experiment.runs and not experiment.left(experiment.runs):
-            experiments[plan.first.network.rpartition(":")[2]] = experiment
+            experiments[experiment.plan.first.network.rpartition(":")[2]] = experiment
     return experiments
 
 
