@@ -56,7 +56,7 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
         return
     left, num_done = experiment.left(planned), experiment.num_done(planned)
     epochs = f"{plan.first.num_epochs} epoch{'s' * (plan.first.num_epochs > 1)}"
-    how = f"on {plan.scheduler}" if plan.scheduler else f"{plan.jobs} at a time"
+    how = f"on {plan.cluster}" if plan.cluster else f"{plan.jobs} at a time"
     kind = "tuning runs" if planned[0].for_tuning else "runs"
     say(f"{len(planned)} {kind} of {epochs}, {how}; {num_done} are finished in {experiment.folder}")
     if ARRIVED or not left:
@@ -70,7 +70,7 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
 
     display = Display(left, num_done, rows())
     runs = [run.settings for run in left.values()]
-    made = make_runs(runs, plan.jobs, plan.scheduler, plan.device, say, display.show)
+    made = make_runs(runs, plan.jobs, plan.cluster, plan.device, say, display.show)
     with catch_signals(raising=False), closing(display), closing(made):
         try:
             for settings, outcome in made:
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             list_runs(experiment)
             return
         tables.read_table_seeds(experiment.folder / plan.table_name, plan.shared)  # refuses one of other settings
-        if plan.report is None and not plan.scheduler:
+        if plan.report is None and not plan.cluster:
             check_here(plan)
             raise_if_stopped()
         make(experiment, plan.tuning_runs)

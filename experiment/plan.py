@@ -12,18 +12,7 @@ from typing import NamedTuple
 
 import run_settings
 from command_line.flag_types import FlagError, Parser, as_typed, file_name, folder, is_flag, whole
-from run_settings import (
-    COMPARED,
-    DEFAULTS,
-    MAX_SEED,
-    NAMED,
-    PAPER,
-    SCHEDULES,
-    SELECTIONS,
-    WITHOUT_EFFECT,
-    Settings,
-    Value,
-)
+from run_settings import COMPARED, DEFAULTS, MAX_SEED, NAMED, PAPER, SELECTIONS, WITHOUT_EFFECT, Settings, Value
 
 EXAMPLES = """All other flags are those of train.py, see python train.py --help. The same command resumes an experiment.
 
@@ -74,8 +63,9 @@ def make_parser() -> Parser:
     comparison("--tuning_seeds", nargs="+", type=seed_range, default=[], metavar="SEEDS", help=tuning_help)
     files("--name", default="", type=file_name, help="beginning of all file names (default: made from the settings)")
     files("--jobs", default=1, type=whole(1), help="runs at a time on this machine (default: %(default)s)")
-    scheduler_help = "tcp://HOST:PORT of a Dask scheduler; cos and none are those of train.py"
-    files("--scheduler", action="append", default=[], type=scheduler, help=scheduler_help)
+    files("--cluster", type=cluster, metavar="tcp://HOST:PORT", help="Dask scheduler whose workers make the runs")
+    schedule = {"action": "append", "default": [], "help": argparse.SUPPRESS}  # train.py's; earlier, also --cluster
+    files("--scheduler", type=lambda text: cluster(text) if text.startswith("tcp:") else text, **schedule)
     files("--device", help="device of every run (default: with --jobs, runs share out all GPUs; cpu without any)")
     files("--list", action="store_true", help="print the commands of all runs instead")
     report_help = "make no runs: table and figures of those in FOLDER (default: results/ below --path)"
@@ -103,10 +93,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise FlagError(f"argument --{given[0]}: the experiment sets it: give --settings, --bn_weights or --seeds")
     if given and args.learning_rates:
         raise FlagError("argument --learning_rate: --learning_rates has the rates: leave it out")
-    args.others += [f"--scheduler={value}" for value in args.scheduler if value in SCHEDULES]
-    args.scheduler = next((value for value in reversed(args.scheduler) if value not in SCHEDULES), None)
-    if args.scheduler and args.jobs > 1:
-        raise FlagError("argument --jobs: the cluster has its own number of workers: leave it out with --scheduler")
+    args.others += [f"--scheduler={value}" for value in args.scheduler if not value.startswith("tcp:")]
+    args.cluster = next((value for value in reversed(args.scheduler) if value.startswith("tcp:")), args.cluster)
+    if args.cluster and args.jobs > 1:
+        raise FlagError("argument --jobs: the cluster has its own number of workers: leave it out with --cluster")
     plan_methods(args)
     check_contrasts(args)
     plan_seeds(args)
@@ -126,13 +116,12 @@ def command_of(given: Sequence[str]) -> str:
     """The command of an experiment, but for the flags that say where and how its runs are made."""
     parser = Parser(add_help=False)
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--jobs")
     parser.add_argument("--report", nargs="?")
-    for name in set(WITHOUT_EFFECT) - {"name"}:
-        parser.add_argument(f"--{name}", **{"action": "store_true"} if DEFAULTS[name] is False else {})
+    for name in {"cluster", "jobs", *WITHOUT_EFFECT} - {"name"}:
+        parser.add_argument(f"--{name}", **{"action": "store_true"} if DEFAULTS.get(name) is False else {})
     parser.add_argument("--scheduler", action="append", default=[])
     others, lasting = parser.parse_known_args(given)
-    schedules = [f"--scheduler={value}" for value in others.scheduler if value in SCHEDULES]
+    schedules = [f"--scheduler={value}" for value in others.scheduler if not value.startswith("tcp:")]
     return shlex.join([*PROGRAM, *lasting, *schedules])
 
 
@@ -261,10 +250,9 @@ def ranges(seeds: Collection[int]) -> list[str]:
     return [f"{a}-{b}" if a < b else str(a) for a, b in zip(first, last, strict=True)]
 
 
-def scheduler(text: str) -> str:
-    """The type of a flag that takes a schedule of train.py or the address of a Dask scheduler."""
+def cluster(text: str) -> str:
+    """The type of a flag that takes the address of a Dask scheduler."""
     address = re.fullmatch(r"tcp://(?:[\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})", text, re.ASCII)
-    if text not in SCHEDULES and not (address and 0 < int(address[1]) < 2**16):
-        allowed = "cos, none or the address of a Dask scheduler, tcp://HOST:PORT"
-        raise argparse.ArgumentTypeError(f"must be {allowed}, not {text!r}")
+    if not (address and 0 < int(address[1]) < 2**16):
+        raise argparse.ArgumentTypeError(f"must be the address of a Dask scheduler, tcp://HOST:PORT, not {text!r}")
     return text

@@ -1,3 +1,4 @@
+import argparse
 import ast
 import itertools
 import os
@@ -90,7 +91,8 @@ def test_every_flag_is_explained(parser):
     section = "The paper's training" if parser.prog == "train.py" else "The paper's experiment"
     text = re.search(rf"^## {section}\n(.*?)^## ", USAGE, re.DOTALL | re.MULTILINE)[1]
     table = dict(re.findall(r"^\| `(--\w+)` \| (.*?) \|", text, re.MULTILINE))
-    flags = {action.option_strings[-1]: action.default for action in parser._actions}
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    flags = {action.option_strings[-1]: action.default for action in shown}
     del flags["--help"]
     assert table.keys() == flags.keys()
     for flag, default in flags.items():

@@ -127,7 +127,8 @@ def test_commands_for_another_machine(tmp_path, monkeypatch, capsys):
     ("flags", "where"),
     [
         (["--jobs", "3", "--device", "cuda:1"], (3, None, "cuda:1")),
-        (["--scheduler", "tcp://127.0.0.1:1"], (1, "tcp://127.0.0.1:1", None)),
+        (["--cluster", "tcp://127.0.0.1:1"], (1, "tcp://127.0.0.1:1", None)),
+        (["--scheduler=tcp://127.0.0.1:1", "--scheduler", "none"], (1, "tcp://127.0.0.1:1", None)),  # as it was called
     ],
 )
 def test_where_runs_are_made(flags, where, tmp_path, monkeypatch):
@@ -160,8 +161,10 @@ def test_where_runs_are_made(flags, where, tmp_path, monkeypatch):
         (["--jobs", "0"], "argument --jobs: must be a whole number of at least 1"),
         (["--seed", "1"], "argument --seed: the experiment sets it"),
         (["--nonsense"], "--nonsense"),
-        (["--scheduler", "tcp://127.0.0.1:1", "--jobs", "2"], "argument --jobs: the cluster has its own"),
-        (["--scheduler", "linear"], "argument --scheduler: must be cos, none or the address of a Dask scheduler"),
+        (["--cluster", "tcp://127.0.0.1:1", "--jobs", "2"], "argument --jobs: the cluster has its own"),
+        (["--cluster", "cos"], "argument --cluster: must be the address of a Dask scheduler, tcp://HOST:PORT"),
+        (["--scheduler", "tcp://127.0.0.1"], "argument --scheduler: must be the address of a Dask scheduler"),
+        (["--scheduler", "linear"], "argument --scheduler: invalid choice: 'linear'"),
     ],
 )
 def test_wrong_flag(flags, message, tmp_path, capsys):
@@ -616,6 +619,10 @@ def test_folder_of_one_experiment(flags, no_training, tmp_path, capsys):
     given = ["python", "reproduce.py", *FLAGS, *flags, "--scheduler=none", "--report", str(results)]
     assert shlex.split(command) == given
     assert report.startswith(text)
+    [file] = results.glob("*-command.txt")
+    file.write_text(file.read_text().replace("--scheduler=none", "--scheduler=none --scheduler tcp://a:1"))
+    reproduce.main(["--report", str(results)])  # as --cluster was called
+    assert capsys.readouterr().out.split("\n", 1)[1].startswith(text)
 
 
 def test_folder_of_several_experiments(no_training, tmp_path, monkeypatch, capsys):
