@@ -5,17 +5,15 @@
 All flags of train.py go to every run. The same command resumes an experiment: finished runs are not made again.
 """
 
-import argparse
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 
-from command_line.endings import HOW_TO_RESUME, answer_at_once, end, one_line_endings, say, warn
-from command_line.signals import ARRIVED, catch_signals, raise_if_stopped
+from command_line.endings import HOW_TO_RESUME, answer_at_once, end, one_line_endings, say, shows_bar, warn
+from command_line.signals import ARRIVED, catch_signals
 from experiment.plan import PlannedRun, command_of, parse, ranges
-from run_settings import DATASETS
 
 if __name__ == "__main__":
     answer_at_once("reproduce.py", parse)  # before torch and scipy are imported, which takes seconds
@@ -31,15 +29,16 @@ from saved_runs.results import Results
 from t_test import compare_all
 
 
-def check_here(plan: argparse.Namespace) -> None:
-    """Raises as `prepare` and `find_images` do where this machine cannot make the runs of one of the methods."""
-    from image_sets.folders import find_images
-    from training.preparation import prepare  # networks are not needed where another machine makes the runs
+def check_here(runs: Iterable[PlannedRun], device: str | None) -> None:
+    """Raises as `train.train` does where this machine cannot begin to train with a method: images are loaded, too."""
+    from training.preparation import construct, load_images, prepare  # not needed where other machines make the runs
+    from training.trial import check_network
 
-    for run in {run.method: run for run in plan.tuning_runs or plan.runs}.values():
-        prepare(replace(run.settings, device=plan.device))
-    if plan.first.dataset not in DATASETS:
-        find_images(plan.first.path / "images" / plan.first.dataset)
+    methods = [prepare(replace(run.settings, device=device)) for run in {run.method: run for run in runs}.values()]
+    most = max(methods, key=lambda settings: settings.input_norm == "dataset")  # which needs their statistics, too
+    images = load_images(replace(most, device="cpu"), say, shows_bar())
+    for settings in methods:
+        check_network(settings, construct(settings, len(images.classes), images.size), images)
 
 
 def compare(experiment: Experiment) -> list[Comparison]:
@@ -55,6 +54,8 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
     if plan.report is not None or not planned:
         return
     left, num_done = experiment.left(planned), experiment.num_done(planned)
+    if left and not (ARRIVED or plan.cluster):
+        check_here(left.values(), plan.device)
     epochs = f"{plan.first.num_epochs} epoch{'s' * (plan.first.num_epochs > 1)}"
     how = f"on {plan.cluster}" if plan.cluster else f"{plan.jobs} at a time"
     kind = "tuning runs" if planned[0].for_tuning else "runs"
@@ -79,6 +80,9 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
                     continue
                 text = experiment.note(left[settings.run_name], outcome)
                 display.end(settings.run_name, text, rows(), failed=not isinstance(outcome, Results))
+                reasons = {reason.replace(name, "NAME") for name, reason in experiment.failed.items()}
+                if len(experiment.failed) > 1 == len(reasons) and not experiment.finished:
+                    raise ChildProcessError(f"the first {len(experiment.failed)} runs failed alike: {reasons.pop()}")
         except ClusterError as error:
             if not ARRIVED:  # or else nothing more was expected of the cluster
                 experiment.failed["the experiment"] = str(error)
@@ -160,9 +164,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             list_runs(experiment)
             return
         tables.read_table_seeds(experiment.folder / plan.table_name, plan.shared)  # refuses one of other settings
-        if plan.report is None and not plan.cluster:
-            check_here(plan)
-            raise_if_stopped()
         make(experiment, plan.tuning_runs)
         tuning = experiment.choose_learning_rates()
         make(experiment, experiment.runs)

@@ -1,7 +1,6 @@
 """Runs and experiments on folders of images that are not as they should be, or change."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -111,21 +110,32 @@ def test_statistics_of_the_images_are_those_of_the_run(beetles, capsys):
 def test_experiment_says_that_its_images_have_changed(runs_here, beetles, capsys, monkeypatch):
     monkeypatch.setattr(figures, "save_figures", lambda *_: ([], []))  # which takes seconds
     experiment = flags("--num_epochs", "1", "--seeds")
+    (beetles / "train" / "Käfer" / "notes.txt").touch()
     reproduce.main([*experiment, "1"])
-    assert "not all runs have the same images" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "not all runs have the same images" not in out and out.count("; left out are '1 .txt'\n") == 1
     (beetles / "test" / "Käfer" / "0.png").unlink()
     reproduce.main([*experiment, "1-2"])
     assert "not all runs have the same images: 54 training, 6 validation and 8 test" in capsys.readouterr().out
     assert "images" in read_results(next(Path("results").glob("*-seed1.csv"))).header
 
 
+def rename_test(folder: Path) -> None:
+    (folder / "test").rename(folder / "exam")
+
+
+def damage_image(folder: Path) -> None:
+    (folder / "test" / "Käfer" / "0.png").write_bytes(b"damaged")
+
+
 @pytest.mark.parametrize(
     ("change", "others", "code", "message"),
     [
-        (True, [], 1, "has no folder test (or val)"),
-        (False, ["--batch_size", "55"], 2, "argument --batch_size: beetles has 54 training images, fewer than"),
+        (rename_test, [], 1, "has no folder test (or val)"),
+        (damage_image, [], 1, "0.png cannot be read as an image"),
+        (None, ["--batch_size", "55"], 2, "argument --batch_size: beetles has 54 training images, fewer than"),
         (
-            False,
+            None,
             ["--network", "network_for_images:large"],
             2,
             "network_for_images:large cannot train on two images of 16×16 pixels",
@@ -134,14 +144,12 @@ def test_experiment_says_that_its_images_have_changed(runs_here, beetles, capsys
 )
 def test_what_is_wrong_for_all_runs_is_said_once(runs_here, beetles, capsys, change, others, code, message):
     if change:
-        (beetles / "test").rename(beetles / "exam")
+        change(beetles)
     with pytest.raises(SystemExit, match=str(code)):
         reproduce.main(flags("--num_epochs", "1", "--seeds", "1-3", *others))
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and err.startswith("reproduce.py: error: ") and message in err
-    assert not out or re.fullmatch(
-        r"6 runs of 1 epoch, \d at a time; 0 are finished in \S+\n(beetles\S+ begins\n){1,2}", out
-    )
+    assert out == "" and not Path("networks").exists()
 
 
 @pytest.mark.parametrize("given", ["beetles", "./beetles/", "../my data/beetles", "{here}/beetles"])

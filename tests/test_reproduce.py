@@ -139,7 +139,7 @@ def test_where_runs_are_made(flags, where, tmp_path, monkeypatch):
         yield from ()
 
     monkeypatch.setattr(reproduce, "make_runs", make_runs)
-    monkeypatch.setattr(reproduce, "check_here", lambda plan: None)
+    monkeypatch.setattr(reproduce, "check_here", lambda *_: None)
     with suppress(SystemExit):  # as there is nothing to report
         reproduce.main([*FLAGS, "--path", str(tmp_path), "--seeds", "1-2", *flags])
     assert asked == [(4, where)]
@@ -246,6 +246,54 @@ def test_one_failure_does_not_stop_the_others(no_training, tmp_path, monkeypatch
     table = captured.out.split("\n\n")[0]
     rows = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("|")}
     assert " of 2 " in rows["proposed"] and "interim: 2 of 3" in rows["proposed"]
+
+
+def test_data_that_cannot_be_had_end_it_before_any_run(no_training, no_network, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        reproduce.main(["--path", str(tmp_path), "--device", "cpu", "--seeds", "1-3"])
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(r"reproduce\.py: error: CIFAR-10 is not in .*no route to host.*\n", err)
+    assert not (tmp_path / "networks").exists()
+
+
+def test_what_is_needed_is_tried_before_a_run_is_removed(no_training, tmp_path, monkeypatch, capsys):
+    """Where no run is left to make, nothing is needed."""
+    flags = ["--seeds", "1", "--device", "cuda:99"]
+    assert run(tmp_path, "--seeds", "1") == 0
+    files = {file: file.read_bytes() for file in (tmp_path / "results").iterdir()}
+    assert run(tmp_path, *flags) == 0
+    capsys.readouterr()
+    assert run(tmp_path, *flags, "--restart") == 2
+    assert capsys.readouterr().err.startswith("reproduce.py: error: argument --device: 'cuda:99' is not one of cpu")
+    assert {file: file.read_bytes() for file in files} == files
+
+
+def test_first_two_runs_that_fail_alike_end_it(no_training, tmp_path, monkeypatch, capsys):
+    """But not where a run has finished, or one fails for another reason."""
+    begun = []
+
+    def full(settings):
+        begun.append(settings.run_name)
+        raise OSError(errno.ENOSPC, "No space left", f"{settings.run_name}.csv")
+
+    def each_for_itself(settings):
+        begun.append(settings.run_name)
+        raise FloatingPointError(f"the loss of step {len(begun)} is nan")
+
+    monkeypatch.setattr(train, "train", full)
+    assert run(tmp_path, "--seeds", "1-3") == 1
+    captured = capsys.readouterr()
+    reason = "OSError: [Errno 28] No space left: 'NAME.csv'"
+    assert captured.err == f"reproduce.py: error: the first 2 runs failed alike: {reason}\n"
+    assert begun == [f"{BASELINE}-seed1", f"{PROPOSED}-seed1"] and "| baseline" not in captured.out
+    monkeypatch.setattr(train, "train", each_for_itself)
+    assert run(tmp_path, "--seeds", "1-3") == 1 and len(begun) == 2 + 6
+    monkeypatch.setattr(train, "train", fake_train)
+    assert run(tmp_path, "--seeds", "4") == 0
+    capsys.readouterr()
+    monkeypatch.setattr(train, "train", full)
+    assert run(tmp_path, "--seeds", "1-2", "4") == 1 and len(begun) == 2 + 6 + 4
+    assert capsys.readouterr().err.count(" failed: OSError: [Errno 28] No space left") == 4
 
 
 def test_files_of_another_experiment_are_left_alone(no_training, tmp_path, capsys):
