@@ -37,7 +37,7 @@ from matplotlib.figure import Figure
 from experiment.outcomes import find_experiments
 from observations import NUM_MEASURED, learned_scales_and_shifts, normalized_values, observe_runs
 from reporting.comparison import Comparison, is_contrast
-from reporting.drawing import add_legend, label_axes, line_style, make_axes, make_logarithmic, save
+from reporting.drawing import add_legend, label_axes, line_styles, make_axes, make_logarithmic, save
 from reporting.tables import without_tables
 from saved_runs.by_seed import accuracy_by_seed, check_alike, read_by_seed
 from saved_runs.results import Results, read_results
@@ -55,8 +55,8 @@ def learning_curves(runs: Runs) -> Figure:
     """
     if not any(runs.values()):
         raise ValueError("there are no runs")
-    axes, shown = make_axes(columns=2), ([], [])
-    for index, (method, seeds) in enumerate(runs.items()):
+    axes, shown, styles = make_axes(columns=2), ([], []), line_styles(runs)
+    for method, seeds in runs.items():
         if not seeds:
             continue
         num_epochs = min(run.num_epochs for run in seeds.values())
@@ -67,17 +67,18 @@ def learning_curves(runs: Runs) -> Figure:
             low, median, high = quartiles = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
             of_panel.append(quartiles.ravel())
             label = f"{method} ({len(values)} seed{'s' * (len(values) > 1)})"
-            panel.plot(epochs, median, label=label, markevery=0.1 if num_epochs > 20 else 1, **line_style(index))
-            panel.fill_between(epochs, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
-    label_axes(axes[0], "epoch", "test error (%)")
-    label_axes(axes[1], "epoch", "training loss (cross-entropy, nats)")
+            panel.plot(epochs, median, label=label, markevery=0.1 if num_epochs > 20 else 1, **styles[method])
+            panel.fill_between(epochs, low, high, color=styles[method]["color"], alpha=0.15, linewidth=0)
+    label_axes(axes[0], "epoch", "test error (%), log scale")
+    label_axes(axes[1], "epoch", "training loss (nats), log scale")
     make_logarithmic(axes[0], np.concatenate(shown[0]), largest=100)
     make_logarithmic(axes[1], np.concatenate(shown[1]))
     first = next(run for seeds in runs.values() for run in seeds.values())
     if first.steps_per_epoch and first.steps_per_epoch < first.settling_steps:
         note = f"An epoch has {first.steps_per_epoch} steps. For about {first.settling_steps} steps, evaluation uses\n"
         axes[0].set_title(f"{note}running statistics of batch norm that have not settled.", fontsize=8)
-    add_legend(axes[0].figure, title="median and middle half of the seeds")
+    several = any(len(seeds) > 1 for seeds in runs.values())
+    add_legend(axes[0].figure, title="median and middle half of the seeds" if several else None)
     return axes[0].figure
 
 
@@ -101,6 +102,7 @@ def forest_plot(comparisons: Sequence[Comparison]) -> Figure:
         if np.isfinite(c.interval).all():
             handles["95 % interval of the mean"] = panel.hlines(row, *c.interval, color="black", linewidth=2.5)
             text += " ({:+.2f} to {:+.2f})".format(*c.interval)
+        text += f"\n{len(values)} pairs" if len(values) > 1 else "\none pair"
         style = {"color": "black", "markersize": 7, "linestyle": "none"}
         [handles["mean"]] = panel.plot([c.difference], [row], marker="D", **style)
         panel.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
@@ -121,7 +123,7 @@ def accuracy_by_bn_weight(runs: Runs, comparisons: Sequence[Comparison] | None =
     the baseline alone, is "significant". ValueError where they have fewer than three values of γ.
     """
     verdicts = {c.method: c.verdict for c in (compare_all(runs) if comparisons is None else comparisons)}
-    panel, points = make_axes(), []
+    panel, points = make_axes(width=5.5), []
     for method, seeds in runs.items():
         values = compared(next(iter(seeds.values())).header) if seeds else {}
         if seeds and values == compared({**PAPER["proposed"], "bn_weight": values["bn_weight"]}):
@@ -135,8 +137,8 @@ def accuracy_by_bn_weight(runs: Runs, comparisons: Sequence[Comparison] | None =
     panel.errorbar(weights, means, deviations, color="black", marker="o", capsize=3, label="c = 100, input_norm bn")
     if runs.get("baseline"):
         mean = compare("baseline", accuracy_by_seed(runs["baseline"]), {}).mean
-        panel.axhline(mean, color="C3", linestyle="--", label="baseline")
-    panel.set(xscale="log", xlabel="initial γ (bn_weight)", ylabel="test accuracy (%), mean ± standard deviation")
+        panel.axhline(mean, color=line_styles(runs)["baseline"]["color"], linestyle="--", label="baseline")
+    panel.set(xscale="log", xlabel="initial γ, log scale", ylabel="test accuracy (%), mean ± standard deviation")
     panel.set_xticks(weights, [f"{weight:g}" for weight in weights], minor=False)
     panel.minorticks_off()
     panel.set_title("* significant gain over baseline, p-values corrected by Holm", fontsize=9)

@@ -19,7 +19,7 @@ from torchvision.transforms import Normalize
 from batch_norm import SIGMA_ACT
 from command_line.files import add_digest, has_digest, read_file, write_atomically
 from image_sets.loading import ImageSet, load_image_set
-from reporting.drawing import add_legend, label_axes, line_style, make_axes
+from reporting.drawing import add_legend, label_axes, line_styles, make_axes
 from run_settings import DEFAULTS, split_seed
 from saved_runs.results import Results
 from trained_networks import rebuild_network
@@ -224,7 +224,7 @@ def reason(error: OSError | ValueError) -> str:
 
 # --- figures --------------------------------------------------------------------------------------------------------
 
-DEPTH = "batch norm, from input to output (0: in front of the network)"
+DEPTH = "batch norm, by depth (0: in front of the network)"
 
 
 def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mapping[str, float]) -> Figure:
@@ -232,16 +232,16 @@ def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mappin
 
     Both are divided by the γ that their batch norm started with. A marker is at the median of the channels, a thick bar
     goes from the 5 % to the 95 % quantile, and a thin one from the smallest to the largest value. Values of the batch
-    norm in front of the network that go beyond the scale of the others are written at the edge.
+    norm in front of the network that go beyond the scale of the others are written above.
 
     Args:
         weights: for each method a `state_dict`, as in `networks/NAME-best.pt`.
         bn_weights: for each method the initial γ of the batch norms; see `initial_scale`.
     """
-    panels = make_axes(2, width=9, height=3.4, sharex=True)
+    panels, styles = make_axes(2, width=9, height=3.4, sharex=True), line_styles(weights)
     offsets = 0.24 * (np.arange(len(weights)) - (len(weights) - 1) / 2)
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for index, (method, trained) in enumerate(weights.items()):
+    for offset, (method, trained) in zip(offsets, weights.items(), strict=True):
         depths, quantiles = [], []
         for depth, scale, shift in batch_norms(trained):
             values = np.array((scale, shift)) / initial_scale(depth, bn_weights[method])
@@ -251,11 +251,11 @@ def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mappin
             raise ValueError(f"{method} has no batch norm with γ, β and running statistics")
         depths, quantiles = np.array(depths), np.array(quantiles)
         found[method] = depths, quantiles
-        places = depths + offsets[index]
-        style = line_style(index) | {"linestyle": "none", "markeredgecolor": "black", "markersize": 4}
+        places = depths + offset
+        style = styles[method] | {"linestyle": "none", "markeredgecolor": "black", "markersize": 4}
         for panel, (lowest, low, median, high, highest) in zip(panels, quantiles.transpose(2, 1, 0), strict=True):
-            panel.vlines(places, lowest, highest, color=f"C{index}", linewidth=0.8)
-            panel.vlines(places, low, high, color=f"C{index}", linewidth=3, alpha=0.6)
+            panel.vlines(places, lowest, highest, color=style["color"], linewidth=0.8)
+            panel.vlines(places, low, high, color=style["color"], linewidth=3, alpha=0.6)
             panel.plot(places, median, label=method, **style)
     for place, (panel, start, name) in enumerate(zip(panels, (1, 0), ("γ", "β"), strict=True)):
         panel.axhline(start, color="black", linestyle="--", linewidth=0.8, zorder=0, label="start")
@@ -265,11 +265,10 @@ def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mappin
         margin = 0.05 * np.ptp(within) or 0.05
         low, high = within.min() - margin, within.max() + margin
         panel.set_ylim(low, high)
-        for offset, (method, (depths, quantiles)) in zip(offsets, found.items(), strict=True):
-            lowest, highest = quantiles[0, [0, -1], place]
-            if depths[0] == 0 and (lowest < low or highest > high):
-                text = f"{method}: {lowest:.1f} to {highest:.1f}"
-                panel.annotate(text, (offset, high), (4, -10), textcoords="offset points", fontsize=8)
+        ends = {method: of[0, [0, -1], place] for method, (depths, of) in found.items() if depths[0] == 0}
+        texts = [f"{method} {a:.1f} to {b:.1f}" for method, (a, b) in ends.items() if a < low or b > high]
+        if texts:
+            panel.set_title(f"batch norm 0, off the scale: {', '.join(texts)}", loc="left", fontsize=8)
     panels[1].set_xlabel(DEPTH)
     add_legend(panels[0].figure, title="median, 5 to 95 % of the channels, all of them")
     return panels[0].figure
@@ -277,11 +276,11 @@ def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mappin
 
 def normalized_values(measured: Mapping[str, Sequence[NormalizedValues]]) -> Figure:
     """How large normalized values get, by depth: the share beyond ±3, and the largest absolute one (Section 3)."""
-    axes = make_axes(columns=2)
-    for index, (method, layers) in enumerate(measured.items()):
+    axes, styles = make_axes(columns=2), line_styles(measured)
+    for method, layers in measured.items():
         depth = np.arange(len(layers)) + first_depth([layer.name for layer in layers])
-        axes[0].plot(depth, [100 * layer.share_beyond_3 for layer in layers], label=method, **line_style(index))
-        axes[1].plot(depth, [layer.maximum for layer in layers], label=method, **line_style(index))
+        axes[0].plot(depth, [100 * layer.share_beyond_3 for layer in layers], label=method, **styles[method])
+        axes[1].plot(depth, [layer.maximum for layer in layers], label=method, **styles[method])
     normal = 100 * 2 * scipy.stats.norm.sf(LARGE)
     axes[0].axhline(normal, color="0.5", linewidth=1, label=f"a normal variable: {normal:.2f} %")
     label_axes(axes[0], DEPTH, f"normalized values beyond ±{LARGE:g} (%)")

@@ -257,8 +257,8 @@ def determining(settings: Settings) -> dict[str, Value]:
 
 def describe_network(values: Mapping[str, Value]) -> str:
     """What is trained on what, as titles say it."""
-    stem = f" (stem {values['stem']})" * (values["stem"] != DEFAULTS["stem"])
-    return f"{values['network']}{stem} on {values['dataset']}"
+    stems = {"auto": "", "small": " with first layers for small images", "own": " with its own first layers"}
+    return f"{values['network']}{stems[values['stem']]} on {values['dataset']}"
 
 
 def method_name(settings: Settings) -> str:

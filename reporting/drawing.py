@@ -1,7 +1,7 @@
 """How every figure looks, and how it is written."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from command_line.files import write_atomically
+from run_settings import NAMED
 
+COLORS = (*(f"C{n}" for n in range(7)), "black", "C9", "C8", "navy", "C7", "magenta", "gold")
 STROKES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = "osD^vP"  # one less than strokes: together they differ for 42 lines
 
@@ -28,15 +30,17 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return files
 
 
-def make_axes(rows: int = 1, columns: int = 1, width: float = 5.5, height: float = 4.0, **options: Any) -> Any:
+def make_axes(rows: int = 1, columns: int = 1, width: float = 4.5, height: float = 4.0, **options: Any) -> Any:
     """The axes of a new figure; each is `width` by `height` inches."""
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     return figure.subplots(rows, columns, **options)
 
 
-def line_style(index: int) -> dict[str, Any]:
-    """Color, stroke and marker of the line of the method with this index."""
-    return {"color": f"C{index}", "linestyle": STROKES[index % len(STROKES)], "marker": MARKERS[index % len(MARKERS)]}
+def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Color, stroke and marker of lines by name: the methods of `NAMED` have theirs, others take the next."""
+    kinds = {"color": COLORS, "linestyle": STROKES, "marker": MARKERS}
+    places = enumerate(dict.fromkeys([*NAMED, *names]))
+    return {name: {kind: of[place % len(of)] for kind, of in kinds.items()} for place, name in places}
 
 
 def label_axes(panel: Axes, xlabel: str, ylabel: str) -> None:

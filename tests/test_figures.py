@@ -15,6 +15,7 @@ import reproduce
 import small
 from observations import load_observations
 from reporting import drawing
+from run_settings import NAMED
 from saved_runs.results import Results, write_results
 from t_test import compare_all
 
@@ -56,11 +57,13 @@ def test_learning_curves():
         quartiles = (low + middle) / 2, (middle + high) / 2
         assert (heights.min(), heights.max()) == pytest.approx((quartiles[0].min(), quartiles[1].max()))
     np.testing.assert_allclose(loss.lines[0].get_ydata(), 3 - np.array([55, 80, 91]) / 40)
-    assert (error.get_xlabel(), error.get_ylabel(), error.get_yscale()) == ("epoch", "test error (%)", "log")
+    assert (error.get_xlabel(), error.get_ylabel(), error.get_yscale()) == ("epoch", "test error (%), log scale", "log")
     assert not error.get_title()  # by default, these are runs on CIFAR-10, whose epochs have 352 steps
     digits = make_run("baseline", 1)
     digits.header |= {"dataset": "digits", "batch_size": 64}
-    note = figures.learning_curves({"baseline": {1: digits}}).axes[0].get_title()
+    of_one_seed = figures.learning_curves({"baseline": {1: digits}})
+    assert [legend.get_title().get_text() for legend in of_one_seed.legends] == [""]  # nothing of a half of the seeds
+    note = of_one_seed.axes[0].get_title()
     assert note.startswith("An epoch has 21 steps. For about 88 steps, evaluation uses\nrunning statistics")
     with pytest.raises(ValueError, match="there are no runs"):
         figures.learning_curves({"baseline": {}})
@@ -100,6 +103,14 @@ def test_ticks_of_logarithmic_axes(values, ticks):
     assert not panel.yaxis.get_minor_ticks()
 
 
+def test_a_setting_has_one_colour_in_all_figures():
+    others = [f"γ {n}" for n in range(7)]
+    styles = drawing.line_styles([*others, "proposed", "baseline"])
+    assert len({styles[name]["color"] for name in (*NAMED, *others)}) == 14
+    for name in NAMED:
+        assert drawing.line_styles([name])[name] == drawing.line_styles(["γ 0.2", name])[name] == styles[name]
+
+
 def test_forest_plot():
     comparisons = compare_all(RUNS, contrasts=[("proposed", "bn_weight 0.5")])
     panel = figures.forest_plot(comparisons).axes[0]
@@ -116,6 +127,7 @@ def test_forest_plot():
         interval = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
         np.testing.assert_allclose(line.get_segments()[0], [[interval[0], row], [interval[1], row]])
     assert panel.get_ylim()[0] > panel.get_ylim()[1]  # the first at the top
+    assert all(text.get_text().endswith("\n3 pairs") for text in panel.texts)
     zero = [line for line in panel.lines if line.get_marker() == "None"]
     assert [list(line.get_xdata()) for line in zero] == [[0, 0]]
     with pytest.raises(ValueError, match="no comparison with a pair of runs"):
@@ -126,7 +138,7 @@ def test_forest_plot_of_one_seed_has_no_interval():
     one = {setting: {1: seeds[1]} for setting, seeds in RUNS.items()}
     panel = figures.forest_plot(compare_all(one)).axes[0]
     assert not panel.collections
-    assert [text.get_text() for text in panel.texts] == ["+3.00", "+5.00"]
+    assert [text.get_text() for text in panel.texts] == ["+3.00\none pair", "+5.00\none pair"]
 
 
 def test_accuracy_by_bn_weight():
@@ -270,7 +282,10 @@ def test_titles_say_what_is_shown():
     runs[1].header |= {"learning_rate": 0.03}
     for run in runs:
         run.header |= {"num_epochs": 1, "stem": "own", "dataset": "digits"}
-    assert figures.describe(runs) == "resnet18 (stem own) on digits, 1 epoch, each setting at its own learning rate"
+    assert (
+        figures.describe(runs)
+        == "resnet18 with its own first layers on digits, 1 epoch, each setting at its own learning rate"
+    )
     for run in runs:
         run.header["split_seed"] = "seed"
     assert figures.describe(runs).endswith("learning rate, a split for each seed")

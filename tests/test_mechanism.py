@@ -127,6 +127,9 @@ def test_figures():
     by_depth, by_scale = mechanism.draw_initialization(found).axes
     np.testing.assert_allclose([line.get_ydata() for line in by_depth.lines], [[0.2, 0.1], [2, 1]])
     np.testing.assert_allclose([line.get_ydata() for line in by_scale.lines], [[0.3, 3], [2.4, 3.3], [0.3, 3]])
+    assert by_depth.get_yscale() == by_scale.get_yscale() == by_scale.get_xscale() == "log"
+    labels = by_depth.get_ylabel(), by_scale.get_ylabel(), by_scale.get_xlabel()
+    assert all(label.endswith(", log scale") for label in labels)
 
     steps, angles = np.array([0, 1, 5]), {"a": np.array([0, 1, 2]), "b": np.array([0, 3, 4])}
     run = FirstSteps(steps, np.array([10, 11, 20]), np.array([10, 50, 60]), angles)

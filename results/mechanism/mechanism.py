@@ -31,7 +31,7 @@ from command_line.flag_types import Parser, as_typed, folder, whole
 from experiment.plan import distinct, seed_range
 from image_sets.batches import Batch, Batches
 from image_sets.loading import ImageSet
-from reporting.drawing import add_legend, label_axes, line_style, make_axes, save
+from reporting.drawing import add_legend, label_axes, line_styles, make_axes, make_logarithmic, save
 from reporting.tables import markdown
 from run_settings import PAPER, Settings
 from seeds import keep_random_states, make_deterministic
@@ -176,18 +176,22 @@ def angle(one: Tensor, other: Tensor) -> float:
 def draw_initialization(measured: Mapping[float, AtInitialization]) -> Figure:
     """Gradients by depth, and scale of the logits and loss, by the initial γ."""
     by_depth, by_scale = make_axes(columns=2)
-    for index, (bn_weight, at) in enumerate(measured.items()):
-        norms = list(at.gradient_norms.values())
-        by_depth.plot(range(1, len(norms) + 1), norms, label=f"initial γ {bn_weight:g}", **line_style(index))
-    label_axes(by_depth, CONVOLUTION, "norm of the gradient")
-    by_depth.set_yscale("log")
-    bn_weights, deviations = np.array(list(measured)), np.array([at.logit_deviation for at in measured.values()])
-    by_scale.plot(bn_weights, deviations, label="standard deviation of the logits", **line_style(len(measured)))
-    losses = [at.loss for at in measured.values()]
-    by_scale.plot(bn_weights, losses, label="loss (nats)", **line_style(len(measured) + 1))
+    norms = {f"initial γ {bn_weight:g}": list(at.gradient_norms.values()) for bn_weight, at in measured.items()}
+    deviations, losses = np.array([(at.logit_deviation, at.loss) for at in measured.values()]).T
+    of_scale = {"standard deviation of the logits": deviations, "loss (nats)": losses}
+    bn_weights, styles = np.array(list(measured)), line_styles([*norms, *of_scale])
+    for label, values in norms.items():
+        by_depth.plot(range(1, len(values) + 1), values, label=label, **styles[label])
+    for label, values in of_scale.items():
+        by_scale.plot(bn_weights, values, label=label, **styles[label])
     proportional = deviations[-1] * bn_weights / bn_weights[-1]
     by_scale.plot(bn_weights, proportional, color="0.5", linewidth=1, label="in proportion to γ")
-    by_scale.set(xscale="log", yscale="log", xlabel="initial γ")
+    label_axes(by_depth, CONVOLUTION, "norm of the gradient, log scale")
+    make_logarithmic(by_depth, np.array([*norms.values()]))
+    by_scale.set(xscale="log", xlabel="initial γ, log scale", ylabel="logits and loss, log scale")
+    by_scale.set_xticks(bn_weights, [f"{bn_weight:g}" for bn_weight in bn_weights])
+    by_scale.minorticks_off()
+    make_logarithmic(by_scale, np.concatenate([*of_scale.values(), proportional]))
     by_scale.grid(alpha=0.3)
     add_legend(by_scale.figure)
     return by_scale.figure
@@ -196,9 +200,10 @@ def draw_initialization(measured: Mapping[float, AtInitialization]) -> Figure:
 def draw_statistics(runs: Mapping[str, FirstSteps]) -> Figure:
     """Test accuracy by step, with running statistics and with those that are estimated anew; a panel for each run."""
     panels = make_axes(columns=len(runs), sharey=True, squeeze=False)[0]
+    styles = line_styles(labels := ("running statistics", "estimated anew"))
     for panel, (name, run) in zip(panels, runs.items(), strict=True):
-        panel.plot(run.steps, run.running, label="running statistics", **line_style(0))
-        panel.plot(run.steps, run.estimated_anew, label="estimated anew", **line_style(1))
+        for label, values in zip(labels, (run.running, run.estimated_anew), strict=True):
+            panel.plot(run.steps, values, label=label, **styles[label])
         label_axes(panel, "training step", "test accuracy (%)" if panel is panels[0] else "")
         panel.set_title(name)
     panels[0].set_ylim(0, 100)
@@ -210,11 +215,11 @@ def draw_rotation(runs: Mapping[str, FirstSteps], num_panels: int = 3) -> Figure
     """How far the weights of each convolution have turned, by depth: a panel for each of some measurements."""
     steps = next(iter(runs.values())).steps
     places = np.unique(np.linspace(0, len(steps) - 1, num_panels + 1).round().astype(int))[1:]  # not before the first
-    panels = make_axes(columns=len(places), width=4.2, sharey=True, squeeze=False)[0]
+    panels, styles = make_axes(columns=len(places), width=3, sharey=True, squeeze=False)[0], line_styles(runs)
     for panel, place in zip(panels, places, strict=True):
-        for index, (name, run) in enumerate(runs.items()):
+        for name, run in runs.items():
             angles = [of_steps[place] for of_steps in run.angles.values()]
-            panel.plot(range(1, len(angles) + 1), angles, label=name, **line_style(index))
+            panel.plot(range(1, len(angles) + 1), angles, label=name, **styles[name])
         label_axes(panel, CONVOLUTION, "angle to the initial weights (degrees)" if panel is panels[0] else "")
         panel.set_title(f"after {steps[place]} step{'s' * int(steps[place] > 1)}")
     panels[0].set_ylim(bottom=0)
