@@ -756,10 +756,11 @@ def test_first_screen():
     [[_, *found]] = tables_of(FIRST_SCREEN)
     assert found == expected
     drawn = runpy.run_path(str(RESULTS / "overview" / "draw.py"))["compare_all_rows"]()
+    of_pair = [best(cifar10_as_in_the_paper(name)) for name in ("proposed", "baseline")]
+    assert drawn.pop(3).differences == {1: pytest.approx(of_pair[0] - of_pair[1])}
     for comparison, (of, _) in zip(drawn, rows.values(), strict=True):
         np.testing.assert_allclose(list(comparison.differences.values()), gain(of))
 
-    of_pair = [best(cifar10_as_in_the_paper(name)) for name in ("proposed", "baseline")]
     by_epochs = [gain(cifar10_fair).mean(), gain(cifar10_long).mean(), of_pair[0] - of_pair[1]]
     with_method, without = (best(small_network_run(name)) for name in ("proposed", "baseline"))
     small = [(gain(of, setting="logits"), gain(of).mean()) for of in (fair, cifar10_fair)]
