@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).parent.parent / "cifar10-networks"))
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import spearmanr, wilcoxon
 from torch import Tensor, nn
 
 from image_sets.batches import Batches
@@ -143,27 +144,35 @@ def run() -> None:
 
 
 def report() -> list[str]:
-    """The table of mean test accuracies at each γ, and what the rule and constant choices of γ lose to the best γ."""
+    """The mean test accuracies at each γ, what the rule and constant choices of γ lose to the best γ, and the tests."""
     runs, predictions = read(RUNS, KEY), read(PREDICTIONS, ("dataset", "network", "batch_size"))
-    lines, lost = [], {"the rule": [], **{f"always {g:g}": [] for g in BN_WEIGHTS}}
+    header = ["network", "batch", "‖∇W‖/‖W‖", "predicted γ", *(f"γ = {g:g} (rate)" for g in BN_WEIGHTS)]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    lost: dict[str, list[float]] = {name: [] for name in ("the rule", *(f"always {g:g}" for g in BN_WEIGHTS))}
+    gradients, best_bn_weights = [], []
     for network, batch_size in CONDITIONS:
         prediction = predictions["digits", network, str(batch_size)]
-        cells, accuracies = [], {}
-        for g in BN_WEIGHTS:
-            rate = best_rate(network, batch_size, g, runs)
-            found = [runs[network, str(batch_size), f"{g:g}", f"{rate:g}", str(s)]["test_accuracy"] for s in SEEDS]
-            accuracies[g] = mean(map(float, found))
-            cells.append(f"{accuracies[g]:.2f} ({rate:g})")
+        rates = {g: best_rate(network, batch_size, g, runs) for g in BN_WEIGHTS}
+        accuracies = {
+            g: mean(
+                float(runs[network, str(batch_size), f"{g:g}", f"{rate:g}", str(s)]["test_accuracy"]) for s in SEEDS
+            )
+            for g, rate in rates.items()
+        }
         predicted, best = float(prediction["predicted_bn_weight"]), max(accuracies.values())
-        lost["the rule"].append(best - accuracies[predicted])
-        for g in BN_WEIGHTS:
-            lost[f"always {g:g}"].append(best - accuracies[g])
-        row = [network.rpartition(":")[2], batch_size, prediction["relative_gradient"], f"{predicted:g}", *cells]
-        lines.append(f"| {' | '.join(map(str, row))} |")
-    header = ["network", "batch", "‖∇W‖/‖W‖", "predicted γ", *(f"γ = {g:g}" for g in BN_WEIGHTS)]
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *lines, ""]
-    lines += ["| choice of γ | mean loss to the best γ | largest |", "|---|---|---|"]
-    return lines + [f"| {name} | {mean(values):.2f} | {max(values):.2f} |" for name, values in lost.items()]
+        gradients.append(float(prediction["relative_gradient"]))
+        best_bn_weights.append(max(accuracies, key=accuracies.get))
+        for name, losses in lost.items():
+            losses.append(best - accuracies[predicted if name == "the rule" else float(name.removeprefix("always "))])
+        row = [network.rpartition(":")[2], batch_size, prediction["relative_gradient"], f"{predicted:g}"]
+        lines.append(f"| {' | '.join(map(str, row + [f'{accuracies[g]:.2f} ({rates[g]:g})' for g in BN_WEIGHTS]))} |")
+    lines += ["", "| choice of γ | mean loss | largest |", "|---|---|---|"]
+    lines += [f"| {name} | {mean(losses):.2f} | {max(losses):.2f} |" for name, losses in lost.items()]
+    constant = min((name for name in lost if name != "the rule"), key=lambda name: mean(lost[name]))
+    p_value = wilcoxon(lost["the rule"], lost[constant], alternative="less").pvalue
+    correlation = spearmanr(gradients, best_bn_weights, alternative="less")
+    lines += ["", f"the rule against {constant}: p = {p_value:.2g}"]
+    return [*lines, f"Spearman's correlation {correlation.statistic:.2f}, p = {correlation.pvalue:.2g}"]
 
 
 if __name__ == "__main__":
