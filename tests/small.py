@@ -34,12 +34,21 @@ def load_few_digits() -> Bunch:
     return digits
 
 
+class SmallNetwork(nn.Sequential):
+    """With a `forward` of its own: torch 2.11 does not compile that of `nn.Sequential`."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        for layer in self:
+            images = layer(images)
+        return images
+
+
 def construct_small_network(
     network_name: str, num_classes: int, dataset: str, bn_weight: float = 1.0, *_: Any, **__: Any
 ) -> nn.Module:
     """One layer of each kind that matters, for digits, in place of `networks.construct_network`."""
     layers = [nn.Conv2d(3, 8, 3), ScaleBatchNorm2d(8, bn_weight=bn_weight), nn.ReLU(), nn.Flatten()]
-    return nn.Sequential(ScaleBatchNorm2d(3, bn_weight=bn_weight), *layers, nn.Linear(8 * 6 * 6, num_classes))
+    return SmallNetwork(ScaleBatchNorm2d(3, bn_weight=bn_weight), *layers, nn.Linear(8 * 6 * 6, num_classes))
 
 
 class StochasticDepth(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from run_settings import PRECISIONS
-from small import construct_small_network
+from small import SmallNetwork, construct_small_network
 from training.devices import speed_up, use_precision
 
 ROOT = Path(__file__).parent.parent
@@ -102,7 +102,7 @@ def test_further_networks_of_a_process_are_not_compiled_anew(graphs):
 
 def test_many_kinds_of_networks_are_compiled(graphs):
     for width in range(1, 11):
-        network = nn.Linear(width, 2)
+        network = SmallNetwork(nn.Linear(width, 2))
         speed_up(network, compiled=True)
         network(torch.rand(3, width))
     assert graphs() == 10

@@ -279,10 +279,9 @@ def test_run_that_draws_numbers_is_resumed_to_the_last_bit(write_module, few_dig
 
 
 def test_batch_norms_without_scales_or_statistics():
-    network = nn.Sequential(
-        nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3, bias=False)
-    )
-    network.append(nn.BatchNorm2d(3))
+    without = [{"affine": False}, {"track_running_stats": False}, {}, {}]
+    network = nn.Sequential(*(nn.BatchNorm2d(3, **options) for options in without))
+    network[2].register_parameter("bias", None)
     nn.init.constant_(network[-1].weight, 0.25)
     [(_, scales, shifts)] = batch_norms(network.state_dict())
     assert scales.tolist() == [0.25] * 3 and shifts.tolist() == [0] * 3

@@ -48,11 +48,17 @@ def parametrized() -> nn.Module:
     return parametrize.register_parametrization(nn.BatchNorm2d(5), "weight", nn.Softplus())
 
 
+def without_shift() -> nn.Module:
+    layer = nn.BatchNorm2d(5)
+    layer.register_parameter("bias", None)
+    return layer
+
+
 LAYERS = {
     "scaled": (lambda: ScaleBatchNorm2d(5, bn_weight=0.1), (6, 5, 4, 3)),
     "average": (lambda: nn.BatchNorm2d(5, momentum=None, eps=0.1), (1, 5, 4, 3)),
     "without scale": (lambda: nn.BatchNorm2d(5, affine=False), (6, 5, 4, 3)),
-    "without shift": (lambda: nn.BatchNorm2d(5, bias=False), (6, 5, 4, 3)),
+    "without shift": (without_shift, (6, 5, 4, 3)),
     "1d": (lambda: nn.BatchNorm1d(5), (6, 5)),
     "3d": (lambda: nn.BatchNorm3d(5), (2, 5, 2, 3, 2)),
     "torch's own": (lambda: nn.SyncBatchNorm(5), (6, 5, 4, 3)),
