@@ -117,13 +117,12 @@ CIFAR10_LONG = Tuned(
     ("0.01", "0.03", "0.1", "0.3"),
     range(16, 17),
 )
-NETWORKS = {  # those of which all runs are there
-    "plain2": Tuned(
-        "cifar10-networks",
-        "cifar10-plain_networks.plain2-num_epochs=5{}",
-        ("0.03", "0.1", "0.3", "1", "3"),
-        range(16, 17),
-    ),
+NETWORKS = {  # those of which all runs are there, with their rates
+    network: Tuned("cifar10-networks", f"cifar10-plain_networks.{network}-num_epochs=5{{}}", rates, range(16, 17))
+    for network, rates in {
+        "narrow_residual": ("0.01", "0.03", "0.1", "0.3"),
+        "plain2": ("0.03", "0.1", "0.3", "1", "3"),
+    }.items()
 }
 
 

@@ -458,10 +458,10 @@ def small_network_run(setting: str) -> pandas.DataFrame:
 
 
 def test_other_networks():
-    def lost(setting: str) -> list[str]:
-        losses = network_accuracies("plain2", "baseline") - network_accuracies("plain2", setting)
-        return [f"{value:.2f}" for value in (losses.mean(), *interval(losses))]
+    def gained(network: str, setting: str, sign: int = 1) -> str:
+        return between(sign * (network_accuracies(network, setting) - network_accuracies(network, "baseline")))
 
+    lost = partial(gained, "plain2", sign=-1)
     losses = [small_network_run(name)["train_loss"].iloc[-1] for name in ("proposed", "baseline")]
     check_sentences(
         lines_of("Other networks"),
@@ -469,8 +469,10 @@ def test_other_networks():
             *(best(small_network_run(name)) for name in ("proposed", "baseline"))
         ),
         "its training loss ends at {:.2f}, that of the baseline at {:.2f}.".format(*losses),
-        "It loses {} points with the method ({} to {})".format(*lost("proposed")),
-        "and {} with γ = 0.3 ({} to {})".format(*lost("small0.3")),
+        "it loses {} points with the method ({}".format(*lost("proposed").split(" (")),
+        "and {} with γ = 0.3 ({}".format(*lost("small0.3").split(" (")),
+        "it gains {} with γ = 0.3 ({}".format(*gained("narrow_residual", "small0.3").split(" (")),
+        f"and with the method {gained('narrow_residual', 'proposed')}.",
     )
 
 
@@ -771,7 +773,8 @@ def test_first_screen():
 
     by_epochs = [gain(cifar10_fair).mean(), gain(cifar10_long).mean(), of_pair[0] - of_pair[1]]
     with_method, without = (best(small_network_run(name)) for name in ("proposed", "baseline"))
-    plain2 = [network_accuracies("plain2", name).mean() for name in ("proposed", "baseline")]
+    plain2 = [network_accuracies("plain2", name).mean() for name in ("proposed", "baseline", "small0.3")]
+    narrow = [network_accuracies("narrow_residual", name).mean() for name in ("small0.3", "baseline")]
     small = [(gain(of, setting="logits"), gain(of).mean()) for of in (fair, cifar10_fair)]
     check_sentences(
         re.sub(r"```.*?```", "", FIRST_SCREEN, flags=re.DOTALL),
@@ -779,10 +782,12 @@ def test_first_screen():
             *by_epochs
         ),
         f"on digits it gains {gain(fair).mean():.1f} after 5.",
-        "loses: {:.1f} points on CIFAR-10 ({:.1f} % with the method, {:.1f} % without;".format(
-            plain2[1] - plain2[0], *plain2
+        "**loses** {:.1f} points with γ = 0.1 ({:.1f} % with the method, {:.1f} % without)".format(
+            plain2[1] - plain2[0], *plain2[:2]
         ),
-        f"and {without - with_method:.0f} on digits (",
+        f"and {plain2[1] - plain2[2]:.1f} with 0.3;",
+        f"gains {narrow[0] - narrow[1]:.1f} with 0.3, and nothing measurable with 0.1.",
+        f"lost {without - with_method:.0f} points (",
         "CIFAR-10: {:.2f} points after 5 epochs, {:.2f} after 20, {:.2f} after the paper's".format(*by_epochs),
         f"Digits: {gain(why).mean():.2f} after 5, {gain(long).mean():.2f} after 20.",
         "that gains {:.2f} points ({:.2f} to {:.2f}) on digits, where the method gains {:.2f},".format(
