@@ -473,6 +473,7 @@ def test_other_networks():
         "and {} with γ = 0.3 ({}".format(*lost("small0.3").split(" (")),
         "it gains {} with γ = 0.3 ({}".format(*gained("narrow_residual", "small0.3").split(" (")),
         f"and with the method {gained('narrow_residual', 'proposed')}.",
+        "(p = 0.08)",  # recomputed below
     )
 
 
@@ -499,6 +500,46 @@ def test_networks():
         expected.append([name, "0.1" if method == "proposed" else "0.3", *cells, verdict])
     [[_, *rows]] = tables_of(lines_of("What came of it so far", FOLDERS["cifar10-networks"]))
     assert rows == expected
+
+
+def test_suggestion():
+    """The rule for γ: each cell from the runs, and what a choice of γ loses to the best one."""
+    folder = RESULTS / "digits-suggestion"
+    runs, rules = pandas.read_csv(folder / "runs.csv"), pandas.read_csv(folder / "predictions.csv")
+    rules = rules[rules["dataset"] == "digits"]
+    rows, accuracy = [], []
+    for rule in rules.itertuples():
+        cells, means = [rule.network.rpartition(":")[2], str(rule.batch_size)], {}
+        cells += [f"{rule.relative_gradient:.4f}", f"{rule.predicted_bn_weight:g}"]
+        for weight in (1, 0.3, 0.1, 0.03):
+            its = (runs["network"] == rule.network) & (runs["batch_size"] == rule.batch_size)
+            of = runs[its & (runs["bn_weight"] == weight)]
+            rate = of[of["seed"] > 5].groupby("learning_rate")["val_accuracy"].mean().round(6).idxmax()
+            seeds = of[(of["seed"] <= 5) & (of["learning_rate"] == rate)]
+            assert len(of) == 6 * 2 + 5 and sorted(seeds["seed"]) == [1, 2, 3, 4, 5]
+            means[weight] = seeds["test_accuracy"].mean()
+            cells.append(f"{means[weight]:.2f} ({rate:g})")
+        rows.append(cells)
+        accuracy.append(means)
+    accuracy = pandas.DataFrame(accuracy)
+    predicted = [accuracy[weight][i] for i, weight in enumerate(rules["predicted_bn_weight"])]
+    lost = {"the rule": accuracy.max(axis=1) - predicted}
+    lost |= {f"always {weight:g}": accuracy.max(axis=1) - accuracy[weight] for weight in accuracy}
+    text = lines_of(CAME, FOLDERS["digits-suggestion"])
+    [_, *found], [_, *losses] = tables_of(text)
+    assert found == rows
+    assert losses == [[name, f"{values.mean():.2f}", f"{values.max():.2f}"] for name, values in lost.items()]
+    p = stats.wilcoxon(lost["the rule"], lost["always 0.1"], alternative="less").pvalue
+    rank = stats.spearmanr(rules["relative_gradient"], accuracy.round(6).idxmax(axis=1), alternative="less")
+    check_sentences(
+        text,
+        f"{lost['the rule'].mean():.2f} points, but against the best constant, always 0.1, p is {p:.2f}.",
+        f"the best γ, the larger one on a tie, is {rank.statistic:.2f} (p = {rank.pvalue:.2f}).",
+        f"the rule loses {lost['the rule'][:-1].mean():.2f} points on average and always 0.3 loses"
+        f" {lost['always 0.3'][:-1].mean():.2f}:",
+        chosen=CHOSEN | {"0.03"},
+    )
+    assert f"a hint, no more (p = {p:.2f})" in " ".join(MORE.split())
 
 
 def overlapping_splits(select: Callable) -> tuple[str, float]:

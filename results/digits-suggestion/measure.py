@@ -161,7 +161,7 @@ def report() -> list[str]:
         }
         predicted, best = float(prediction["predicted_bn_weight"]), max(accuracies.values())
         gradients.append(float(prediction["relative_gradient"]))
-        best_bn_weights.append(max(accuracies, key=accuracies.get))
+        best_bn_weights.append(max(accuracies, key=lambda g: (round(accuracies[g], 6), g)))  # the larger one on a tie
         for name, losses in lost.items():
             losses.append(best - accuracies[predicted if name == "the rule" else float(name.removeprefix("always "))])
         row = [network.rpartition(":")[2], batch_size, prediction["relative_gradient"], f"{predicted:g}"]
