@@ -190,7 +190,11 @@ def report(proposed_files: Sequence[Path], baseline_files: Sequence[Path], selec
         ValueError: the files cannot be compared.
     """
     files = [*proposed_files, *baseline_files]
-    if len(files) == 2 and all(plain := list(map(read_plain, files))):
+    plain = list(map(read_plain, files)) if len(files) == 2 else []
+    if None in plain and any(plain):
+        what = "CSV with the columns seed and accuracy, or one number a line"
+        raise ValueError(f"{files[plain.index(None)]} is not of accuracies, as the other file is: {what}")
+    if any(plain):
         (proposed, by_seed), (baseline, also_by_seed) = plain
         if by_seed != also_by_seed or not (by_seed or len(proposed) == len(baseline)):
             raise ValueError(f"{files[0]} and {files[1]} need a column seed in both, or as many lines, to be paired")
@@ -207,7 +211,7 @@ def report(proposed_files: Sequence[Path], baseline_files: Sequence[Path], selec
         lines = [*note_unsettled(runs), *selection_note(select), *note_missing_checksums(runs)]
         lines += mixed_circumstances(runs)
     if alone := sorted(proposed.keys() ^ baseline.keys()):
-        lines.append(f"seeds without a partner, which do not count: {', '.join(map(str, alone))}")
+        lines.append(f"seeds without a partner, which count in the means alone: {', '.join(map(str, alone))}")
     return "\n".join(["\n\n".join(tables(comparisons)), *lines])
 
 

@@ -52,7 +52,8 @@ def network_code(network: str) -> str | None:
     """A hash of the code of a network of one's own, MODULE:FUNCTION, which must have been built before.
 
     It is of this module and of those that it imports, directly or not, from the folder that it was imported from; not
-    of this project's own, which `code_version` names. None where there is no file, as of torchvision's networks.
+    of this project's own, which `code_version` names. Of an installed package such as timm, it is of all its modules.
+    None where there is no file, as of torchvision's networks.
     """
     module, _, function = network.partition(":")
     name = getattr(sys.modules.get(module), "__file__", None) if function else None
@@ -60,8 +61,11 @@ def network_code(network: str) -> str | None:
         return None
     file = Path(name).absolute()
     folder = file.parents[module.count(".") + (file.name == "__init__.py")]
-    project = imported_files(ROOT / "train.py", ROOT) if folder == ROOT else set()
-    files = {file} | imported_files(file, folder) - project
+    if folder.name in ("site-packages", "dist-packages"):  # following imports, torch among them, would take minutes
+        files = {file, *(folder / module.partition(".")[0]).rglob("*.py")}
+    else:
+        project = imported_files(ROOT / "train.py", ROOT) if folder == ROOT else set()
+        files = {file} | imported_files(file, folder) - project
     listed = sorted((file.relative_to(folder).as_posix(), file.read_bytes()) for file in files)
     return hashlib.sha256(repr(listed).encode()).hexdigest()[:12]
 

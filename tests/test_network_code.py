@@ -49,6 +49,21 @@ def test_what_it_depends_on(own, tmp_path):
     assert network_code(f"{own}:net") != before  # as if it were the one that is imported
 
 
+def test_installed_package(tmp_path, monkeypatch):
+    """Its own modules alone count, and are not followed to others that are installed."""
+    name, folder = f"own_code_{next(NUMBERS)}", tmp_path / "site-packages"
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(f"import {name}_other\n")
+    (folder / name / "more.py").write_text("")
+    (folder / f"{name}_other.py").write_text("")
+    monkeypatch.syspath_prepend(folder)
+    importlib.import_module(name)
+    for file, counts in {f"{name}/more.py": True, f"{name}_other.py": False}.items():
+        before = network_code(f"{name}:net")
+        (folder / file).write_text("# changed")
+        assert (network_code(f"{name}:net") != before) == counts
+
+
 def test_module_in_a_package(own, tmp_path):
     (tmp_path / f"{own}_parts" / "__init__.py").write_text(f"from {own}_parts.other import *\n")
     for network in (f"{own}_parts.sizes:net", f"{own}_parts:net"):  # the former imports from the package

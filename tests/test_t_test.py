@@ -261,7 +261,7 @@ def test_files(tmp_path, capsys):
     assert short.startswith("runs of 42 steps: batch norm's running statistics still hold what they started from")
     assert checksums == "1 of 9 result files have no checksum to compare their numbers with"
     assert versions == "not all runs have the same torch: 2.11; None"
-    assert alone == "seeds without a partner, which do not count: 5"
+    assert alone == "seeds without a partner, which count in the means alone: 5"
 
 
 def test_runs_that_differ_in_more_are_refused(tmp_path, fails):
@@ -305,7 +305,7 @@ def test_plain_files_by_seed(tmp_path, capsys):
     assert fields[4:6] == [f"{by_hand(PROPOSED[:4], BASELINE[:4]):.2g}"] * 2
     assert [line.split("|")[1].strip() for line in lines[:4:3]] == ["setting", "proposed"]
     assert lines[2].split("|")[4].strip() == ""  # nothing to compare the baseline with
-    assert lines[-1] == "seeds without a partner, which do not count: 4, 5"
+    assert lines[-1] == "seeds without a partner, which count in the means alone: 4, 5"
 
 
 def test_plain_files_by_line(tmp_path, capsys):
@@ -326,9 +326,9 @@ def test_plain_files_by_line(tmp_path, capsys):
         (BY_SEED, "seed,accuracy\n1,95\n2,nan\n", "b: there must be one finite number for each seed"),
         (BY_SEED, "seed,accuracy\n1,95\n2,good\n", "b: could not convert string 'good' to float64\n"),
         (BY_SEED, "seed,accuracy\na,1,95\nb,2,94\n", "b: not all lines have as many columns\n"),
-        (BY_SEED, "seed,acc\n1,95\n", "a is not a result file, or damaged, at line 1\n"),
-        (BY_SEED, "seed,accuracy\n", "a is not a result file, or damaged, at line 1\n"),
-        (BY_SEED, "", "a is not a result file, or damaged, at line 1\n"),
+        (BY_SEED, "seed,acc\n1,95\n", "b is not of accuracies, as the other file is: CSV with the columns seed and "),
+        (BY_SEED, "seed,accuracy\n", "b is not of accuracies, as the other file is: CSV with the columns seed and "),
+        (BY_SEED, "", "b is not of accuracies, as the other file is: CSV with the columns seed and "),
     ],
 )
 def test_plain_files_that_cannot_be_paired(tmp_path, fails, proposed, baseline, message):
