@@ -822,13 +822,13 @@ def test_first_screen():
         "gains {:.1f} points of test accuracy after 5 epochs, {:.1f} after 20 and {:.1f} after the paper's".format(
             *by_epochs
         ),
-        f"on digits it gains {gain(fair).mean():.1f} after 5.",
+        f"On digits it gains {gain(fair).mean():.1f} after 5.",
         "**loses** {:.1f} points with γ = 0.1 ({:.1f} % with the method, {:.1f} % without)".format(
             plain2[1] - plain2[0], *plain2[:2]
         ),
-        f"and {plain2[1] - plain2[2]:.1f} with 0.3;",
+        f"and {plain2[1] - plain2[2]:.1f} with 0.3.",
         f"gains {narrow[0] - narrow[1]:.1f} with 0.3, and nothing measurable with 0.1.",
-        f"lost {without - with_method:.0f} points (",
+        f"a similar one lost {without - with_method:.0f} points (",
         "CIFAR-10: {:.2f} points after 5 epochs, {:.2f} after 20, {:.2f} after the paper's".format(*by_epochs),
         f"Digits: {gain(why).mean():.2f} after 5, {gain(long).mean():.2f} after 20.",
         "that gains {:.2f} points ({:.2f} to {:.2f}) on digits, where the method gains {:.2f},".format(
