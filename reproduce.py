@@ -107,7 +107,7 @@ def list_experiments(experiments: Iterable[Experiment]) -> None:
         done = f"{experiment.num_done(planned)} of {len(planned)} {kind} are finished"
         done += f", {len(experiment.failed)} cannot be read" * bool(experiment.failed)
         what = f"{', '.join(plan.methods)}; seeds {' '.join(ranges(plan.seeds))}"
-        say(f"{plan.table_name}: {what}; {done}", f"{experiment.command} --report {shlex.quote(str(plan.report))}", "")
+        say(f"{plan.table_name}: {what}; {done}", experiment.report_command, "")
 
 
 def report(experiment: Experiment, tuning: Sequence[str], own_network: str | None) -> None:
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return
             [experiment], own_network = found, None  # who looks into a folder imports nothing that it names
             plan = experiment.plan
-            say(f"{experiment.command} --report {shlex.quote(str(plan.report))}")
+            say(experiment.report_command)
         if plan.list:
             list_runs(experiment)
             return

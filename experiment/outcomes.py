@@ -59,6 +59,11 @@ class Experiment:
         write_atomically(file, f"{self.command}\n".encode())
         return file
 
+    @property
+    def report_command(self) -> str:
+        """The command that reports what is in the folder."""
+        return f"{self.command} --report {shlex.quote(str(self.folder))}"
+
     def read(self, planned: Sequence[PlannedRun]) -> None:
         """Find which runs are finished, and which files are damaged or of another experiment.
 

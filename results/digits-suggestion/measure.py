@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr, wilcoxon
 from torch import Tensor, nn
 
+from experiment.tuning import choose_learning_rates
 from image_sets.batches import Batches
+from reporting.tables import markdown
 from run_settings import PAPER, Settings
 from seeds import make_deterministic
 from train import train
@@ -119,12 +121,12 @@ def make(network: str, batch_size: int, bn_weight: float, learning_rate: float, 
 
 def best_rate(network: str, batch_size: int, bn_weight: float, runs: Runs) -> float:
     """The learning rate with the best mean validation accuracy on the tuning seeds; the smaller one on a tie."""
-
-    def accuracy(rate: float) -> float:
-        keys = [(network, str(batch_size), f"{bn_weight:g}", f"{rate:g}", str(seed)) for seed in TUNING_SEEDS]
-        return sum(float(runs[key]["val_accuracy"]) for key in keys)
-
-    return max(LEARNING_RATES, key=lambda rate: (accuracy(rate), -rate))
+    key = (network, str(batch_size), f"{bn_weight:g}")
+    of_rates = {
+        rate: {seed: float(runs[*key, f"{rate:g}", str(seed)]["val_accuracy"]) for seed in TUNING_SEEDS}
+        for rate in LEARNING_RATES
+    }
+    return choose_learning_rates({network: of_rates})[network]
 
 
 def run() -> None:
@@ -147,7 +149,7 @@ def report() -> list[str]:
     """The mean test accuracies at each γ, what the rule and constant choices of γ lose to the best γ, and the tests."""
     runs, predictions = read(RUNS, KEY), read(PREDICTIONS, ("dataset", "network", "batch_size"))
     header = ["network", "batch", "‖∇W‖/‖W‖", "predicted γ", *(f"γ = {g:g} (rate)" for g in BN_WEIGHTS)]
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    rows = []
     lost: dict[str, list[float]] = {name: [] for name in ("the rule", *(f"always {g:g}" for g in BN_WEIGHTS))}
     gradients, best_bn_weights = [], []
     for network, batch_size in CONDITIONS:
@@ -164,10 +166,14 @@ def report() -> list[str]:
         best_bn_weights.append(max(accuracies, key=lambda g: (round(accuracies[g], 6), g)))  # the larger one on a tie
         for name, losses in lost.items():
             losses.append(best - accuracies[predicted if name == "the rule" else float(name.removeprefix("always "))])
-        row = [network.rpartition(":")[2], batch_size, prediction["relative_gradient"], f"{predicted:g}"]
-        lines.append(f"| {' | '.join(map(str, row + [f'{accuracies[g]:.2f} ({rates[g]:g})' for g in BN_WEIGHTS]))} |")
-    lines += ["", "| choice of γ | mean loss | largest |", "|---|---|---|"]
-    lines += [f"| {name} | {mean(losses):.2f} | {max(losses):.2f} |" for name, losses in lost.items()]
+        row = [network.rpartition(":")[2], f"{batch_size}", prediction["relative_gradient"], f"{predicted:g}"]
+        row += [f"{accuracies[g]:.2f} ({rates[g]:g})" for g in BN_WEIGHTS]
+        rows.append(dict(zip(header, row, strict=True)))
+    of_choices = [
+        {"choice of γ": name, "mean loss": f"{mean(losses):.2f}", "largest": f"{max(losses):.2f}"}
+        for name, losses in lost.items()
+    ]
+    lines = [markdown(rows, header), "", markdown(of_choices, list(of_choices[0]))]
     constant = min((name for name in lost if name != "the rule"), key=lambda name: mean(lost[name]))
     p_value = wilcoxon(lost["the rule"], lost[constant], alternative="less").pvalue
     correlation = spearmanr(gradients, best_bn_weights, alternative="less")
