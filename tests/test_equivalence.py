@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +93,23 @@ def test_equivalent_trains_alike(bn_weight, c, name, input_norm, few_digits):
         else:
             factor = 1
         torch.testing.assert_close(parameter, factor * theirs[key], rtol=1e-6, atol=1e-9)
+
+
+def test_what_is_between_the_method_and_small_logits(few_digits, monkeypatch):
+    """With ε and β's rate both changed, the method is `logits`; with one of the two, it is neither."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "results/cifar10-explanations")
+    rates, losses = {"weight_decay": 0.01, "learning_rate": 0.05}, {}
+    for name in ("logits", "resnet18", "small_epsilon", "slow_shift", "both"):
+        make_deterministic(1)
+        function = "resnet18" if name == "logits" else name
+        network = construct_network(f"variants:{function}", 10, "digits", 1 if name == "logits" else 0.1).double()
+        groups = adjust_weight_decay_and_learning_rate(network, **rates, c=100)
+        if name == "logits":
+            network, groups = logits_alone(network, 0.1, **rates, c=1)
+        losses[name], _ = train_six_steps(network, groups)
+    apart = {name: np.abs(np.subtract(losses[name], losses["logits"])).max() for name in losses if name != "logits"}
+    assert apart.pop("both") < 1e-7
+    assert min(apart.values()) > 1e-3
 
 
 def test_groups_of_the_equivalent():

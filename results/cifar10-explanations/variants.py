@@ -1,0 +1,60 @@
+"""ResNet-18 with torchvision's own first layers, changed where the method may owe its gain to something else.
+
+Its weights are drawn as `--network resnet18 --stem own` draws them, but for the last layer of `torch_last_layer`.
+"""
+
+import torchvision
+from torch import Tensor, nn
+
+from networks import reinit_network, zero_biases
+
+SMALL_EPSILON = 1e-7  # what torch's 1e-5 amounts to where γ is 0.1 and the variances a hundredth
+
+
+def resnet18(num_classes: int) -> torchvision.models.ResNet:
+    """The network as it is."""
+    network = torchvision.models.resnet18(num_classes=num_classes)
+    reinit_network(network)
+    zero_biases(network)
+    return network
+
+
+def small_epsilon(num_classes: int) -> nn.Module:
+    """ε of every batch norm is a hundredth; the input layer, which comes later, keeps its own."""
+    network = resnet18(num_classes)
+    for layer in batch_norms(network):
+        layer.eps = SMALL_EPSILON
+    return network
+
+
+def slow_shift(num_classes: int) -> nn.Module:
+    """β learns at a hundredth of the rate."""
+    network = resnet18(num_classes)
+    for layer in batch_norms(network):
+        layer.bias.register_hook(a_hundredth)
+    return network
+
+
+def both(num_classes: int) -> nn.Module:
+    """With γ = 0.1 and c = 100, this trains as `--equivalent logits` does, but for rounding."""
+    network = slow_shift(num_classes)
+    for layer in batch_norms(network):
+        layer.eps = SMALL_EPSILON
+    return network
+
+
+def torch_last_layer(num_classes: int) -> nn.Module:
+    """The weights of the last layer are as large as torch draws them: those of the paper's code divided by √6."""
+    network = resnet18(num_classes)
+    network.fc.weight.data /= 6**0.5
+    return network
+
+
+def batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
+    """Its batch norms."""
+    return [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+def a_hundredth(gradient: Tensor) -> Tensor:
+    """As SGD moves a parameter by its rate times its gradient, a rate of a hundredth."""
+    return gradient / 100
