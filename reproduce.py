@@ -24,21 +24,30 @@ from experiment.making import make_runs
 from experiment.outcomes import Experiment, find_experiments, remove
 from reporting import tables
 from reporting.comparison import Comparison, is_contrast
+from run_settings import DATASETS
 from saved_runs.by_seed import mixed_circumstances, note_missing_checksums, note_unsettled
 from saved_runs.results import Results
 from t_test import compare_all
 
 
-def check_here(runs: Iterable[PlannedRun], device: str | None) -> None:
-    """Raises as `train.train` does where this machine cannot begin to train with a method: images are loaded, too."""
+def check_here(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
+    """Raises as `train.train` does where this machine cannot begin to train with a method: images are loaded, too.
+
+    Also ValueError where finished runs are of other images, or of a network with other code, than those that follow.
+    """
     from training.preparation import construct, load_images, prepare  # not needed where other machines make the runs
+    from training.run import change_since, own_notes
     from training.trial import check_network
 
-    methods = [prepare(replace(run.settings, device=device)) for run in {run.method: run for run in runs}.values()]
+    device, methods = experiment.plan.device, {run.method: run for run in runs}.values()
+    methods = [prepare(replace(run.settings, device=device)) for run in methods]
     most = max(methods, key=lambda settings: settings.input_norm == "dataset")  # which needs their statistics, too
     images = load_images(replace(most, device="cpu"), say, shows_bar())
     for settings in methods:
         check_network(settings, construct(settings, len(images.classes), images.size), images)
+    for results in experiment.finished.values():
+        if change := change_since(results, own_notes(most, images)):
+            raise ValueError(f"{change}: give --restart to make all runs anew, or another --name")
 
 
 def compare(experiment: Experiment) -> list[Comparison]:
@@ -54,8 +63,9 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
     if plan.report is not None or not planned:
         return
     left, num_done = experiment.left(planned), experiment.num_done(planned)
-    if left and not (ARRIVED or plan.cluster):
-        check_here(left.values(), plan.device)
+    is_own = plan.first.dataset not in DATASETS or ":" in plan.first.network  # which may have changed
+    if (left or is_own) and not (ARRIVED or plan.cluster):
+        check_here(experiment, planned)
     epochs = f"{plan.first.num_epochs} epoch{'s' * (plan.first.num_epochs > 1)}"
     how = f"on {plan.cluster}" if plan.cluster else f"{plan.jobs} at a time"
     kind = "tuning runs" if planned[0].for_tuning else "runs"
@@ -120,8 +130,8 @@ def report(experiment: Experiment, tuning: Sequence[str], own_network: str | Non
     stem, to_compare = experiment.folder / plan.table_name, [run for seeds in runs.values() for run in seeds.values()]
     notes = [*note_unsettled(experiment.finished.values()), *tuning, *tables.selection_note(plan.select)]
     notes += [*note_missing_checksums(to_compare), *mixed_circumstances(to_compare)]
-    text = "\n\n".join([*(tables.tables(comparisons) if experiment.runs else []), *notes])
-    say(text)
+    text = "\n\n".join([*(tables.tables(comparisons) if to_compare else []), *notes])
+    say(*[text] * bool(text))
     for name, reason in experiment.failed.items():
         warn(f"{name} failed: {reason}", "reproduce.py")
     if not to_compare:

@@ -233,7 +233,7 @@ def how_to_name(folder: Path, images: Path) -> str:
     if folder.name in DATASETS:
         return f"{folder.name} is known without a folder: give {folder.name}, or {folder} another name"
     if not folder.is_dir():
-        return f"there is no folder {folder}"
+        return f"there is no folder {folder}; those to train on are in {images}"
     if (images / folder.name).exists() and folder.samefile(images / folder.name):
         return f"give its name alone: {folder.name}"
     source, target = shlex.quote(str(folder)), shlex.quote(str(images))

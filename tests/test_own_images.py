@@ -107,7 +107,8 @@ def test_statistics_of_the_images_are_those_of_the_run(beetles, capsys):
     assert capsys.readouterr().err.startswith(changed + run.header["mean"] + ", now 0.")
 
 
-def test_experiment_says_that_its_images_have_changed(runs_here, beetles, capsys, monkeypatch):
+def test_experiment_is_of_one_set_of_images(runs_here, beetles, capsys, monkeypatch):
+    """Where they have changed, no run is added, and no table shown as if it were of these."""
     monkeypatch.setattr(figures, "save_figures", lambda *_: ([], []))  # which takes seconds
     experiment = flags("--num_epochs", "1", "--seeds")
     (beetles / "train" / "Käfer" / "notes.txt").touch()
@@ -115,9 +116,15 @@ def test_experiment_says_that_its_images_have_changed(runs_here, beetles, capsys
     out = capsys.readouterr().out
     assert "not all runs have the same images" not in out and out.count("; left out are '1 .txt'\n") == 1
     (beetles / "test" / "Käfer" / "0.png").unlink()
-    reproduce.main([*experiment, "1-2"])
-    assert "not all runs have the same images: 54 training, 6 validation and 8 test" in capsys.readouterr().out
-    assert "images" in read_results(next(Path("results").glob("*-seed1.csv"))).header
+    before, now = (f"54 training, 6 validation and {number} test images of 3 classes" for number in (9, 8))
+    for seeds in ("1", "1-2"):
+        with pytest.raises(SystemExit, match="1"):
+            reproduce.main([*experiment, seeds])
+        out, err = capsys.readouterr()
+        assert f"was begun: images was {before}, now {now}: give --restart" in err and "± " not in out
+    assert not list(Path("results").glob("*-seed2.csv"))
+    reproduce.main([*experiment, "1", "--report"])  # what there is can be seen as before
+    assert "± " in capsys.readouterr().out
 
 
 def rename_test(folder: Path) -> None:

@@ -103,7 +103,7 @@ class Run:
         if self.results.header.get("image_hash"):
             with suppress(ValueError, OSError):  # of images that are not there any more, nothing is asked
                 image_set = load_images()
-        change = self.change(own_notes(self.settings, image_set))
+        change = change_since(self.results, own_notes(self.settings, image_set))
         self.report(f"{self.settings.run_name} is finished already" + (f"; {change}" if change else ""))
         return True
 
@@ -125,7 +125,7 @@ class Run:
         From here on, a signal ends the run between two steps, never in the middle of saving it.
         """
         self.notes = own_notes(self.settings, image_set)
-        if change := self.change(self.notes):
+        if self.results and (change := change_since(self.results, self.notes)):
             raise ValueError(f"{change}: give --restart to start over, or another --name")
         settling_steps = steps_until_start_is_gone(network)
         if settling_steps != SETTLING_STEPS:
@@ -163,15 +163,6 @@ class Run:
         images = {"total": settings.num_epochs * num_images, "initial": (self.epochs[0] - 1) * num_images}
         options = {"unit": " images", "unit_scale": True, "bar_format": BAR, "disable": not self.show_bar}
         self.bar = self.contexts.enter_context(tqdm(**images, **options))
-
-    def change(self, notes: Mapping[str, Value]) -> str | None:
-        """What has changed since the run was begun, if anything has. Files of early versions do not say all of it."""
-        begun, settings = self.results.header if self.results else {}, self.settings
-        for name, now in notes.items():
-            if (before := begun.get(name, now)) != now:
-                what = f"code of {settings.network}" if name == "network_code" else f"images of {settings.dataset}"
-                return f"the {what} changed since {settings.run_name} was begun: {name} was {before}, now {now}"
-        return None
 
     def steps(self, batches: Batches) -> Iterator[Batch]:
         """The batches, one after the other; KeyboardInterrupt with the number of a signal that has arrived."""
@@ -231,6 +222,16 @@ class Run:
             self.saved_state, self.last_save = self.state, time.monotonic()
         else:
             write_results(self.files.results, self.results)
+
+
+def change_since(begun: Results, notes: Mapping[str, Value]) -> str | None:
+    """What has changed since a run was begun, if anything has. Files of early versions do not say all of it."""
+    for name, now in notes.items():
+        if (before := begun.header.get(name, now)) != now:
+            kind, of = ("code", "network") if name == "network_code" else ("images", "dataset")
+            since = f"since {begun.header['name']} was begun: {name} was {before}, now {now}"
+            return f"the {kind} of {begun.header[of]} changed {since}"
+    return None
 
 
 def own_notes(settings: Settings, image_set: ImageSet | None) -> dict[str, Value]:
