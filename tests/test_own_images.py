@@ -23,7 +23,6 @@ from folders import make_folder
 from image_sets import folders
 from image_sets.loading import ImageSet, load_image_set
 from run_settings import Settings
-from saved_runs.results import read_results
 from trained_networks import load_network
 from training.preparation import prepare
 
