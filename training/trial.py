@@ -2,9 +2,8 @@
 
 import copy
 import io
-import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +30,6 @@ def check_network(
     """
     num_train, num_classes = len(image_set.splits["train"]), len(image_set.classes)
     check_batch_size(settings, num_train)
-    check_saving(settings, network)
     with refusing("network", f"{settings.network} cannot be copied"):
         trial = copy.deepcopy(network).cpu().train()
     height, width = image_set.size
@@ -76,52 +74,23 @@ def check_logits(settings: Settings, logits: Any, num_classes: int) -> None:
         raise SettingError("network", f"{settings.network} computes {what}")
 
 
-def check_saving(settings: Settings, network: nn.Module) -> None:
-    """SettingError where the `state_dict` holds what could be saved, but not be loaded again."""
-    for name, value in network.state_dict().items():
-        if isinstance(value, Tensor):
-            continue
-        kind = f"of type {type(value).__name__}, cannot be loaded with weights_only=True"
-        with refusing("network", f"{settings.network} cannot be resumed: {name} in its state_dict, {kind}"):
-            torch.save(value, saved := io.BytesIO())
-            load_saved(saved.getvalue())
-
-
 def check_state(settings: Settings, trial: nn.Module, image_set: ImageSet) -> None:
-    """SettingError where the `state_dict` of a network that has seen batches does not hold all that it computes with.
+    """SettingError where a network does not compute the same when its `state_dict` has been saved and loaded.
 
     Such a run could not be resumed to the same numbers, and its saved weights would be of another network.
     """
     with keep_random_states():
         try_images(trial, 2, image_set.size)
         anew = construct(settings, len(image_set.classes), image_set.size)
-        anew.load_state_dict(trial.state_dict())
-        differing = unlike_modules(trial, anew)
+        with refusing("network", f"{settings.network} cannot be saved and resumed"):
+            torch.save(trial.state_dict(), saved := io.BytesIO())
+            anew.load_state_dict(load_saved(saved.getvalue()))
         for training in (False, True):
             outputs = [try_images(network.train(training), 2, image_set.size, seed=1) for network in (trial, anew)]
             if not torch.equal(*outputs):
-                where = f": see {', '.join(differing[:3])}" if differing else ""
                 problem = "what it computes depends on more than its state_dict, so it cannot be saved and resumed"
                 remedy = "keep that in a buffer or in get_extra_state"
-                raise SettingError("network", f"{settings.network}: {problem}{where}; {remedy}")
-
-
-def unlike_modules(one: nn.Module, other: nn.Module) -> list[str]:
-    """Names and types of the modules that differ between two networks, though their `state_dict` is the same."""
-    pairs = zip(one.named_modules(), other.modules(), strict=False)
-    differing = {name: type(here) for (name, here), there in pairs if attributes(here) != attributes(there)}
-    return [f"{name or 'the network'} ({kind.__name__})" for name, kind in differing.items()]
-
-
-def attributes(module: nn.Module) -> dict[str, bytes]:
-    """What a module holds besides what is in its `state_dict`, as far as it can be compared."""
-    values = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    values |= {name: module.get_buffer(name) for name in module._non_persistent_buffers_set}
-    found = {}
-    for name, value in values.items():
-        with suppress(Exception):  # what cannot be pickled cannot be compared
-            found[name] = pickle.dumps(value.tolist() if isinstance(value, Tensor) else value)
-    return found
+                raise SettingError("network", f"{settings.network}: {problem}; {remedy}")
 
 
 def try_images(network: nn.Module, num_images: int, size: Size, seed: int = 0) -> Any:
