@@ -91,8 +91,8 @@ def batch_norm(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
     eps: float,
     momentum: float,
     process_group: dist.ProcessGroup,
@@ -116,10 +116,9 @@ def batch_norm(
     mean = sums / count
     deviations = values - mean.view(shape)
     variance = AddUp.apply(deviations.square().sum(others), process_group) / count
-    if running_mean is not None:
-        with torch.no_grad():
-            for running, of_batch in ((running_mean, mean), (running_var, variance * (count / (count - 1)))):
-                running.mul_(1 - momentum).add_(of_batch, alpha=momentum)
+    with torch.no_grad():
+        for running, of_batch in ((running_mean, mean), (running_var, variance * (count / (count - 1)))):
+            running.mul_(1 - momentum).add_(of_batch, alpha=momentum)
     normalized = deviations * (variance + eps).rsqrt().view(shape)
     if weight is not None:
         normalized = normalized * weight.view(shape)
