@@ -39,9 +39,9 @@ from observations import NUM_MEASURED, learned_scales_and_shifts, normalized_val
 from reporting.comparison import Comparison, is_contrast
 from reporting.drawing import add_legend, label_axes, line_styles, make_axes, make_logarithmic, save
 from reporting.tables import without_tables
-from saved_runs.by_seed import accuracy_by_seed, check_alike, read_by_seed
+from saved_runs.by_seed import check_alike, read_by_seed
 from saved_runs.results import Results, read_results
-from t_test import compare, compare_all
+from t_test import compare_all
 
 Runs = Mapping[str, Mapping[int, Results]]  # finished runs by method and seed
 
@@ -122,22 +122,22 @@ def accuracy_by_bn_weight(runs: Runs, comparisons: Sequence[Comparison] | None =
     It shows mean and standard deviation over the seeds, and a star where the verdict of the comparison, by default with
     the baseline alone, is "significant". ValueError where they have fewer than three values of γ.
     """
-    verdicts = {c.method: c.verdict for c in (compare_all(runs) if comparisons is None else comparisons)}
+    of_method = {c.method: c for c in (compare_all(runs) if comparisons is None else comparisons)}
     panel, points = make_axes(width=5.5), []
     for method, seeds in runs.items():
         values = compared(next(iter(seeds.values())).header) if seeds else {}
         if seeds and values == compared({**PAPER["proposed"], "bn_weight": values["bn_weight"]}):
-            c = compare(method, accuracy_by_seed(seeds), {})
+            c = of_method[method]
             points.append((values["bn_weight"], c.mean, np.nan_to_num(c.deviation)))
-            if verdicts.get(method) == "significant":
+            if c.verdict == "significant":
                 panel.annotate("*", points[-1][:2], (5, 2), textcoords="offset points", fontsize=18)
     if len({weight for weight, *_ in points}) < 3:
         raise ValueError("there are fewer than three bn_weights to compare")
     weights, means, deviations = zip(*sorted(points), strict=True)
     panel.errorbar(weights, means, deviations, color="black", marker="o", capsize=3, label="c = 100, input_norm bn")
     if runs.get("baseline"):
-        mean = compare("baseline", accuracy_by_seed(runs["baseline"]), {}).mean
-        panel.axhline(mean, color=line_styles(runs)["baseline"]["color"], linestyle="--", label="baseline")
+        color = line_styles(runs)["baseline"]["color"]
+        panel.axhline(of_method["baseline"].mean, color=color, linestyle="--", label="baseline")
     panel.set(xscale="log", xlabel="initial γ, log scale", ylabel="test accuracy (%), mean ± standard deviation")
     panel.set_xticks(weights, [f"{weight:g}" for weight in weights], minor=False)
     panel.minorticks_off()

@@ -52,11 +52,6 @@ def first_depth(layers: Sequence[str]) -> int:
     return 0 if first == ["0"] and all(layer.startswith("1.") for layer in later) else 1
 
 
-def initial_scale(depth: int, bn_weight: float) -> float:
-    """Where γ started in the batch norm of this depth: at `bn_weight`; in front of the network, at 0.58 of it."""
-    return bn_weight if depth else bn_weight * SIGMA_ACT
-
-
 def batch_norm_arrays(weights: Weights) -> dict[str, np.ndarray]:
     """All that belongs to batch norms in a `state_dict`, under the same names, but for their counts of batches."""
     layers = [name.removesuffix(".running_mean") for name in weights if name.endswith(".running_mean")]
@@ -236,7 +231,7 @@ def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mappin
 
     Args:
         weights: for each method a `state_dict`, as in `networks/NAME-best.pt`.
-        bn_weights: for each method the initial γ of the batch norms; see `initial_scale`.
+        bn_weights: for each method the initial γ of the batch norms; of that in front of the network, it is 0.58 of it.
     """
     panels, styles = make_axes(2, width=9, height=3.4, sharex=True), line_styles(weights)
     offsets = 0.24 * (np.arange(len(weights)) - (len(weights) - 1) / 2)
@@ -244,7 +239,7 @@ def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mappin
     for offset, (method, trained) in zip(offsets, weights.items(), strict=True):
         depths, quantiles = [], []
         for depth, scale, shift in batch_norms(trained):
-            values = np.array((scale, shift)) / initial_scale(depth, bn_weights[method])
+            values = np.array((scale, shift)) / (bn_weights[method] * (1 if depth else SIGMA_ACT))
             depths.append(depth)
             quantiles.append(np.quantile(values, (0, 0.05, 0.5, 0.95, 1), axis=1))
         if not depths:
