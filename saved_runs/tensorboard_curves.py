@@ -1,12 +1,10 @@
 """A live view of a run in TensorBoard: the columns of its result file, its settings, γ and β by layer."""
 
-from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from command_line.flag_types import SettingError
 from run_settings import Settings, determining
 from saved_runs.results import COLUMNS, Results
 
@@ -58,9 +56,3 @@ class Curves:
         """End the thread that writes."""
         if self.writer:
             self.writer.close()
-
-
-def check_tensorboard() -> None:
-    """SettingError where TensorBoard is not installed."""
-    if find_spec("tensorboard") is None:
-        raise SettingError("tensorboard", "there is no TensorBoard here: pip install tensorboard")

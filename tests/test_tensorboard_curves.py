@@ -124,7 +124,7 @@ def test_what_is_saved_is_shown(make_run, tmp_path, monkeypatch):
 
 
 def test_without_tensorboard(make_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("saved_runs.tensorboard_curves.find_spec", lambda name: None)
+    monkeypatch.setattr("training.preparation.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:
         make_run()
     captured = capsys.readouterr()

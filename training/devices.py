@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from batch_norm import debias_running_statistics
 from command_line.flag_types import SettingError
-from run_settings import PRECISIONS, Settings
+from run_settings import Settings
 
 
 def find_device(name: str | None) -> torch.device:
@@ -51,7 +51,7 @@ def speed_up(network: nn.Module, precision: str = "float32", compiled: bool = Fa
 
     Args:
         network: any module, on the device where it will compute.
-        precision: one of `PRECISIONS`. For 'bfloat16', the channels of a pixel are put next to each other in memory.
+        precision: as in `Settings`. For 'bfloat16', the channels of a pixel are put next to each other in memory.
         compiled: whether to compile it, with CUDA graphs on a GPU, for each size of the batches that it is called
             with. `torch.compiler.set_stance("force_eager")` spares a size that comes too seldom, such as that of a
             short last batch.
@@ -97,12 +97,7 @@ def use_precision(precision: str) -> Iterator[None]:
 
     'float32' and 'bfloat16' are torch's own settings: a GPU rounds the inputs of convolutions, but not of products, to
     the 10 bits of tf32. 'tf32' rounds both, 'strict' neither. A CPU computes in full float32 in any case.
-
-    Raises:
-        ValueError: `precision` is not one of `PRECISIONS`.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     convolutions = "ieee" if precision == "strict" else "tf32"
     products = "tf32" if precision == "tf32" else "ieee"
     backends = torch.backends

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from importlib.util import find_spec
 
 import joblib
 import torch
@@ -21,7 +22,6 @@ from image_sets.loading import ImageSet, load_image_set
 from networks import construct_network
 from run_settings import DATASETS, Settings, absolute, determining, how_to_name, split_seed
 from saved_runs.circumstances import code_version, network_code
-from saved_runs.tensorboard_curves import check_tensorboard
 from seeds import keep_random_states
 from training import together
 from training.run import Report
@@ -51,8 +51,8 @@ def prepare(settings: Settings) -> Settings:
 
 def complete(settings: Settings) -> Settings:
     """What `prepare` does in one process."""
-    if settings.tensorboard:
-        check_tensorboard()
+    if settings.tensorboard and find_spec("tensorboard") is None:
+        raise SettingError("tensorboard", "there is no TensorBoard here: pip install tensorboard")
     if settings.compile and together.size() > 1:
         raise SettingError("compile", "it is for one process, without torchrun")
     device = str(together.device_of(settings.device))
