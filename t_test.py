@@ -198,8 +198,10 @@ def report(proposed_files: Sequence[Path], baseline_files: Sequence[Path], selec
         (proposed, by_seed), (baseline, also_by_seed) = plain
         if by_seed != also_by_seed or not (by_seed or len(proposed) == len(baseline)):
             raise ValueError(f"{files[0]} and {files[1]} need a column seed in both, or as many lines, to be paired")
-        if min(highest := [max(of.values()) for of in (proposed, baseline)]) <= 1 < max(highest):
-            raise ValueError(f"{files[highest.index(min(highest))]} has fractions, the other file percent: give both in percent")
+        highest = [max(of.values()) for of in (proposed, baseline)]
+        if min(highest) <= 1 < max(highest):
+            which = files[highest.index(min(highest))]
+            raise ValueError(f"{which} has fractions, the other file percent: give both in percent")
         comparisons = [compare("baseline", baseline, {}), compare("proposed", proposed, baseline)]
         comparisons[0].reference = None
         apply_holm_correction(comparisons)
