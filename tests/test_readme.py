@@ -3,6 +3,7 @@ import ast
 import itertools
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -122,7 +123,13 @@ def test_command_of_the_paper_has_every_flag():
 def test_commands_for_a_network_and_images_of_ones_own(tmp_path):
     """In a folder with JPEGs of odd sizes and modes, all but as printed; every command ends with its results."""
     section = re.search(r"^## Your own network, your own images\n(.*?)^## ", USAGE, re.DOTALL | re.MULTILINE)[1]
-    [example] = re.findall(r"^```\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    example, experiment = re.findall(r"^```\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    planned = plan.parse(shlex.split(experiment.replace("\\\n", " "))[2:])
+    runs = len(planned.tuning_runs) + len(planned.seeds) * len(planned.methods)
+    assert (
+        f"each at the best of {['one', 'two', 'three'][len(planned.learning_rates) - 1]} rates, in {runs} runs"
+        in section
+    )
     make_folder(tmp_path / "images" / "flowers")
     commands = example.replace("python ", f"{sys.executable} {ROOT}/").replace("--num_epochs 5", "--num_epochs 1")
     commands = re.sub(r"(train|reproduce)\.py", r"\1.py --device cpu", commands).replace("--seeds 1-3", "--seeds 1")

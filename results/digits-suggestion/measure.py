@@ -145,32 +145,36 @@ def run() -> None:
                 make(*condition, bn_weight, rate, seed, runs)
 
 
+IMAGES = 3.6 * len(SEEDS)  # a percent of the test images of all seeds
+
+
 def report() -> list[str]:
     """The mean test accuracies at each γ, what the rule and constant choices of γ lose to the best γ, and the tests."""
     runs, predictions = read(RUNS, KEY), read(PREDICTIONS, ("dataset", "network", "batch_size"))
     header = ["network", "batch", "‖∇W‖/‖W‖", "predicted γ", *(f"γ = {g:g} (rate)" for g in BN_WEIGHTS)]
     rows = []
-    lost: dict[str, list[float]] = {name: [] for name in ("the rule", *(f"always {g:g}" for g in BN_WEIGHTS))}
+    lost: dict[str, list[int]] = {name: [] for name in ("the rule", *(f"always {g:g}" for g in BN_WEIGHTS))}
     gradients, best_bn_weights = [], []
     for network, batch_size in CONDITIONS:
         prediction = predictions["digits", network, str(batch_size)]
         rates = {g: best_rate(network, batch_size, g, runs) for g in BN_WEIGHTS}
-        accuracies = {
-            g: mean(
-                float(runs[network, str(batch_size), f"{g:g}", f"{rate:g}", str(s)]["test_accuracy"]) for s in SEEDS
+        correct = {  # test images of all seeds: whole numbers, so that ties are ties
+            g: sum(
+                round(float(runs[network, str(batch_size), f"{g:g}", f"{rate:g}", str(s)]["test_accuracy"]) * 3.6)
+                for s in SEEDS
             )
             for g, rate in rates.items()
         }
-        predicted, best = float(prediction["predicted_bn_weight"]), max(accuracies.values())
+        predicted, best = float(prediction["predicted_bn_weight"]), max(correct.values())
         gradients.append(float(prediction["relative_gradient"]))
-        best_bn_weights.append(max(accuracies, key=lambda g: (round(accuracies[g], 6), g)))  # the larger one on a tie
+        best_bn_weights.append(max(correct, key=lambda g: (correct[g], g)))  # the larger one on a tie
         for name, losses in lost.items():
-            losses.append(best - accuracies[predicted if name == "the rule" else float(name.removeprefix("always "))])
+            losses.append(best - correct[predicted if name == "the rule" else float(name.removeprefix("always "))])
         row = [network.rpartition(":")[2], f"{batch_size}", prediction["relative_gradient"], f"{predicted:g}"]
-        row += [f"{accuracies[g]:.2f} ({rates[g]:g})" for g in BN_WEIGHTS]
+        row += [f"{correct[g] / IMAGES:.2f} ({rates[g]:g})" for g in BN_WEIGHTS]
         rows.append(dict(zip(header, row, strict=True)))
     of_choices = [
-        {"choice of γ": name, "mean loss": f"{mean(losses):.2f}", "largest": f"{max(losses):.2f}"}
+        {"choice of γ": name, "mean loss": f"{mean(losses) / IMAGES:.2f}", "largest": f"{max(losses) / IMAGES:.2f}"}
         for name, losses in lost.items()
     ]
     lines = [markdown(rows, header), "", markdown(of_choices, list(of_choices[0]))]
