@@ -461,12 +461,10 @@ def small_network_run(setting: str) -> pandas.DataFrame:
 
 
 def test_other_networks():
-    def gained(network: str, sign: int = 1) -> str:
-        """With γ = 0.1 and with 0.3, as the text has both."""
-        differences = [network_tests()[network, method][0] for method in ("proposed", "small0.3")]
-        return "{} and {}".format(*(between(sign * of) for of in differences))
-
-    lost = [gained(name, -1) for name in ("plain2", "plain4")]
+    lost = [
+        [between(-network_tests()[name, method][0]) for name in ("plain2", "plain4", "plain8")]
+        for method in ("proposed", "small0.3")
+    ]
     narrow = [between(network_tests()["narrow_residual", method][0]) for method in ("small0.3", "proposed")]
     losses = [small_network_run(name)["train_loss"].iloc[-1] for name in ("proposed", "baseline")]
     check_sentences(
@@ -475,8 +473,11 @@ def test_other_networks():
             *(best(small_network_run(name)) for name in ("proposed", "baseline"))
         ),
         "its training loss ends at {:.2f}, that of the baseline at {:.2f}.".format(*losses),
-        f"lose with γ = 0.1 and with 0.3: {lost[0]}, and {lost[1]}.",
-        f"gains with both, {gained('shufflenet_v2_x0_5')}.",
+        "`plain2`, of two convolutions, {}, `plain4` {} and `plain8` {}.".format(*lost[0]),
+        "With 0.3 they lose {}, {} and {}.".format(*lost[1]),
+        "gains with both, {} and {}.".format(
+            *(between(network_tests()["shufflenet_v2_x0_5", method][0]) for method in ("proposed", "small0.3"))
+        ),
         "gains {} with γ = 0.3 ({}, and with 0.1 {}.".format(*narrow[0].split(" ("), narrow[1]),
         "(p = 0.06)",  # recomputed below
     )
