@@ -217,6 +217,7 @@ def test_small_logits_on_cifar10():
     ]
     low, high = stats.ttest_ind(cifar10_fair("proposed"), cifar10_fair("logits"), equal_var=False).confidence_interval()
     behind, *ahead = CIFAR10_TUNED.leads("logits", "proposed")
+    [[_, row]] = tables_of(lines_of("What came of it so far", FOLDERS["cifar10-explanations"]))
     check_sentences(
         more,
         f"1 was tried as well: {CIFAR10_TUNED.mean_val_accuracy('1', 'logits'):.2f}.",
@@ -227,6 +228,7 @@ def test_small_logits_on_cifar10():
         "have test accuracies of {} % and {} %.".format(*(spread(cifar10_fair(name)) for name in ("input", "logits"))),
         f"(two one-sided tests, p = {max(one_sided):.2g})",
         f"without pairing, the difference is {of.mean():+.2f} ({low:+.2f} to {high:+.2f}).",
+        "`proposed` gains {} points, and with a smaller ε {} (".format(*(cell.replace("+", "") for cell in row[5:7])),
         f"by {-behind:.1f} points at 0.01, and ahead by {{:.1f}}, {{:.1f}} and {{:.1f}} at".format(*ahead),
     )
 
@@ -528,6 +530,42 @@ def test_networks_of_the_first_screen():
     assert {name.partition(",")[0]: cells for name, *cells in rows} == expected
 
 
+def between_method_and_small_logits(rate: str) -> dict[str, tuple[str, str]]:
+    """By name, how the files of a setting begin at a learning rate, and as which setting they end."""
+    at = "" if rate == "0.1" else f"-learning_rate={rate}"
+    own, variant = f"cifar10-resnet18-num_epochs=5{at}-stem=own", f"cifar10-variants.{{}}-num_epochs=5{at}"
+    variants = {name: (variant.format(name), "proposed") for name in ("slow_shift", "small_epsilon")}
+    return {"proposed": (own, "proposed"), **variants, "logits": (own, "logits")}
+
+
+def test_beta_or_epsilon():
+    """Each cell of the table; tests from least squares with a mean for each setting, those not made with a p of 1."""
+    folder, contrasts = "cifar10-explanations", [(-1, 1, 0, 0), (-1, 0, 1, 0), (1, -1, -1, 1)]
+    [[_, *rows]] = tables_of(lines_of("What came of it so far", FOLDERS[folder]))
+    p_values, expected = [], []
+    for rate, *_ in rows:
+        files = between_method_and_small_logits(rate)
+        cells = {name: read_runs(folder, begin, setting) for name, (begin, setting) in files.items()}
+        assert all(list(runs) == [18, 19, 20] for runs in cells.values())
+        values = [best(run) for runs in cells.values() for run in runs.values()]
+        design = np.repeat(np.eye(4), 3, axis=0)
+        means, [residual], *_ = np.linalg.lstsq(design, values)
+        row = [rate, *(spread(np.array(values[n : n + 3])) for n in (0, 3, 6, 9))]
+        for weights in contrasts:
+            error = np.sqrt(residual / 8 * np.dot(weights, np.linalg.inv(design.T @ design) @ weights))
+            difference, half = np.dot(weights, means), error * stats.t.ppf(0.975, 8)
+            row.append(f"{difference:+.2f} ({difference - half:+.2f} to {difference + half:+.2f})")
+            p_values.append(2 * stats.t.sf(abs(difference / error), 8))
+        del p_values[-1]  # of the interaction
+        expected.append(row)
+    low, high = stats.ttest_ind(values[3:6], values[:3], equal_var=False).confidence_interval()
+    assert f"an interval of {low:.2f} to {high:.2f} (Welch" in " ".join(FOLDERS[folder].split())
+    p_values += [1] * (4 - len(p_values))
+    for n, row in enumerate(expected):
+        row += [f"{holm(p, p_values):.2g}" for p in p_values[2 * n : 2 * n + 2]]
+    assert rows == expected
+
+
 def test_suggestion():
     """The rule for γ: each cell from the runs, and what a choice of γ loses to the best one."""
     folder = RESULTS / "digits-suggestion"
@@ -728,7 +766,12 @@ def test_initialization_of_the_mechanism():
         assert np.mean(found, axis=0) == pytest.approx(at_first[bn_weight], rel=0.06)  # they have two digits
 
 
-MADE_ALONE = {  # beside the runs of the experiments: at a rate beyond those planned; two pairs on a CPU
+MADE_ALONE = {  # beside the runs of the experiments: at a rate beyond those planned; two pairs on a CPU; some settings
+    "cifar10-explanations": {
+        f"{begin}-{SETTINGS[setting]}-seed{seed}"
+        for begin, setting in between_method_and_small_logits("0.3").values()
+        for seed in (18, 19, 20)
+    },
     "cifar10-own-stem": {f"{CIFAR10_TUNED.at('1')}-{SETTINGS['logits']}-seed{seed}" for seed in (16, 17)},
     "cifar10-own-stem-gpu": {
         f"{LONG_ON_CPU.at(rate)}-{SETTINGS[setting]}-seed{seed}"
