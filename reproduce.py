@@ -45,8 +45,9 @@ def check_here(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
     images = load_images(replace(most, device="cpu"), say, shows_bar())
     for settings in methods:
         check_network(settings, construct(settings, len(images.classes), images.size), images)
+    notes = own_notes(most, images)
     for results in experiment.finished.values():
-        if change := change_since(results, own_notes(most, images)):
+        if change := change_since(results, notes):
             raise ValueError(f"{change}: give --restart to make all runs anew, or another --name")
 
 
