@@ -1,4 +1,4 @@
-"""β's rate or ε: the tests of this folder's plan, as a table with a row for each learning rate that is complete.
+"""The tests of this folder's plan, as a table for each question that has runs enough.
 
 python results/cifar10-explanations/compare.py
 """
@@ -11,12 +11,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import numpy as np
 from scipy import stats
 
+from command_line.flag_types import as_typed
+from experiment.outcomes import Experiment, find_experiments
 from reporting.comparison import Comparison
 from reporting.tables import markdown
+from saved_runs.by_seed import accuracy_by_seed
 from saved_runs.results import read_results
-from t_test import apply_holm_correction
+from t_test import apply_holm_correction, compare
 
 HERE = Path(__file__).parent
+DIFFERENCE = "{:+.2f} ({:+.2f} to {:+.2f})"  # with its 95 % interval
 SEEDS = (18, 19, 20)
 RATES = {"0.3": "-learning_rate=0.3", "0.1": ""}  # how they stand in the names of result files
 SETTINGS = {  # how these names begin, and end but for the seed
@@ -53,7 +57,8 @@ def contrast(values: np.ndarray, weights: tuple[int, ...]) -> tuple[float, tuple
     return difference, interval, 2 * stats.t.sf(abs(difference / error), freedom)
 
 
-if __name__ == "__main__":
+def beta_or_epsilon() -> str:
+    """Question 1: a row for each learning rate that is complete."""
     complete = {}
     for rate in RATES:
         try:
@@ -70,7 +75,7 @@ if __name__ == "__main__":
         }
         for name, weights in CONTRASTS.items():
             difference, interval, p_value = contrast(values, weights)
-            row[name] = "{:+.2f} ({:+.2f} to {:+.2f})".format(difference, *interval)
+            row[name] = DIFFERENCE.format(difference, *interval)
             if name != "interaction":
                 tests.append(Comparison(name, {}, {}, interval, p_value))
         rows.append(row)
@@ -80,4 +85,46 @@ if __name__ == "__main__":
     )
     for row in rows:
         row |= {f"p of {name}": f"{tests.pop(0).corrected_p_value:.2g}" for name in list(CONTRASTS)[:2]}
-    print(markdown(rows, list(rows[0])) if rows else "")
+    return markdown(rows, list(rows[0]))
+
+
+def tuned_experiment(folder: Path, network: str) -> Experiment | None:
+    """The experiment of a folder with this network and tuned rates, if all its runs are there."""
+    for experiment in find_experiments(folder):
+        of_network = experiment.plan.tuning_runs and experiment.plan.first.network == network
+        if of_network and experiment.runs and not experiment.left(experiment.runs):
+            return experiment
+    return None
+
+
+def last_layer(experiment: Experiment) -> str:
+    """Question 2: what the method gains with torch's last layer, and this layer beside that of the paper's code."""
+    earlier = tuned_experiment(HERE.parent / "cifar10-own-stem", "resnet18")
+    ours, theirs = (
+        {method: accuracy_by_seed(runs) for method, runs in of.runs_by_method.items()} for of in (experiment, earlier)
+    )
+    rates = ", ".join(f"{method} {as_typed(rate)}" for method, rate in experiment.learning_rates.items())
+    gain = compare("proposed - baseline", ours["proposed"], ours["baseline"])
+    tests, differences = [gain], [gain.difference]
+    for method in ("baseline", "proposed"):
+        of_torch, of_paper = list(ours[method].values()), list(theirs[method].values())
+        test = stats.ttest_ind(of_torch, of_paper, equal_var=False)
+        name = f"{method} - {method} of cifar10-own-stem"
+        tests.append(Comparison(name, {}, {}, test.confidence_interval(0.95), test.pvalue))
+        differences.append(np.mean(of_torch) - np.mean(of_paper))
+    apply_holm_correction(tests[:2])  # how the two `proposed` compare was not to be tested
+    rows = [
+        {
+            "compared": test.method,
+            "difference (95 % CI)": DIFFERENCE.format(difference, *test.interval),
+            "p (Holm)": "" if np.isnan(test.corrected_p_value) else f"{test.corrected_p_value:.2g}",
+        }
+        for test, difference in zip(tests, differences, strict=True)
+    ]
+    return f"learning rates: {rates}\n\n{markdown(rows, list(rows[0]))}"
+
+
+if __name__ == "__main__":
+    print(beta_or_epsilon())
+    if experiment := tuned_experiment(HERE, "variants:torch_last_layer"):
+        print(f"\n{last_layer(experiment)}")
