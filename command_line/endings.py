@@ -17,7 +17,7 @@ from command_line.flag_types import FlagError, SettingError
 from command_line.signals import LAUNCHED, STOP_SIGNALS, catch_signals
 
 # where a signal stops a command that saves what it has done
-HOW_TO_RESUME = "stopped; the epochs that are done are saved: run the same command again, without --restart, to go on"
+HOW_TO_RESUME = "stopped: run the same command again, without --restart, to go on after the last finished epoch"
 AT_WORK, DIVERGED = 3, 4  # exit codes of what an experiment must tell from other errors
 LONGEST_LINE = 1000  # letters of an error that are shown
 

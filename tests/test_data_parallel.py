@@ -251,7 +251,7 @@ def test_signal_to_all_processes_saves_the_run(tmp_path):
             os.kill(pid, signal.SIGTERM)
         process.wait()
     assert own_lines(tmp_path) == [
-        "train.py: stopped; the epochs that are done are saved: run the same command again, without --restart, to go on"
+        "train.py: stopped: run the same command again, without --restart, to go on after the last finished epoch"
     ]
     assert [(tmp_path / f"code-{rank}").read_text() for rank in range(2)] == ["143", "143"]
     done = [line for line in (tmp_path / "results" / "x.csv").read_text().splitlines() if line[0].isdigit()]
