@@ -152,7 +152,7 @@ def test_signal_saves_and_says_how_to_go_on(alone, tmp_path, monkeypatch, capsys
         run(tmp_path, "--checkpoint_seconds", "1e9")
     assert stop.value.code == 143
     error = capsys.readouterr().err
-    assert error.startswith("train.py: stopped; ") and "run the same command again, without --restart" in error
+    assert error.startswith("train.py: stopped: ") and "run the same command again, without --restart" in error
     assert outcome(tmp_path)["columns"]["epoch"].tolist() == [1, 2]
     run(tmp_path)
     assert same(outcome(tmp_path), outcome(alone))

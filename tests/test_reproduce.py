@@ -454,7 +454,7 @@ def test_stopped_experiment_goes_on(no_training, tmp_path, monkeypatch, capsys):
         patch.setattr(reproduce, "mixed_circumstances", send)
         assert run(tmp_path, "--seeds", "1-3") == 143
     captured = capsys.readouterr()
-    assert captured.err.startswith("reproduce.py: stopped; the epochs")
+    assert captured.err.startswith("reproduce.py: stopped: run the same")
     assert "| interim: 1 of 3" in captured.out and (tmp_path / "results" / f"{EXPERIMENT}.md").exists()
     assert len(list((tmp_path / "results").glob("*seed*.csv"))) == 2
     assert run(tmp_path, "--seeds", "1-3") == 0
@@ -560,7 +560,7 @@ def test_stopped_tuning_goes_on(no_training, tmp_path, monkeypatch, capsys):
     with stopped_at_seed(17, monkeypatch):
         assert run(tmp_path, "--seeds", "1-2", *RATES) == 143
     captured = capsys.readouterr()
-    assert captured.err.startswith("reproduce.py: stopped;")
+    assert captured.err.startswith("reproduce.py: stopped:")
     assert "The learning rates are not chosen yet: 6 of 12 tuning runs are left.\n" in captured.out
     assert "| chosen" not in captured.out and "test accuracy" not in captured.out
     assert len(list((tmp_path / "results").glob("*.csv"))) == 6
