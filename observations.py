@@ -1,5 +1,6 @@
 """What the paper observes in a trained network: γ and β by depth, and how large normalized values get."""
 
+import copy
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -77,9 +78,9 @@ NUM_MEASURED = 128  # test images on which normalized values are measured
 def measure_normalized_values(network: nn.Module, images: Tensor) -> list[NormalizedValues]:
     """How large normalized values get in each batch norm of a network, in the order of computation (Section 3).
 
-    The network, any module, takes these images in evaluation mode, and is left as it was.
+    A copy of the network, any module, takes these images in evaluation mode.
     """
-    measured, hooks = [], []
+    network, measured = copy.deepcopy(network).eval(), []
 
     def measure(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         statistics = (None if values is None else values.float() for values in (layer.running_mean, layer.running_var))
@@ -90,17 +91,8 @@ def measure_normalized_values(network: nn.Module, images: Tensor) -> list[Normal
 
     for name, layer in network.named_modules():
         if isinstance(layer, _BatchNorm):
-            hooks.append(layer.register_forward_pre_hook(partial(measure, name)))
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        network(images)
-    finally:
-        network.train(modes[network])  # for layers whose own `train` does more
-        for module, mode in modes.items():
-            module.training = mode
-        for hook in hooks:
-            hook.remove()
+            layer.register_forward_pre_hook(partial(measure, name))
+    network(images)
     return measured
 
 
