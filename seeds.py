@@ -70,9 +70,7 @@ def random_states() -> dict[str, Any]:
 def set_random_states(states: dict[str, Any]) -> None:
     """Set all global random generators to what `random_states` gave. CUDA devices that are missing here are skipped."""
     random.setstate(states["python"])
-    numpy_state = dict(states["numpy"])
-    numpy_state["state"] = dict(numpy_state["state"], key=np.array(numpy_state["state"]["key"], dtype=np.uint32))
-    np.random.set_state(numpy_state)
+    np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     for device in range(min(len(states["cuda"]), torch.cuda.device_count())):
         torch.cuda.set_rng_state(states["cuda"][device], device)
