@@ -29,7 +29,7 @@ from command_line.endings import one_line_endings, say
 from command_line.files import write_atomically
 from command_line.flag_types import Parser, as_typed, folder, whole
 from experiment.plan import distinct, seed_range
-from image_sets.batches import Batch, Batches
+from image_sets.batches import Batches
 from image_sets.loading import ImageSet
 from reporting.drawing import add_legend, label_axes, line_styles, make_axes, make_logarithmic, save
 from reporting.tables import markdown
@@ -131,7 +131,8 @@ def measure_first_steps(
     for step, batch in enumerate(chain.from_iterable(repeat(train_batches))):
         if step in wanted:
             with keep_random_states():
-                anew = estimate_statistics(network, islice(train_batches, math.ceil(num_images / settings.batch_size)))
+                anew = copy.deepcopy(network)
+                update_bn(islice(train_batches, math.ceil(num_images / settings.batch_size)), anew)
                 accuracies = [train.measure(one, test_batches, settings)[1] for one in (network, anew)]
             angles = [angle(initial[name], layer.weight) for name, layer in convolutions(network).items()]
             found[step] = (*accuracies, angles)
@@ -154,13 +155,6 @@ def mean_over_seeds(measured: Sequence[Measured]) -> Measured:
         return np.mean(values, axis=0).astype(np.asarray(values[0]).dtype)  # steps stay whole numbers
 
     return type(measured[0])(*(mean(values) for values in zip(*(vars(one).values() for one in measured), strict=True)))
-
-
-def estimate_statistics(network: nn.Module, batches: Iterable[Batch]) -> nn.Module:
-    """A copy of a network whose batch norms have mean and variance of these batches instead of running statistics."""
-    anew = copy.deepcopy(network)
-    update_bn(batches, anew)
-    return anew
 
 
 def angle(one: Tensor, other: Tensor) -> float:
@@ -211,10 +205,10 @@ def draw_statistics(runs: Mapping[str, FirstSteps]) -> Figure:
     return panels[0].figure
 
 
-def draw_rotation(runs: Mapping[str, FirstSteps], num_panels: int = 3) -> Figure:
-    """How far the weights of each convolution have turned, by depth: a panel for each of some measurements."""
+def draw_rotation(runs: Mapping[str, FirstSteps]) -> Figure:
+    """How far the weights of each convolution have turned, by depth: a panel for each of three measurements."""
     steps = next(iter(runs.values())).steps
-    places = np.unique(np.linspace(0, len(steps) - 1, num_panels + 1).round().astype(int))[1:]  # not before the first
+    places = np.unique(np.linspace(0, len(steps) - 1, 4).round().astype(int))[1:]  # not before the first
     panels, styles = make_axes(columns=len(places), width=3, sharey=True, squeeze=False)[0], line_styles(runs)
     for panel, place in zip(panels, places, strict=True):
         for name, run in runs.items():
