@@ -96,11 +96,9 @@ def measure_normalized_values(network: nn.Module, images: Tensor) -> list[Normal
     return measured
 
 
-def measure_run(
-    run: Results, network: nn.Module, image_set: ImageSet, num_images: int = NUM_MEASURED
-) -> list[NormalizedValues]:
+def measure_run(run: Results, network: nn.Module, image_set: ImageSet) -> list[NormalizedValues]:
     """`measure_normalized_values` of a run's network on some test images of its data set, prepared as in training."""
-    [images] = image_set.take([image_set.sample("test", num_images)])
+    [images] = image_set.take([image_set.sample("test", NUM_MEASURED)])
     images = images.float() / 255
     if (DEFAULTS | run.header)["input_norm"] == "dataset":
         images = Normalize(image_set.mean, image_set.std)(images)

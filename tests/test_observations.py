@@ -134,11 +134,11 @@ def test_measured_network_is_left_as_it_was():
 def test_measure_run_prepares_images_as_in_training(small_network, tmp_path):
     image_set = load_image_set("digits")
     network = trained_networks.construct_network("", 10, "digits").eval()
-    images = image_set.images[image_set.splits["test"][:20]] / 255
+    images = image_set.images[image_set.splits["test"][:128]] / 255
     mean, std = image_set.mean[0], image_set.std[0]
     before = random_states()
     for input_norm, prepared in (("bn", images), ("dataset", (images - mean) / std)):
-        first, *_ = observations.measure_run(Results({"input_norm": input_norm}, {}), network, image_set, 20)
+        first, *_ = observations.measure_run(Results({"input_norm": input_norm}, {}), network, image_set)
         assert first.maximum == pytest.approx(prepared.abs().max().item(), rel=1e-4)
     assert random_states() == before
 
