@@ -48,6 +48,7 @@ from saved_runs.by_seed import (
 )
 from saved_runs.results import Results
 
+REAL = Real | Decimal | np.bool_ | None  # what an array of objects may hold
 HALF_UNITS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}  # relative; of all others, as of float64
 
 
@@ -101,7 +102,7 @@ def as_vector(values: Any, name: str) -> tuple[np.ndarray, float]:
     try:
         numbers, rounding = plain_numbers(values)
         vector = np.asarray(numbers)
-        if vector.dtype.kind not in "biufO" or not all(map(is_real, vector.flat)):
+        if vector.dtype.kind not in "biufO" or not all(isinstance(value, REAL) for value in vector.flat):
             raise TypeError(f"they are of the type {vector.dtype}")
         vector = vector.astype(np.float64)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last of tensors that are not dense
@@ -111,11 +112,6 @@ def as_vector(values: Any, name: str) -> tuple[np.ndarray, float]:
     if not np.isfinite(vector).all():
         raise ValueError(f"{name} holds a value that is not a finite number")
     return vector, rounding
-
-
-def is_real(value: Any) -> bool:
-    """Whether a value in an array is a real number, or None."""
-    return isinstance(value, Real | Decimal | np.bool_ | None) and not isinstance(value, np.timedelta64)
 
 
 def plain_numbers(values: Any) -> tuple[Any, float]:

@@ -131,7 +131,6 @@ def test_scale_does_not_matter(scale):
                 np.array([1, "2", 4], dtype=object),
                 torch.tensor([1, 2, 4 + 1j]),
                 np.array(["2026-01-01", "2026-01-02", "2026-01-04"], dtype="datetime64[D]"),
-                np.array([np.timedelta64(number, "D") for number in (1, 2, 4)], dtype=object),
                 torch.zeros(3, device="meta"),
                 [1, 2, 10**400],
                 {1: 2, 2: 3, 4: 5},
