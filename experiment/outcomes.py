@@ -161,7 +161,10 @@ def find_experiments(folder: Path) -> list[Experiment]:
     for file in sorted(folder.glob(f"*{ENDING}")):
         command = read_file(file).decode(errors="replace").strip()
         try:
-            plan = parse([*shlex.split(command)[len(PROGRAM) :], "--report", str(folder)])
+            words = shlex.split(command)
+            if words[: len(PROGRAM)] != PROGRAM:
+                raise ValueError(f"it does not begin with {' '.join(PROGRAM)}")
+            plan = parse([*words[len(PROGRAM) :], "--report", str(folder)])
         except ValueError as error:
             raise ValueError(f"{file} is damaged: remove it, and give the flags of its experiment ({error})") from None
         experiments[command] = experiment = Experiment(plan, command)

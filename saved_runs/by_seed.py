@@ -54,13 +54,14 @@ def read_plain(file: Path) -> tuple[dict[int, float], bool] | None:
     Such a file has columns with a first line of names, `accuracy` and perhaps `seed` among them; or a number a line.
     ValueError where one of the numbers is wrong.
     """
-    lines = read_file(file).decode("utf-8-sig", errors="replace").splitlines() or [""]
+    text = read_file(file).decode("utf-8-sig", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()] or [""]
     names = [name.strip(' "') for name in lines[0].split(",")]
     if not (lines[1:] if "accuracy" in names else re.fullmatch(r"\s*[\d.]+\s*", lines[0])):
         return None
     columns = [names.index(name) for name in ("seed", "accuracy") if name in names] or None
     try:
-        if len({line.count(",") for line in lines if line.strip()}) > 1:
+        if len({line.count(",") for line in lines}) > 1:
             raise ValueError("not all lines have as many columns")
         numbers = np.loadtxt(lines[bool(columns) :], delimiter=",", usecols=columns, ndmin=2, quotechar='"')
         seeds = numbers[:, 0] if "seed" in names else np.arange(1, len(numbers) + 1)

@@ -702,6 +702,10 @@ def test_folder_of_several_experiments(no_training, tmp_path, monkeypatch, capsy
         f"{common} --name mine --seeds 1-3,7{end}",
         "",
     ]
+    (file := results / "empty-command.txt").touch()
+    with pytest.raises(SystemExit):
+        reproduce.main(["--report", str(results)])
+    assert f"error: {file} is damaged: remove it" in capsys.readouterr().err
 
 
 # --- signals and terminals -------------------------------------------------------------------------------------------
