@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 ONE_PROCESS_ONLY = "so that it can be trained in one process only: start train.py without torchrun"
 
 
-def synchronize(network: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+def synchronize(network: nn.Module) -> None:
     """Let every batch norm of a network train with mean and variance of the shares of all processes. In place.
 
     What it changes is `forward` of these layers, as an attribute: classes, parameters, buffers and hooks stay. Shares
@@ -27,7 +27,6 @@ def synchronize(network: nn.Module, group: dist.ProcessGroup | None = None) -> N
 
     Args:
         network: any module. Other layers that compute with statistics of a batch do so with those of a share.
-        group: the processes; all of those that torch.distributed knows, by default.
 
     Raises:
         ValueError: a layer cannot share its statistics; or, in its `forward`, it does not get them from `F.batch_norm`,
@@ -37,18 +36,16 @@ def synchronize(network: nn.Module, group: dist.ProcessGroup | None = None) -> N
         if isinstance(layer, _BatchNorm):
             if layer.running_mean is None:
                 raise ValueError(f"batch norm {name!r} has no running statistics, {ONE_PROCESS_ONLY}")
-            layer.forward = partial(forward, layer, layer.forward, name, group)
+            layer.forward = partial(forward, layer, layer.forward, name)
         elif isinstance(layer, _NormBase) and layer.running_mean is not None:
             raise ValueError(f"instance norm {name!r} has running statistics, {ONE_PROCESS_ONLY}")
 
 
-def forward(
-    layer: _BatchNorm, own_forward: Callable, name: str, group: dist.ProcessGroup | None, *inputs: Any, **named: Any
-) -> Any:
+def forward(layer: _BatchNorm, own_forward: Callable, name: str, *inputs: Any, **named: Any) -> Any:
     """What a layer computes, with the statistics of the whole batch in training."""
     if not layer.training:
         return own_forward(*inputs, **named)
-    with WholeBatch(group) as whole_batch:
+    with WholeBatch() as whole_batch:
         outputs = own_forward(*inputs, **named)
     if not whole_batch.used:
         raise ValueError(f"batch norm {name!r} does not call torch's F.batch_norm, {ONE_PROCESS_ONLY}")
@@ -58,9 +55,7 @@ def forward(
 class WholeBatch(TorchFunctionMode):
     """Within it, `F.batch_norm` takes the statistics of all processes; `used` is whether it was called."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        super().__init__()
-        self.group, self.used = group, False
+    used = False
 
     def __torch_function__(
         self, function: Callable, types: Sequence[type], args: Sequence = (), kwargs: Mapping[str, Any] | None = None
@@ -83,8 +78,8 @@ class WholeBatch(TorchFunctionMode):
         if not training or running_mean is None:  # without running ones, it normalizes weights, not images
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         compute = sync_batch_norm.apply if input.is_cuda else batch_norm
-        group = self.group or dist.group.WORLD
-        return compute(input, weight, bias, running_mean, running_var, eps, momentum, group, dist.get_world_size(group))
+        whole = dist.group.WORLD, dist.get_world_size()
+        return compute(input, weight, bias, running_mean, running_var, eps, momentum, *whole)
 
 
 def batch_norm(
