@@ -39,7 +39,6 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard de
 ENDINGS = (*IMG_EXTENSIONS, ".jpe", ".jfif")
 OF_SYSTEMS = ("@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information")
 OF_SYSTEMS += ("__MACOSX", "lost+found", "Thumbs.db", "desktop.ini")
-MOST_PIXELS = 2**27  # of an image that is resized: 400 MB
 BITS, WHITE_IS_ZERO, ORIENTATION = 258, 262, 274  # tags of TIFF, the last one of EXIF too: how the camera was held
 
 
@@ -221,16 +220,9 @@ def find_orientation(image: Image.Image) -> int:
 
 
 def get_image(images: Images, index: int, fit: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `fit` makes of one of the images, uint8 (3, H, W). ValueError, with the file's name, where it cannot."""
-    file = images[index]
-    if isinstance(file, Tensor):
-        return fit(file)
-    image = read_image(file)
-    try:
-        return fit(image)
-    except (ValueError, RuntimeError, MemoryError) as error:
-        height, width = image.shape[1:]
-        raise ValueError(f"{file}, of {height}×{width} pixels, cannot be resized: {error}") from error
+    """What `fit` makes of one of the images, uint8 (3, H, W)."""
+    image = images[index]
+    return fit(image if isinstance(image, Tensor) else read_image(image))
 
 
 def own_size(files: Iterable[Path]) -> Size | None:
@@ -251,8 +243,6 @@ def resize(image: Tensor, size: Size, margin: float = 1) -> Tensor:
     if image.shape[1:] == size and margin == 1:
         return image
     shorter = round(size[0] * margin)
-    if shorter**2 * max(image.shape[1:]) > MOST_PIXELS * min(image.shape[1:]):
-        raise ValueError(f"with a shorter side of {shorter} it would have more than {MOST_PIXELS:,}")
     image = v2.functional.resize(image, [shorter], antialias=True)
     return v2.functional.center_crop(image, list(size))
 

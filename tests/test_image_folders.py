@@ -299,16 +299,6 @@ def test_pgm_of_more_than_8_bits(tmp_path):
         assert pixels(tmp_path / "image.pgm")[0, -1].tolist() == [255] * 3
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_image_that_would_take_gigabytes_is_named(tmp_path, workers):
-    """With a shorter side of 256 pixels, 1×20,000 have 1.3 billion."""
-    folder = make_folder(tmp_path / "beetles", num_train=30, num_test=3, size=(8, 8))
-    Image.new("RGB", (20_000, 1)).save(folder / "train" / "Käfer" / "0.png")
-    message = r"Käfer/0.png, of 1×20000 pixels, cannot be resized: with a shorter side of 256 it would have"
-    with pytest.raises(ValueError, match=message):
-        load_image_set("beetles", tmp_path, image_size=224, workers=workers)
-
-
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
 def test_file_that_is_no_image(tmp_path, content):
     file = tmp_path / "image.jpg"
