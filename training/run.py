@@ -13,7 +13,6 @@ from torch import Tensor, nn, optim
 from tqdm import tqdm
 
 from batch_norm import steps_until_start_is_gone
-from command_line.files import AtWorkError
 from command_line.signals import CATCHING, catch_signals, raise_if_stopped, until_stopped
 from image_sets.batches import Batch, Batches
 from image_sets.loading import ImageSet
@@ -21,7 +20,7 @@ from run_settings import DATASETS, Settings, Value
 from saved_runs.checkpoint import FORMAT, REMOVE_BOTH, check_parameters, parameter_names, recover_run, save_run
 from saved_runs.circumstances import code_version, describe_run, network_code
 from saved_runs.lock import lock_run
-from saved_runs.results import COLUMNS, SETTLING_STEPS, Results, read_finished, run_files, unsettled, write_results
+from saved_runs.results import COLUMNS, SETTLING_STEPS, Results, run_files, unsettled, write_results
 from saved_runs.tensorboard_curves import Curves
 from seeds import random_states, set_random_states
 from training import together
@@ -70,15 +69,7 @@ class Run:
     def open_files(self) -> None:
         """Lock the run and find what an earlier process has left of it."""
         with ExitStack() as contexts:
-            try:
-                contexts.enter_context(lock_run(self.files))
-            except OSError as error:
-                if isinstance(error, AtWorkError) or self.settings.restart:
-                    raise
-                self.results = read_finished(self.files.results, self.settings)
-                if self.results is None:
-                    raise
-                return  # a run that is finished needs no lock, and its folder need not be one that can be written
+            contexts.enter_context(lock_run(self.files))
             code_version()  # as it is now: it may be changed while the run goes on
             if not self.settings.restart:
                 self.results, self.state = recover_run(self.files, self.settings)
