@@ -3,7 +3,6 @@
 import ctypes
 import os
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
@@ -19,8 +18,7 @@ def find_device(name: str | None) -> torch.device:
     """The device of that name, by default the accelerator that torch finds, else the CPU. SettingError if missing."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     try:
-        with warnings.catch_warnings(action="ignore"):  # what torch says of 'mkldnn', beside the error
-            device = torch.device(name if name is not None else accelerator or "cpu")
+        device = torch.device(name if name is not None else accelerator or "cpu")
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises differs by device
         found = ["cpu", *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()) if accelerator)]
