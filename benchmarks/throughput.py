@@ -10,8 +10,6 @@ for several rounds. The images are CIFAR-10's where `--path` has them, and rando
 ratio to the plain loop:
 
     product   operations of a step's convolutions and matrix products, as a share of what a large product reaches
-    copy      bytes that the operations of an eager step read and write, as a share of what a large copy reaches
-    batch     what a step spends on having its batch, as a share of the step
     memory    peak of a process that trains in this mode alone (GPU: what tensors take of the GPU) with all images
 """
 
@@ -26,7 +24,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +31,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn, optim
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10
@@ -171,22 +166,6 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def batch_seconds(
-    args: argparse.Namespace, train: Training, loader: DataLoader | Batches, step_seconds: float
-) -> float:
-    """What a step spends on having its batch.
-
-    A CPU makes batches between the steps, so that making them can be measured alone. A GPU goes on with its work
-    meanwhile: there it is what a step is longer than one of many with the same batch.
-    """
-    if args.device.type == "cuda":
-        [batch] = take(loader, 1)
-        batch = [tensor.to(args.device) for tensor in batch]
-        return step_seconds - seconds_of(partial(train, repeat(batch, args.steps)), args.device) / args.steps
-    count = max(args.steps, 20)
-    return seconds_of(lambda: list(take(loader, count)), args.device) / count
-
-
 def peak_flops(device: torch.device, precision: str) -> float:
     """The best rate of a large matrix product, in operations (a multiplication, an addition) a second."""
     n = 8192 if device.type == "cuda" else 1024
@@ -196,34 +175,12 @@ def peak_flops(device: torch.device, precision: str) -> float:
         return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(5))
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """The best rate of a large copy, in bytes a second, read and written."""
-    a = torch.empty(2**28, dtype=torch.uint8, device=device).zero_()
-    b = torch.zeros_like(a)
-    return 2 * len(a) / min(seconds_of(lambda: b.copy_(a), device) for _ in range(5))
-
-
-class ByteCounter(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations read and write, as if nothing stayed in a cache."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
-            self.total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return result
-
-
-def count_step(args: argparse.Namespace, precision: str, batch: Batch) -> tuple[int, int]:
-    """Operations of the convolutions and matrix products of a training step, and bytes of all its operations."""
+def count_step(args: argparse.Namespace, precision: str, batch: Batch) -> int:
+    """Operations of the convolutions and matrix products of a training step."""
     train = make_training(args, precision)
     with FlopCounterMode(display=False) as flops:
         train([batch])
-    with ByteCounter() as bytes_:  # of the second step, when there is a momentum
-        train([batch])
-    return flops.get_total_flops(), bytes_.total
+    return flops.get_total_flops()
 
 
 def print_profile(args: argparse.Namespace, images: CIFAR10, mode: str) -> None:
@@ -277,39 +234,29 @@ def main() -> None:
     loaders = {PLAIN: plain_batches(images, args.batch_size), **dict.fromkeys(modes, ours)}
     modes = list(loaders)
     trainings = {mode: make_training(args, mode) for mode in modes}
-    times, batch_times = {mode: [] for mode in modes}, {mode: [] for mode in modes}
+    times = {mode: [] for mode in modes}
     for _ in range(args.rounds + 1):
         for mode, train in trainings.items():
-            loader = loaders[mode]
-            seconds = seconds_of(partial(train, take(loader, args.steps)), args.device) / args.steps
-            times[mode].append(seconds)
-            batch_times[mode].append(batch_seconds(args, train, loader, seconds))
+            times[mode].append(seconds_of(partial(train, take(loaders[mode], args.steps)), args.device) / args.steps)
 
     precisions = {mode: mode.split()[0] for mode in modes}
     precisions[PLAIN] = "float32"
     peaks = {name: peak_flops(args.device, name) for name in sorted(set(precisions.values()))}
     [batch] = take(ours, 1)
     counts = {name: count_step(args, name, batch) for name in peaks}
-    bandwidth, memories = copy_bandwidth(args.device), peak_memories(args, modes)
-    print(f"{args.rounds} rounds of {args.steps} steps; copy: {bandwidth / 1e9:.1f} GB/s")
+    memories = peak_memories(args, modes)
+    print(f"{args.rounds} rounds of {args.steps} steps")
     for name, peak in peaks.items():
-        flops, num_bytes = counts[name]
-        print(
-            f"{name}: {flops / 1e9:.0f} GFLOP and {num_bytes / 1e9:.1f} GB a step; product: {peak / 1e12:.2f} TFLOP/s"
-        )
-    print(
-        f"\n{'':18} {'ms a step':>9} {'from':>8} {'to':>8} {'images/s':>9} {'to plain':>8}"
-        f" {'product':>8} {'copy':>7} {'batch':>8} {'memory':>10}"
-    )
+        print(f"{name}: {counts[name] / 1e9:.0f} GFLOP a step; product: {peak / 1e12:.2f} TFLOP/s")
+    columns = f"{'ms a step':>9} {'from':>8} {'to':>8} {'images/s':>9} {'to plain':>8} {'product':>8} {'memory':>10}"
+    print(f"\n{'':18} {columns}")
     for mode, (_, *seconds) in times.items():
         median = statistics.median(seconds)
         ratio = statistics.median(plain / own for plain, own in zip(times[PLAIN][1:], seconds, strict=True))
-        flops, num_bytes = counts[precisions[mode]]
-        batch = statistics.median(batch_times[mode][1:])
+        product = counts[precisions[mode]] / median / peaks[precisions[mode]]
         print(
             f"{mode:18} {1000 * median:9.2f} {1000 * min(seconds):8.2f} {1000 * max(seconds):8.2f}"
-            f" {args.batch_size / median:9,.0f} {ratio:7.2f}x {flops / median / peaks[precisions[mode]]:8.1%}"
-            f" {num_bytes / median / bandwidth:7.1%} {batch / median:8.3%} {memories[mode]:6,.0f} MiB",
+            f" {args.batch_size / median:9,.0f} {ratio:7.2f}x {product:8.1%} {memories[mode]:6,.0f} MiB",
             flush=True,
         )
 
