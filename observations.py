@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms import Normalize
 
 from batch_norm import SIGMA_ACT
-from command_line.files import add_digest, has_digest, read_file, write_atomically
+from command_line.files import add_digest, has_digest, write_atomically
 from image_sets.loading import ImageSet, load_image_set
 from reporting.drawing import add_legend, label_axes, line_styles, make_axes
 from run_settings import DEFAULTS, split_seed
@@ -135,7 +135,7 @@ def load_observations(file: Path, runs: Mapping[str, Results]) -> Observations:
 
     Older files have no normalized values.
     """
-    content, found = read_file(file), Observations({}, {}, [])
+    content, found = file.read_bytes(), Observations({}, {}, [])
     try:
         if not has_digest(content):
             raise ValueError("its checksum")

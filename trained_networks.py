@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
-from command_line.files import has_digest, read_file
+from command_line.files import has_digest
 from equivalence import equivalent
 from image_sets.cifar import CIFAR10_STATISTICS
 from image_sets.loading import load_image_set
@@ -100,7 +100,7 @@ def find_num_classes(settings: Mapping[str, Value]) -> int:
 
 def load_weights(file: str | os.PathLike) -> dict[str, Tensor]:
     """A `state_dict` from its file, on the CPU. ValueError where this is damaged, or holds something else."""
-    content = read_file(file)
+    content = Path(file).read_bytes()
     weights = None
     with suppress(Exception):  # which one depends on where the damage is
         if content[-22:-18] == b"PK\5\6" or has_digest(content):  # as other programs save a zip file, or as this one

@@ -1,4 +1,4 @@
-"""Files that are read at once or refused, written whole or not at all, and checksums at their end."""
+"""Files that are written whole or not at all, and checksums at their end."""
 
 import errno
 import glob
@@ -20,14 +20,6 @@ class AtWorkError(BlockingIOError):
 
 class DamagedFileError(ValueError):
     """A file is not what it should be: changed, cut short, or something else."""
-
-
-def read_file(file: str | os.PathLike) -> bytes:
-    """The content of a file. OSError where it cannot be read, or where reading might never end, as of a pipe."""
-    file = Path(file)
-    if file.exists() and not file.is_file() and not file.is_dir():
-        raise OSError(f"{file} is a pipe, a socket or a device, where a file should be")
-    return file.read_bytes()
 
 
 def add_digest(stream: io.BytesIO) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from command_line.endings import in_one_line
-from command_line.files import DamagedFileError, read_file, write_atomically
+from command_line.files import DamagedFileError, write_atomically
 from experiment.plan import PROGRAM, PlannedRun, parse, plan_runs
 from experiment.tuning import (
     Tuning,
@@ -159,7 +159,7 @@ def find_experiments(folder: Path) -> list[Experiment]:
     """
     experiments: dict[str, Experiment] = {}  # by command
     for file in sorted(folder.glob(f"*{ENDING}")):
-        command = read_file(file).decode(errors="replace").strip()
+        command = file.read_bytes().decode(errors="replace").strip()
         try:
             words = shlex.split(command)
             if words[: len(PROGRAM)] != PROGRAM:

@@ -9,7 +9,7 @@ from math import nan
 from pathlib import Path
 from statistics import fmean
 
-from command_line.files import read_file, write_atomically
+from command_line.files import write_atomically
 from command_line.flag_types import as_typed
 from reporting.tables import markdown
 from run_settings import Settings, Value, determining, differences
@@ -76,5 +76,5 @@ def read_divergence(folder: Path, settings: Settings) -> str | None:
     file = divergence_file(folder, settings)
     if not file.exists():
         return None
-    *lines, reason = read_file(file).decode(errors="replace").splitlines() or [""]
+    *lines, reason = file.read_bytes().decode(errors="replace").splitlines() or [""]
     return None if differences(read_header(lines), determining(settings)) else reason

@@ -20,7 +20,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from command_line.files import read_file
 from command_line.signals import until_stopped
 from run_settings import SMALL_IMAGE
 
@@ -202,7 +201,7 @@ def open_image(file: Path) -> Iterator[tuple[Image.Image, bytes]]:
         OSError: the file cannot be read.
         ValueError: it does not hold a whole image, as one finds out within, too; the message names it.
     """
-    content = read_file(file)
+    content = file.read_bytes()
     try:
         with Image.open(io.BytesIO(content)) as image:
             yield image, content
@@ -254,7 +253,7 @@ def decode_all(images: Images, size: Size, workers: int, show_bar: bool = False)
     def decode(index: int) -> str:
         decoded[index] = get_image(images, index, partial(resize, size=size))
         # a file that has just been read is in memory
-        return "" if isinstance(images, Tensor) else hashlib.sha256(read_file(images[index])).hexdigest()
+        return "" if isinstance(images, Tensor) else hashlib.sha256(images[index].read_bytes()).hexdigest()
 
     with ThreadPoolExecutor(workers) as threads, closing(threads.map(decode, range(len(images)))) as done:
         bar = tqdm(done, "decoding", len(images), unit="image", disable=not show_bar, leave=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from command_line.files import read_file, write_atomically
+from command_line.files import write_atomically
 from command_line.signals import until_stopped
 from image_sets.folders import FoundImages, Size, Statistics
 
@@ -49,7 +49,7 @@ def keep_statistics(
     made_from = hashlib.sha256(repr(listed).encode()).hexdigest()
     file = found.folder / f"statistics-{size[0]}x{size[1]}.json"
     with suppress(Exception):  # there may be anything in it, or nothing
-        kept = json.loads(read_file(file))
+        kept = json.loads(file.read_bytes())
         if kept["made_from"] == made_from:
             return tuple(kept["mean"]), tuple(kept["std"])
     mean, std = compute()

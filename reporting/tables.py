@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from pathlib import Path
 
-from command_line.files import read_file, write_atomically
+from command_line.files import write_atomically
 from reporting.comparison import Comparison, is_contrast
 from run_settings import COMPARED, DEFAULTS, Value, compared
 from saved_runs.results import header_lines, read_header
@@ -104,7 +104,7 @@ def write_table(stem: Path, header: Mapping[str, Value], rows: Sequence[Mapping[
     writer.writeheader()
     writer.writerows(rows)
     contents = {stem.with_name(f"{stem.name}.csv"): stream.getvalue(), stem.with_name(f"{stem.name}.md"): f"{text}\n"}
-    before = [read_file(file).decode(errors="replace") for file in contents if file.exists()]
+    before = [file.read_bytes().decode(errors="replace") for file in contents if file.exists()]
     if not (len(before) == 2 and same_table(before[0], stream.getvalue()) and notes(before[1]) == notes(text)):
         for file, content in contents.items():
             write_atomically(file, content.encode())
@@ -137,7 +137,7 @@ def read_table_seeds(stem: Path, header: Mapping[str, Value]) -> dict[tuple[str,
     file = stem.with_name(f"{stem.name}.csv")
     if not file.exists():
         return {}
-    content = read_file(file).decode(errors="replace")
+    content = file.read_bytes().decode(errors="replace")
     if not is_table(file):
         raise ValueError(f"{file} is not the table of an experiment: move it away, or give another --name")
     try:

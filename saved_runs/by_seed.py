@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 import run_settings
-from command_line.files import read_file
 from saved_runs.results import Results, read_results, unsettled
 
 IDENTITIES = {"network_code": "network's code", "image_hash": "images"}  # by the name of the hash in a header
@@ -54,7 +53,7 @@ def read_plain(file: Path) -> tuple[dict[int, float], bool] | None:
     Such a file has columns with a first line of names, `accuracy` and perhaps `seed` among them; or a number a line.
     ValueError where one of the numbers is wrong.
     """
-    text = read_file(file).decode("utf-8-sig", errors="replace")
+    text = file.read_bytes().decode("utf-8-sig", errors="replace")
     lines = [line for line in text.splitlines() if line.strip()] or [""]
     names = [name.strip(' "') for name in lines[0].split(",")]
     if not (lines[1:] if "accuracy" in names else re.fullmatch(r"\s*[\d.]+\s*", lines[0])):

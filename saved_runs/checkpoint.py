@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn, optim
 
-from command_line.files import DamagedFileError, add_digest, has_digest, read_file, write_atomically
+from command_line.files import DamagedFileError, add_digest, has_digest, write_atomically
 from run_settings import Settings
 from saved_runs.results import REMEDY, Results, RunFiles, check_settings, read_finished, write_results
 
@@ -64,7 +64,7 @@ def load_checkpoint(file: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, cut short, or of another version of this program.
     """
-    content = read_file(file)
+    content = Path(file).read_bytes()
     with suppress(Exception):  # which one depends on what is in it
         if has_digest(content) and (state := load_saved(content))["format"] == FORMAT:
             return state

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from command_line.files import DamagedFileError, read_file, write_atomically
+from command_line.files import DamagedFileError, write_atomically
 from run_settings import DATASETS, DEFAULTS, OWN_SEED, WITHOUT_EFFECT, Settings, Value, determining, differences
 
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "test_accuracy")
@@ -149,7 +149,7 @@ def read_results(file: str | os.PathLike) -> Results:
     """
     header: dict[str, Value] = {}
     rows: list[list[float]] | None = None  # None up to the line of their names
-    *lines, rest = read_file(file).replace(b"\r\n", b"\n").split(b"\n")
+    *lines, rest = Path(file).read_bytes().replace(b"\r\n", b"\n").split(b"\n")
     if rest:
         raise DamagedFileError(f"{file} is not a result file, or cut short: its last line has no end")
     checksums = [line for line in lines if line.startswith(f"# {CHECKSUM}: ".encode())]

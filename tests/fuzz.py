@@ -170,7 +170,6 @@ def damage(content: bytes, others: list[bytes], draw: random.Random) -> tuple[st
         "noise": lambda: draw.randbytes(length),
         "another file": lambda: draw.choice(others),
         "a folder": lambda: os.mkdir,
-        "a pipe": lambda: os.mkfifo,
     }
     often = ["a digit"] * 6  # which is the hardest to notice
     kind = draw.choice([*kinds, *often])
