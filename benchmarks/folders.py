@@ -53,8 +53,7 @@ def reference_loader(folder: Path, batch_size: int, workers: int) -> DataLoader:
         ]
     )
     images = ImageFolder(folder / "train", transform)
-    options = {"num_workers": workers, "persistent_workers": workers > 0}
-    return DataLoader(images, batch_size, shuffle=True, **options)
+    return DataLoader(images, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
 
 
 def seconds_of_epoch(batches: Iterable[tuple[Tensor, Tensor]]) -> float:

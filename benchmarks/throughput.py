@@ -49,29 +49,22 @@ from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 PLAIN = "plain loop"
 MODES = ("float32", "strict", "tf32", "bfloat16", "float32 compiled", "tf32 compiled", "bfloat16 compiled")
 
-Training = Callable[[Iterable[Batch]], None]
-
 
 class SyntheticCIFAR10(CIFAR10):
     """Random images that are fetched just as torchvision fetches those of CIFAR-10."""
 
-    def __init__(self, num_images: int, pixels: int) -> None:
-        self.data = np.random.default_rng(0).integers(0, 256, (num_images, pixels, pixels, 3), dtype=np.uint8)
-        self.targets = [n % 10 for n in range(num_images)]
+    def __init__(self, pixels: int) -> None:
+        self.data = np.random.default_rng(0).integers(0, 256, (50_000, pixels, pixels, 3), dtype=np.uint8)
+        self.targets = [n % 10 for n in range(50_000)]
         self.transform = self.target_transform = None
 
 
 def load_images(path: Path, pixels: int) -> CIFAR10:
     """CIFAR-10 where it is below `path` and has that size, as many random images otherwise."""
     try:
-        return CIFAR10(path / "images") if pixels == 32 else SyntheticCIFAR10(50_000, pixels)
+        return CIFAR10(path / "images") if pixels == 32 else SyntheticCIFAR10(pixels)
     except RuntimeError:
-        return SyntheticCIFAR10(50_000, pixels)
-
-
-def make_network(args: argparse.Namespace) -> nn.Module:
-    """The paper's network for small images."""
-    return construct_network(args.network, bn_weight=0.1, stem=args.stem).to(args.device)
+        return SyntheticCIFAR10(pixels)
 
 
 def plain_batches(images: CIFAR10, batch_size: int) -> DataLoader:
@@ -89,8 +82,6 @@ def our_batches(images: CIFAR10, batch_size: int, device: torch.device) -> Batch
         splits={"train": torch.arange(len(images), device=device)},
         classes=[str(n) for n in range(10)],
         flip=True,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
     )
     return Batches(image_set, "train", batch_size, normalize=False)
 
@@ -121,9 +112,9 @@ def train_plainly(network: nn.Module, batches: Iterable[Batch], optimizer: optim
         total += loss.item()
 
 
-def make_training(args: argparse.Namespace, mode: str) -> Training:
+def make_training(args: argparse.Namespace, mode: str) -> Callable[[Iterable[Batch]], None]:
     """A function that makes a training step with each of some batches: a plain loop, or the code of `train.py`."""
-    network = make_network(args)
+    network = construct_network(args.network, bn_weight=0.1, stem=args.stem).to(args.device)
     if mode == PLAIN:
         optimizer = optim.SGD(network.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
         return partial(train_plainly, network, optimizer=optimizer)
