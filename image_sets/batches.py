@@ -39,6 +39,7 @@ class Batches:
             raise ValueError(f"the split must be one of {', '.join(image_set.splits)}, not {split!r}")
         self.image_set = image_set
         self.indices = image_set.splits[split]
+        self.num_images = len(self.indices)
         self.training = split == "train"
         self.batch_size = batch_size
         self.normalize, self.share = normalize, share or (lambda of_batch: of_batch)
@@ -47,11 +48,6 @@ class Batches:
                 raise ValueError("there are no statistics to normalize with: load the images with statistics=True")
             statistics = torch.tensor([image_set.mean, image_set.std], dtype=torch.float32, device=self.indices.device)
             self.mean, self.std = statistics.view(2, 3, 1, 1)
-
-    @property
-    def num_images(self) -> int:
-        """The number of images in the split."""
-        return len(self.indices)
 
     def __len__(self) -> int:
         return math.ceil(self.num_images / self.batch_size)
