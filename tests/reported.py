@@ -120,6 +120,7 @@ CIFAR10_LONG = Tuned(
 NETWORKS = {  # those of which all runs are there, with their rates
     network.rpartition(".")[2]: Tuned("cifar10-networks", f"cifar10-{network}-num_epochs=5{{}}", rates, range(16, 17))
     for network, rates in {
+        "mobilenet_v3_small": ("0.01", "0.03", "0.1", "0.3"),
         "plain_networks.narrow_residual": ("0.01", "0.03", "0.1", "0.3"),
         "plain_networks.plain2": ("0.03", "0.1", "0.3", "1", "3"),
         "plain_networks.plain4": ("0.03", "0.1", "0.3", "1"),
