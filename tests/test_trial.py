@@ -1,6 +1,7 @@
 """Networks of one's own that can or cannot be trained, saved and resumed."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import train
 from command_line.flag_types import SettingError
 from run_settings import Settings
 from training.trial import check_network
@@ -97,3 +99,25 @@ def test_what_cannot_be_trained_is_refused(monkeypatch, kind):
 
 def test_draws_of_the_global_generators_are_no_state(monkeypatch):
     check(monkeypatch, lambda: Odd(lambda network, x: F.dropout(x, 0.5, network.training)))
+
+
+LATE = """
+from torch import nn
+
+class Late(nn.Sequential):
+    def forward(self, images):
+        if len(images) > 2:
+            raise SystemExit(0)
+        return super().forward(images)
+
+def late(num_classes):
+    return Late(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, num_classes))
+"""
+
+
+def test_exit_within_a_run_is_no_success(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("late_network.py").write_text(LATE)
+    with pytest.raises(RuntimeError, match=r"late_network:late has ended the program by sys.exit\(0\)"):
+        train.train(Settings(dataset="digits", network="late_network:late", num_epochs=1, device="cpu"))

@@ -83,6 +83,8 @@ class Run:
                 save_run(self.files, self.state)
             if error is None and CATCHING == [False]:  # nobody else asks for a signal that came after the last step
                 raise_if_stopped()
+        if isinstance(error, SystemExit):  # or else the command would end as if all were well
+            raise RuntimeError(f"{self.settings.network} has ended the program by sys.exit({error.code})") from error
 
     def finished_before(self, load_images: Callable[[], ImageSet]) -> bool:
         """Whether there is nothing left to train; if so, report it, and what has changed since then."""
