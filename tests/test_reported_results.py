@@ -954,8 +954,7 @@ def test_first_screen():
         "gains {:.2f} points ({:.2f} to {:.2f}) on digits and {} on CIFAR-10,".format(
             small[0].mean(), *interval(small[0]), between(small[1])
         ),
-        f"better by {of_beta['0.1'].replace(' (', ' points (')} at its best rate, 0.1.",
-        f"it is better by {of_beta['0.3'][:-1]}; [5 epochs,",
+        f"better by {of_beta['0.1'].replace(' (', ' points (')} at its best rate ([5",
         "([{} points for γ = 0.1, {}), but does not".format(*lost_by_plain2("init").split(" (")),
         f"the interval is {overlapping_splits(best)[0]}.",
         f"with a gain of {gain(first).mean():.2f} where we report {gain(why).mean():.2f}.",
