@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas
@@ -102,6 +101,12 @@ def between(values: np.ndarray, sign: str = "") -> str:
     return f"{values.mean():{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f})"
 
 
+def between_unpaired(one: np.ndarray, other: np.ndarray, sign: str = "") -> str:
+    """The difference of two means and Welch's interval."""
+    low, high = stats.ttest_ind(one, other, equal_var=False).confidence_interval()
+    return f"{one.mean() - other.mean():{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f})"
+
+
 def lines_of(title: str, file: str = MORE) -> str:
     """The text of a section, as it is."""
     return re.search(rf"^##+ {re.escape(title)}\n(.*?)(?=^##|\Z)", file, re.DOTALL | re.MULTILINE)[1]
@@ -182,8 +187,7 @@ def planned_tests_of_twenty_epochs(select: Callable = best) -> dict[str, list[st
     """The difference of each and its p-value after Holm's correction for the two."""
     at_20, at_5 = gain(cifar10_long, select), gain(cifar10_fair, select)
     welch = stats.ttest_ind(at_5, at_20, equal_var=False, alternative="greater").pvalue
-    low, high = stats.ttest_ind(at_5, at_20, equal_var=False).confidence_interval()
-    decrease = f"{at_5.mean() - at_20.mean():+.2f} ({low:+.2f} to {high:+.2f})"
+    decrease = between_unpaired(at_5, at_20, "+")
     p_values = show_corrected({"gain": p_value(at_20), "decrease": welch})
     return {"gain": [between(at_20, "+"), p_values["gain"]], "decrease": [decrease, p_values["decrease"]]}
 
@@ -216,7 +220,7 @@ def test_small_logits_on_cifar10():
     one_sided = [
         stats.ttest_1samp(of, bound, alternative=side).pvalue for bound, side in ((-1, "greater"), (1, "less"))
     ]
-    low, high = stats.ttest_ind(cifar10_fair("proposed"), cifar10_fair("logits"), equal_var=False).confidence_interval()
+    unpaired = between_unpaired(cifar10_fair("proposed"), cifar10_fair("logits"), "+")
     behind, *ahead = CIFAR10_TUNED.leads("logits", "proposed")
     of_beta, of_epsilon = beta_or_epsilon()
     check_sentences(
@@ -228,7 +232,7 @@ def test_small_logits_on_cifar10():
         text,
         "have test accuracies of {} % and {} %.".format(*(spread(cifar10_fair(name)) for name in ("input", "logits"))),
         f"(two one-sided tests, p = {max(one_sided):.2g})",
-        f"without pairing, the difference is {of.mean():+.2f} ({low:+.2f} to {high:+.2f}).",
+        f"without pairing, the difference is {unpaired}.",
         f"`proposed` gains {of_beta['0.1']} points at a rate of 0.1 and {of_beta['0.3']} at 0.3.",
         f"With a smaller ε it changes by {of_epsilon['0.1']} and {of_epsilon['0.3']} (",
         f"by {-behind:.1f} points at 0.01, and ahead by {{:.1f}}, {{:.1f}} and {{:.1f}} at".format(*ahead),
@@ -369,12 +373,11 @@ def test_twenty_epochs_on_cifar10():
     assert (beyond["train_loss"] > np.log(10)).all() and "at 1 it learns nothing" in " ".join(text.split())
     assert f"best validation accuracy is {beyond['val_accuracy'].max():.2f} %" in FOLDERS["cifar10-own-stem-gpu"]
     at_5, at_20 = gain(cifar10_fair), gain(cifar10_long)
-    low, high = stats.ttest_ind(at_5, at_20[:6], equal_var=False).confidence_interval()
     check_sentences(
         text,
         f"`proposed` has a test accuracy of {spread(cifar10_long('proposed'))} %",
         f"and `baseline` of {spread(cifar10_long('baseline'))} %;",
-        f"of the GPU alone, the decrease is {at_5.mean() - at_20[:6].mean():.2f} ({low:.2f} to {high:.2f});",
+        f"of the GPU alone, the decrease is {between_unpaired(at_5, at_20[:6])};",
         f"with the gains of the same eight seeds paired, it is {between(at_5[:8] - at_20)}.",
     )
     check_sentences(
@@ -487,8 +490,8 @@ def test_other_networks():
             )
         ),
         "gains {} with γ = 0.3 ({}, and with 0.1 {}.".format(*narrow[0].split(" ("), narrow[1]),
-        f"γ = 0.1 with c = 1 loses {lost_by_plain2('init')}),",
-        f"γ = 1 with c = 100 loses {lost_by_plain2('rate')}; [planned).",
+        f"γ = 0.1 with c = 1 loses {lost_by_plain2('init')},",
+        f"γ = 1 with c = 100 loses {lost_by_plain2('rate')[:-1]}; [planned).",
         "(p = 0.06)",  # recomputed below
     )
 
@@ -552,33 +555,30 @@ def test_networks_of_the_first_screen():
 PLAIN2_PARTS = replace(NETWORKS["plain2"], folder="cifar10-plain2-parts")
 
 
-def plain2_parts() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Accuracies by setting; and Welch's tests of both parts with the baseline, and of the small γ with the method."""
-    names = ("baseline", "proposed", "init", "rate")
-    of = {name: accuracies(PLAIN2_PARTS.folder, PLAIN2_PARTS.at_chosen_rate(name), name, num_seeds=5) for name in names}
-    pairs = ("init", "baseline"), ("rate", "baseline"), ("init", "proposed")
-    tests = {f"`{one}` minus `{other}`": stats.ttest_ind(of[one], of[other], equal_var=False) for one, other in pairs}
-    return of, tests
+def plain2(setting: str) -> np.ndarray:
+    """The test accuracies of a setting of `PLAIN2_PARTS`."""
+    return accuracies(PLAIN2_PARTS.folder, PLAIN2_PARTS.at_chosen_rate(setting), setting, num_seeds=5)
 
 
 def lost_by_plain2(part: str) -> str:
     """What a part alone loses to the baseline."""
-    high, low = (-bound for bound in plain2_parts()[1][f"`{part}` minus `baseline`"].confidence_interval())
-    return f"{(low + high) / 2:.2f} ({low:.2f} to {high:.2f}"
+    return between_unpaired(plain2("baseline"), plain2(part))
 
 
 def test_parts_on_plain2():
-    of, tests = plain2_parts()
-    corrected_p_values = show_corrected({name: test.pvalue for name, test in tests.items()})
-    expected = []
-    for name, test in tests.items():
-        low, high = test.confidence_interval()
-        expected.append([name, f"{(low + high) / 2:+.2f} ({low:+.2f} to {high:+.2f})", corrected_p_values[name]])
+    """Welch's tests of both parts with the baseline, and of the small γ alone with the method."""
+    pairs = ("init", "baseline"), ("rate", "baseline"), ("init", "proposed")
+    of_pairs = {f"`{one}` minus `{other}`": (plain2(one), plain2(other)) for one, other in pairs}
+    p_values = {name: stats.ttest_ind(*of_pair, equal_var=False).pvalue for name, of_pair in of_pairs.items()}
+    corrected_p_values = show_corrected(p_values)
     text = lines_of("What came of it", FOLDERS[PLAIN2_PARTS.folder])
     [[_, *settings], [_, *compared]] = tables_of(text)
-    assert settings == [[name, PLAIN2_PARTS.chosen_rate(name), spread(of[name])] for name in of]
-    assert compared == expected
-    lost = [of["baseline"].mean() - of[name].mean() for name in ("init", "rate", "proposed")]
+    names = ("baseline", "proposed", "init", "rate")
+    assert settings == [[name, PLAIN2_PARTS.chosen_rate(name), spread(plain2(name))] for name in names]
+    assert compared == [
+        [name, between_unpaired(*of_pair, "+"), corrected_p_values[name]] for name, of_pair in of_pairs.items()
+    ]
+    lost = [plain2("baseline").mean() - plain2(name).mean() for name in ("init", "rate", "proposed")]
     check_sentences(text, "small γ loses {:.2f} points, the slow γ {:.2f}, both together {:.2f}.".format(*lost))
 
 
@@ -955,7 +955,7 @@ def test_first_screen():
             small[0].mean(), *interval(small[0]), between(small[1])
         ),
         f"better by {of_beta['0.1'].replace(' (', ' points (')} at its best rate ([5",
-        "([{} points for γ = 0.1, {}), but does not".format(*lost_by_plain2("init").split(" (")),
+        "([{} points for γ = 0.1, {}, but does not".format(*lost_by_plain2("init").split(" (")),
         f"the interval is {overlapping_splits(best)[0]}.",
         f"with a gain of {gain(first).mean():.2f} where we report {gain(why).mean():.2f}.",
         "({:.2f} and {:.2f} %, in bfloat16)".format(*of_pair),
