@@ -25,6 +25,14 @@ def in_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_is_no_file_is_replaced(make):
+    file = Path("x.csv")
+    make(file)
+    write_atomically(file, b"new")
+    assert file.read_bytes() == b"new" and not file.is_symlink()
+
+
 def experiment() -> list[Path]:
     """The result files of the proposed method and the baseline, as reproduce.py leaves them, with the same seed."""
     files = []
