@@ -950,12 +950,10 @@ def test_first_screen():
         "gains {:.1f} points of test accuracy on CIFAR-10 after 5 epochs, and {:.1f} after 20.".format(*by_epochs),
         f"180 epochs, it gains {by_epochs[2]:.1f} (one pair of runs).",
         f"On digits, a ResNet-18 gains {gain(fair).mean():.1f} after 5 epochs.",
-        f"and rate, gains {by_epochs[2]:.2f} points.",
         "gains {:.2f} points ({:.2f} to {:.2f}) on digits and {} on CIFAR-10,".format(
             small[0].mean(), *interval(small[0]), between(small[1])
         ),
-        f"better by {of_beta['0.1'].replace(' (', ' points (')} at its best rate ([5",
-        "([{} points for γ = 0.1, {}, but does not".format(*lost_by_plain2("init").split(" (")),
+        f"gained another {of_beta['0.1'].replace(' (', ' points (')} with ResNet-18",
         f"the interval is {overlapping_splits(best)[0]}.",
         f"with a gain of {gain(first).mean():.2f} where we report {gain(why).mean():.2f}.",
         "({:.2f} and {:.2f} %, in bfloat16)".format(*of_pair),
