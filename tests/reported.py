@@ -111,6 +111,12 @@ DIGITS_SMALL_START = Tuned(
 CIFAR10_TUNED = Tuned(
     "cifar10-own-stem", "cifar10-resnet18-num_epochs=5{}-stem=own", ("0.01", "0.03", "0.1", "0.3"), range(16, 18)
 )
+TORCH_LAST_LAYER = Tuned(
+    "cifar10-explanations",
+    "cifar10-variants.torch_last_layer-num_epochs=5{}",
+    CIFAR10_TUNED.rates,
+    CIFAR10_TUNED.seeds,
+)
 CIFAR10_LONG = Tuned(
     "cifar10-own-stem-gpu",
     "cifar10-resnet18-num_epochs=20{}-stem=own-compile",

@@ -33,6 +33,7 @@ from reported import (
     RESULTS,
     SETTINGS,
     SWEEP,
+    TORCH_LAST_LAYER,
     Tuned,
     accuracies,
     best,
@@ -622,6 +623,30 @@ def test_beta_or_epsilon():
     for n, row in enumerate(expected):
         row += [f"{holm(p, p_values):.2g}" for p in p_values[2 * n : 2 * n + 2]]
     assert rows == expected
+
+
+def torch_last_layer(setting: str, select: Callable = best) -> np.ndarray:
+    """The accuracies of the seeds 1 to 5."""
+    tuned = TORCH_LAST_LAYER
+    return accuracies(tuned.folder, tuned.at_chosen_rate(setting), setting, select, num_seeds=5)
+
+
+def test_last_layer():
+    """Both tables, and the planned tests: of the gain, paired, and of this baseline with the one of the paper's code."""
+    of, settings = torch_last_layer, ("baseline", "proposed")
+    tuning, compared = tables_of(lines_of("The last layer", FOLDERS["cifar10-explanations"]))
+    check_tuning(tuning, TORCH_LAST_LAYER, settings)
+    p_values = {"proposed - baseline": p_value(gain(of))}
+    expected = {"proposed - baseline": between(gain(of), "+")}
+    for name in settings:
+        row, pair = f"{name} - {name} of cifar10-own-stem", (of(name), cifar10_fair(name))
+        expected[row] = between_unpaired(*pair, "+")
+        p_values[row] = stats.ttest_ind(*pair, equal_var=False).pvalue
+    del p_values["proposed - proposed of cifar10-own-stem"]  # which was not to be tested
+    p_values = show_corrected(p_values)
+    assert compared[1:] == [
+        [name, cells, *([p_values[name]] if name in p_values else [])] for name, cells in expected.items()
+    ]
 
 
 def test_suggestion():
