@@ -30,7 +30,7 @@ def test_what_is_no_file_is_replaced(make):
     file = Path("x.csv")
     make(file)
     write_atomically(file, b"new")
-    assert file.read_bytes() == b"new" and not file.is_symlink()
+    assert not file.is_symlink() and file.read_bytes() == b"new"
 
 
 def experiment() -> list[Path]:
