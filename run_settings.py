@@ -130,7 +130,7 @@ class Settings:
     restart: bool = setting(FILES, False, "start over and replace the earlier run of this name")
     tensorboard: bool = setting(FILES, False, "also write curves for TensorBoard")
     stem: str = setting(
-        BEYOND, "auto", "first layers of a ResNet: by image size, for small images, its own", choices=STEMS
+        BEYOND, "auto", "a ResNet's first layers; small: 3×3, no pooling; auto: by image size", choices=STEMS
     )
     image_size: int | None = setting(
         BEYOND, None, "height and width in pixels (default: their own if alike and small, else 224)", whole(1)

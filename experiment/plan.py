@@ -17,7 +17,7 @@ from run_settings import COMPARED, DEFAULTS, MAX_SEED, NAMED, PAPER, SELECTIONS,
 EXAMPLES = """All other flags are those of train.py, see python train.py --help. The same command resumes an experiment.
 
 examples:
-  python reproduce.py --dataset digits --num_epochs 5 --batch_size 64 --learning_rate 0.05 --jobs 2  # a quarter hour
+  python reproduce.py --dataset digits --num_epochs 5 --batch_size 64 --learning_rate 0.05 --jobs 2  # 15 minutes
   python reproduce.py --settings baseline init rate input --list  # the paper's ablations: the command of each run
   python reproduce.py --report results  # the experiments in a folder
 """

@@ -33,7 +33,7 @@ def complete_experiments() -> dict[str, Experiment]:
     return experiments
 
 
-def compare_networks(experiments: dict[str, Experiment], sign: int = 1, select: str = "best") -> list[Comparison]:
+def compare_networks(experiments: dict[str, Experiment], sign: int = 1) -> list[Comparison]:
     """Both methods beside the baseline in each network, Holm-corrected for all that were planned.
 
     With a `sign` of -1, the other way round: whether they harm.
@@ -41,7 +41,7 @@ def compare_networks(experiments: dict[str, Experiment], sign: int = 1, select: 
     comparisons = []
     for network, experiment in experiments.items():
         accuracies = {
-            method: {seed: sign * replace(run, select=select).test_accuracy for seed, run in runs.items()}
+            method: {seed: sign * accuracy for seed, accuracy in accuracy_by_seed(runs).items()}
             for method, runs in experiment.runs_by_method.items()
         }
         for method, label in METHODS.items():
@@ -54,9 +54,8 @@ def compare_networks(experiments: dict[str, Experiment], sign: int = 1, select: 
 def table(experiments: dict[str, Experiment]) -> str:
     """A row for each network and method: accuracies in percent and rates, gain in points, p, verdict."""
     helps, harms = compare_networks(experiments), compare_networks(experiments, sign=-1)
-    last = compare_networks(experiments, select="last")
     rows = []
-    for c, other_way, at_last in zip(helps, harms, last, strict=True):
+    for c, other_way in zip(helps, harms, strict=True):
         network, _, gamma = c.method.partition(", ")
         experiment = experiments[network]
         method = next(name for name, label in METHODS.items() if label == gamma)
@@ -73,7 +72,6 @@ def table(experiments: dict[str, Experiment]) -> str:
                 "difference (95 % CI)": "{:+.2f} ({:+.2f} to {:+.2f})".format(c.difference, *c.interval),
                 "p that it helps": f"{c.corrected_p_value:.2g}",
                 "p that it harms": f"{other_way.corrected_p_value:.2g}",
-                "last epoch": f"{at_last.difference:+.2f}",
                 "verdict": verdict,
             }
         )
