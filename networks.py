@@ -167,7 +167,7 @@ def call_function(name: str, num_classes: int) -> nn.Module:
     except (Exception, SystemExit) as error:
         raise ValueError(f"{name} cannot be called with num_classes={num_classes}: {in_one_line(error)}") from error
     if not isinstance(network, nn.Module):
-        raise ValueError(f"{name} returns {type(network).__name__}, which is no torch.nn.Module")
+        raise ValueError(f"{name} returns {type(network).__name__}, which is not a torch.nn.Module")
     if any(map(is_lazy, network.parameters())):
         raise ValueError(f"{name} returns lazy layers, without weights as yet: let the network compute a batch first")
     if not any(parameter.requires_grad for parameter in network.parameters()):

@@ -50,7 +50,7 @@ def adjust_weight_decay_and_learning_rate(
         Dictionaries with 'params' (a list), 'weight_decay', 'lr' and 'name': "biases", "batch norm scales", "weights".
 
     Raises:
-        TypeError: `network` is no module, or `weight_decay`, `learning_rate` or `c` is no number.
+        TypeError: `network` is not a module, or `weight_decay`, `learning_rate` or `c` not a number.
         ValueError: `weight_decay` or `learning_rate` is below 0 or not finite, `c` is neither 0 nor a finite number of
             at least 1, or `skip_list` names no parameter of `network`; or FSDP has made one flat parameter of several.
     """
@@ -66,7 +66,7 @@ def adjust_weight_decay_and_learning_rate(
     skip_list = set(skip_list)
     unknown = skip_list - by_name.keys()
     if unknown:
-        raise ValueError(f"skip_list names what is no parameter of the network: {', '.join(sorted(unknown))}")
+        raise ValueError(f"in skip_list, but not in the network: {', '.join(sorted(unknown))}")
     skipped = {by_name[name] for name in skip_list}
 
     no_decay, batch_norm_scales, decay = [], [], []

@@ -118,7 +118,7 @@ def load_image_set(
         show_bar: whether to draw a progress bar on standard error while images are decoded.
 
     Raises:
-        ValueError: a file is no image, or the folder is not as `find_images` needs it, or has the name of a known set.
+        ValueError: a file is not an image, or the folder is not as `find_images` needs it or is called as a known set.
         FileNotFoundError: there is no such data set, or a part of it is missing (or damaged) and cannot be downloaded.
         OSError: a file cannot be read.
     """
@@ -175,7 +175,7 @@ def find_digits(split_seed: int) -> FoundImages:
         labels=digits.target[order].tolist(),
         classes=[str(name) for name in digits.target_names],
         num_train=len(complete_train),
-        flip=False,  # a mirrored 2 is no digit
+        flip=False,  # a mirrored 2 is not a digit
         statistics=((float(seen.mean()),) * 3, (float(seen.std()),) * 3),
     )
 

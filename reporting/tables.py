@@ -159,7 +159,7 @@ def values_of(settings: Mapping[str, Value]) -> tuple[str, ...]:
 
 
 def without_tables(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """The files that are no table of an experiment, which `results/*.csv` catches too, and a line for each table.
+    """The files that are not a table of an experiment, which `results/*.csv` catches too, and a line for each table.
 
     ValueError where there is nothing but tables.
     """
@@ -171,6 +171,6 @@ def without_tables(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 
 def is_table(file: Path) -> bool:
-    """Whether the first line that is no setting begins as that of `write_table`. OSError where it cannot be read."""
+    """Whether the first line that is not a setting begins as that of `write_table`. OSError where it cannot be read."""
     with file.open(encoding="utf-8", errors="replace") as lines:
         return next((line for line in lines if not line.startswith("#")), "").startswith(f"setting,{COMPARED[0]},")

@@ -145,7 +145,7 @@ def read_results(file: str | os.PathLike) -> Results:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DamagedFileError: it was changed after it was written, or is no result file.
+        DamagedFileError: it was changed after it was written, or is not a result file.
     """
     header: dict[str, Value] = {}
     rows: list[list[float]] | None = None  # None up to the line of their names
@@ -213,7 +213,7 @@ def check_settings(file: Path, earlier: Results, settings: Settings) -> None:
 
 
 def check_setting(key: str, value: Value) -> None:
-    """ValueError where `key` is no identifier or that of the checksum, or `value` not of the type of this setting."""
+    """ValueError if `key` is not an identifier, or the checksum's; or if `value` is not of the type of this setting."""
     if not key.isidentifier() or key == CHECKSUM:
         raise ValueError(f"the name of a setting must be an identifier other than {CHECKSUM}, not {key!r}")
     if not isinstance(value, Value):

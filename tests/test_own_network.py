@@ -150,7 +150,7 @@ WRONG = {
     ),
     "def small(): pass": r"^{0}:small cannot be called with num_classes=10: TypeError: small\(\) got an unexpected",
     "def small(num_classes): raise SystemExit(0)": "^{0}:small cannot be called with num_classes=10: SystemExit: 0$",
-    "def small(num_classes): pass": r"^{0}:small returns NoneType, which is no torch\.nn\.Module$",
+    "def small(num_classes): pass": r"^{0}:small returns NoneType, which is not a torch\.nn\.Module$",
     "from torch import nn\ndef small(num_classes): return nn.Linear(2, 2)": "^{0}:small: there is no batch norm with ",
     "from torch import nn\ndef small(num_classes): return nn.LazyBatchNorm2d()": "^{0}:small returns lazy layers",
     "from torch import nn\ndef small(num_classes): return nn.BatchNorm2d(3).requires_grad_(False)": (

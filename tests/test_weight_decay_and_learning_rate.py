@@ -33,8 +33,8 @@ WRONG = [
     ({"c": None}, TypeError, "'<=' not supported between instances of 'int' and "),
     ({"weight_decay": -0.1}, ValueError, "weight_decay must be a finite number of at least 0, not -0.1"),
     ({"learning_rate": math.nan}, ValueError, "learning_rate must be a finite number of at least 0, not nan"),
-    ({"skip_list": ["fc.weigth"]}, ValueError, r"skip_list names what is no parameter of the network: fc\.weigth"),
-    ({"skip_list": "weight"}, ValueError, "skip_list names what is no parameter of the network: e, g, h, i, t, w"),
+    ({"skip_list": ["fc.weigth"]}, ValueError, r"in skip_list, but not in the network: fc\.weigth"),
+    ({"skip_list": "weight"}, ValueError, "in skip_list, but not in the network: e, g, h, i, t, w"),
     ({"network": nn.Linear(2, 2).parameters()}, TypeError, r"not generator: net, not net\.parameters\(\)"),
 ]
 
