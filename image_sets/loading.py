@@ -118,7 +118,7 @@ def load_image_set(
         show_bar: whether to draw a progress bar on standard error while images are decoded.
 
     Raises:
-        ValueError: a file is not an image, or the folder is not as `find_images` needs it or is called as a known set.
+        ValueError: a file is not an image, the folder is not as `find_images` needs it, or it has a known set's name.
         FileNotFoundError: there is no such data set, or a part of it is missing (or damaged) and cannot be downloaded.
         OSError: a file cannot be read.
     """

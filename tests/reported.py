@@ -66,12 +66,14 @@ class Tuned:
         experiment: how their names begin; "{}" is where the rate stands.
         rates: those tried, from the smallest.
         seeds: those to choose on.
+        num_seeds: how many, from 1 on, are compared.
     """
 
     folder: str
     experiment: str
     rates: tuple[str, ...]
     seeds: range
+    num_seeds: int = 15
 
     def at(self, rate: str) -> str:
         """How the names of the runs at this rate begin."""
@@ -96,7 +98,7 @@ class Tuned:
 
     def accuracies(self, setting: str, select=best) -> np.ndarray:
         """Test accuracies of a setting at its chosen rate."""
-        return accuracies(self.folder, self.at_chosen_rate(setting), setting, select)
+        return accuracies(self.folder, self.at_chosen_rate(setting), setting, select, self.num_seeds)
 
 
 DIGITS_TUNED = Tuned(
@@ -116,6 +118,7 @@ TORCH_LAST_LAYER = Tuned(
     "cifar10-variants.torch_last_layer-num_epochs=5{}",
     CIFAR10_TUNED.rates,
     CIFAR10_TUNED.seeds,
+    num_seeds=5,
 )
 CIFAR10_LONG = Tuned(
     "cifar10-own-stem-gpu",
@@ -124,7 +127,9 @@ CIFAR10_LONG = Tuned(
     range(16, 17),
 )
 NETWORKS = {  # those of which all runs are there, with their rates
-    network.rpartition(".")[2]: Tuned("cifar10-networks", f"cifar10-{network}-num_epochs=5{{}}", rates, range(16, 17))
+    network.rpartition(".")[2]: Tuned(
+        "cifar10-networks", f"cifar10-{network}-num_epochs=5{{}}", rates, range(16, 17), num_seeds=5
+    )
     for network, rates in {
         "mobilenet_v3_small": ("0.01", "0.03", "0.1", "0.3"),
         "plain_networks.narrow_residual": ("0.01", "0.03", "0.1", "0.3"),
