@@ -223,7 +223,7 @@ def test_small_logits_on_cifar10():
     ]
     unpaired = between_unpaired(cifar10_fair("proposed"), cifar10_fair("logits"), "+")
     behind, *ahead = CIFAR10_TUNED.leads("logits", "proposed")
-    of_beta, of_epsilon = beta_or_epsilon()
+    of_beta = slower_beta()
     check_sentences(
         more,
         f"1 was tried as well: {CIFAR10_TUNED.mean_val_accuracy('1', 'logits'):.2f}.",
@@ -234,8 +234,7 @@ def test_small_logits_on_cifar10():
         "have test accuracies of {} % and {} %.".format(*(spread(cifar10_fair(name)) for name in ("input", "logits"))),
         f"(two one-sided tests, p = {max(one_sided):.2g})",
         f"without pairing, the difference is {unpaired}.",
-        f"`proposed` gains {of_beta['0.1']} points at a rate of 0.1 and {of_beta['0.3']} at 0.3.",
-        f"With a smaller ε it changes by {of_epsilon['0.1']} and {of_epsilon['0.3']} (",
+        f"`proposed` gains {of_beta['0.1']} points at a rate of 0.1 and {of_beta['0.3']} at 0.3;",
         f"by {-behind:.1f} points at 0.01, and ahead by {{:.1f}}, {{:.1f}} and {{:.1f}} at".format(*ahead),
     )
 
@@ -487,19 +486,14 @@ def test_other_networks():
     )
 
 
-def network_accuracies(network: str, setting: str, select: Callable = best) -> np.ndarray:
-    """The test accuracies of a setting of one of `NETWORKS`."""
-    return NETWORKS[network].accuracies(setting, select)
-
-
 @cache
 def network_tests() -> dict[tuple[str, str], tuple[np.ndarray, float, float, str]]:
     """By network and method: gains, the corrected p-values that it helps and that it harms, the verdict.
 
     Holm's correction is for 18 comparisons, of which those that are not made have a p of 1.
     """
-    of, made = network_accuracies, list(product(NETWORKS, ("proposed", "small0.3")))
-    gains = {pair: of(*pair) - of(pair[0], "baseline") for pair in made}
+    pairs = product(NETWORKS, ("proposed", "small0.3"))
+    gains = {(name, method): gain(NETWORKS[name].accuracies, setting=method) for name, method in pairs}
     p_values = [[p_value(sign * gain) for gain in gains.values()] + [1] * (18 - len(gains)) for sign in (1, -1)]
     tests = {}
     for pair, of_pair in gains.items():
@@ -510,15 +504,19 @@ def network_tests() -> dict[tuple[str, str], tuple[np.ndarray, float, float, str
 
 
 def test_networks():
-    of, expected = network_accuracies, []
+    expected = []
     for (name, method), (gains, helps, harms, verdict) in network_tests().items():
-        cells = [f"{spread(of(name, one))} ({NETWORKS[name].chosen_rate(one)})" for one in (method, "baseline")]
+        of = NETWORKS[name]
+        cells = [f"{spread(of.accuracies(one))} ({of.chosen_rate(one)})" for one in (method, "baseline")]
         cells += [between(gains, "+"), f"{helps:.2g}", f"{harms:.2g}"]
         expected.append([name, "0.1" if method == "proposed" else "0.3", *cells, verdict])
     text = lines_of("What came of it so far", FOLDERS["cifar10-networks"])
     [[_, *rows]] = tables_of(text)
     assert rows == expected
-    more = [f"`{name}` {between(of(name, 'small0.3') - of(name, 'proposed'))}" for name in NETWORKS]
+    more = [
+        f"`{name}` {between(gain(of.accuracies, setting='small0.3', other='proposed'))}"
+        for name, of in NETWORKS.items()
+    ]
     lost = [lost_by_plain2(part).partition(" ")[0] for part in ("init", "rate")]
     lost.append(f"{-network_tests()['plain2', 'proposed'][0].mean():.2f}")
     check_sentences(
@@ -526,8 +524,8 @@ def test_networks():
         f"(a description): {', '.join(more)}.",
         "γ = 0.1 with c = 1 loses {} points, γ = 1 with c = 100 loses {}, and both together lose {} (".format(*lost),
     )
-    for pair in product(NETWORKS, ("baseline", "proposed", "small0.3")):
-        assert (of(*pair) == of(*pair, last)).all()  # "the best epoch is the last one"
+    for of, method in product(NETWORKS.values(), ("baseline", "proposed", "small0.3")):
+        assert (of.accuracies(method) == of.accuracies(method, last)).all()  # "the best epoch is the last one"
 
 
 def test_networks_of_the_first_screen():
@@ -536,7 +534,7 @@ def test_networks_of_the_first_screen():
     for name in NETWORKS:
         tests = [network_tests()[name, method] for method in ("proposed", "small0.3")]
         cells = [f"{of_pair.mean():+.2f} {verdict}" for of_pair, *_, verdict in tests]
-        expected[f"`{name}`"] = [f"{network_accuracies(name, 'baseline').mean():.2f}", *cells]
+        expected[f"`{name}`"] = [f"{NETWORKS[name].accuracies('baseline').mean():.2f}", *cells]
     [[_, *rows], _] = tables_of(FIRST_SCREEN)
     assert {name.partition(",")[0]: cells for name, *cells in rows} == expected
 
@@ -575,10 +573,10 @@ def between_method_and_small_logits(rate: str) -> dict[str, tuple[str, str]]:
     return {"proposed": (own, "proposed"), **variants, "logits": (own, "logits")}
 
 
-def beta_or_epsilon() -> tuple[dict[str, str], dict[str, str]]:
-    """What a slower β and a smaller ε gain, by learning rate, as the table has it."""
+def slower_beta() -> dict[str, str]:
+    """What a slower β gains, by learning rate, as the table has it."""
     [[_, *rows]] = tables_of(lines_of("What came of it so far", FOLDERS["cifar10-explanations"]))
-    return tuple({row[0]: row[column].replace("+", "") for row in rows} for column in (5, 6))
+    return {row[0]: row[5].replace("+", "") for row in rows}
 
 
 def test_beta_or_epsilon():
@@ -952,7 +950,7 @@ def test_first_screen():
 
     by_epochs = [gain(cifar10_fair).mean(), gain(cifar10_long).mean(), of_pair[0] - of_pair[1]]
     small = [gain(of, setting="logits") for of in (fair, cifar10_fair)]
-    of_beta, _ = beta_or_epsilon()
+    of_beta = slower_beta()
     check_sentences(
         re.sub(r"```.*?```", "", FIRST_SCREEN, flags=re.DOTALL),
         "gains {:.1f} points of test accuracy on CIFAR-10 after 5 epochs, and {:.1f} after 20.".format(*by_epochs),
