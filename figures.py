@@ -233,8 +233,8 @@ def read_experiment(results: Path) -> tuple[str, Runs, list[Comparison]]:
     """
     found = find_experiments(results)
     if len(found) != 1:
-        names = " or ".join(experiment.plan.table_name for experiment in found) or "one"
-        raise ValueError(f"{results} has {len(found)} experiments: give the result files of {names}")
+        how = f"reproduce.py --report {results} lists the commands that draw them" if found else "give result files"
+        raise ValueError(f"{results} has {len(found)} experiments: {how}")
     [experiment] = found
     plan, runs = experiment.plan, experiment.runs_by_method
     if experiment.failed or not any(runs.values()):

@@ -233,8 +233,8 @@ def test_folder_of_an_experiment(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("none", "has 0 experiments: give the result files of one"),
-        ("two", "has 2 experiments: give the result files of {0}-compile or {0}-precision=bfloat16"),
+        ("none", "has 0 experiments: give result files"),
+        ("two", "has 2 experiments: reproduce.py --report {1} lists the commands that draw them"),
         ("unfinished", "has no finished runs to compare"),
         ("damaged", "{0}-weight1-c1-dataset-seed1.csv was changed after it was written"),
     ],
@@ -252,7 +252,7 @@ def test_folder_that_is_not_of_one_experiment(what, message, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         figures.main([str(tmp_path)])
     out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1) and message.format(stem) in err
+    assert (out, err.count("\n")) == ("", 1) and message.format(stem, tmp_path) in err
     assert not list(tmp_path.glob("*.pdf"))
 
 
