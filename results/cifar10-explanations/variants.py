@@ -1,6 +1,7 @@
-"""ResNet-18 with torchvision's own first layers, changed where the method may owe its gain to something else.
+"""Networks changed where the method may owe its gain to something else; most are ResNet-18 with its own first layers.
 
-Its weights are drawn as `--network resnet18 --stem own` draws them, but for the last layer of `torch_last_layer`.
+Their weights are drawn as `--network resnet18 --stem own` draws them, but for the last layer of `torch_last_layer` and
+`shufflenet_torch_last_layer`.
 """
 
 import torchvision
@@ -46,6 +47,15 @@ def both(num_classes: int) -> nn.Module:
 def torch_last_layer(num_classes: int) -> nn.Module:
     """The weights of the last layer are as large as torch draws them: those of the paper's code divided by √6."""
     network = resnet18(num_classes)
+    network.fc.weight.data /= 6**0.5
+    return network
+
+
+def shufflenet_torch_last_layer(num_classes: int) -> torchvision.models.ShuffleNetV2:
+    """`shufflenet_v2_x0_5` whose last layer starts as in `torch_last_layer`."""
+    network = torchvision.models.shufflenet_v2_x0_5(num_classes=num_classes)
+    reinit_network(network)
+    zero_biases(network)
     network.fc.weight.data /= 6**0.5
     return network
 
