@@ -4,6 +4,7 @@ python results/cifar10-explanations/compare.py
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
@@ -89,34 +90,68 @@ def tuned_experiment(folder: Path, network: str) -> Experiment | None:
     return None
 
 
-def last_layer(experiment: Experiment) -> str:
-    """Question 2: what the method gains with torch's last layer, and this layer beside that of the paper's code."""
-    earlier = tuned_experiment(HERE.parent / "cifar10-own-stem", "resnet18")
-    ours, theirs = (
-        {method: accuracy_by_seed(runs) for method, runs in of.runs_by_method.items()} for of in (experiment, earlier)
-    )
+def accuracies_by_method(experiment: Experiment) -> dict[str, dict[int, float]]:
+    """Test accuracies in percent by method and seed."""
+    return {method: accuracy_by_seed(runs) for method, runs in experiment.runs_by_method.items()}
+
+
+def unpaired(name: str, ours: Iterable[float], theirs: Iterable[float]) -> tuple[Comparison, float]:
+    """Welch's two-sided test and interval, and the difference of the means."""
+    ours, theirs = list(ours), list(theirs)
+    test = stats.ttest_ind(ours, theirs, equal_var=False)
+    return Comparison(name, {}, {}, test.confidence_interval(0.95), test.pvalue), np.mean(ours) - np.mean(theirs)
+
+
+def table_of_differences(experiment: Experiment, compared: Iterable[tuple[Comparison, float]]) -> str:
+    """The chosen learning rates, and a row for each difference; those without a corrected p-value are descriptions."""
     rates = ", ".join(f"{method} {as_typed(rate)}" for method, rate in experiment.learning_rates.items())
-    gain = compare("proposed - baseline", ours["proposed"], ours["baseline"])
-    tests, differences = [gain], [gain.difference]
-    for method in ("baseline", "proposed"):
-        of_torch, of_paper = list(ours[method].values()), list(theirs[method].values())
-        test = stats.ttest_ind(of_torch, of_paper, equal_var=False)
-        name = f"{method} - {method} of cifar10-own-stem"
-        tests.append(Comparison(name, {}, {}, test.confidence_interval(0.95), test.pvalue))
-        differences.append(np.mean(of_torch) - np.mean(of_paper))
-    apply_holm_correction(tests[:2])  # how the two `proposed` compare was not to be tested
     rows = [
         {
             "compared": test.method,
             "difference (95 % CI)": DIFFERENCE.format(difference, *test.interval),
             "p (Holm)": "" if np.isnan(test.corrected_p_value) else f"{test.corrected_p_value:.2g}",
         }
-        for test, difference in zip(tests, differences, strict=True)
+        for test, difference in compared
     ]
     return f"learning rates: {rates}\n\n{markdown(rows, list(rows[0]))}"
 
 
+def last_layer(experiment: Experiment) -> str:
+    """Question 2: what the method gains with torch's last layer, and this layer beside that of the paper's code."""
+    earlier = tuned_experiment(HERE.parent / "cifar10-own-stem", "resnet18")
+    ours, theirs = map(accuracies_by_method, (experiment, earlier))
+    gain = compare("proposed - baseline", ours["proposed"], ours["baseline"])
+    compared = [(gain, gain.difference)]
+    for method in ("baseline", "proposed"):
+        name = f"{method} - {method} of cifar10-own-stem"
+        compared.append(unpaired(name, ours[method].values(), theirs[method].values()))
+    apply_holm_correction([test for test, _ in compared[:2]])  # how the two `proposed` compare was not to be tested
+    return table_of_differences(experiment, compared)
+
+
+def last_layer_of_shufflenet(experiment: Experiment) -> str:
+    """The later plan: what either method gains there, and how that differs from the gain with the larger last layer."""
+    earlier = tuned_experiment(HERE.parent / "cifar10-networks", "shufflenet_v2_x0_5")
+    ours, theirs = map(accuracies_by_method, (experiment, earlier))
+    methods = ("proposed", "small0.3")
+    gains, others = (
+        [compare(f"{method} - baseline", of[method], of["baseline"]) for method in methods] for of in (ours, theirs)
+    )
+    apply_holm_correction(gains)
+    name = "{0} - {0} of cifar10-networks"
+    compared = [(gain, gain.difference) for gain in gains]
+    compared.append(unpaired(name.format("baseline"), ours["baseline"].values(), theirs["baseline"].values()))
+    for gain, other in zip(gains, others, strict=True):
+        label = name.format(f"({gain.method})")
+        compared.append(unpaired(label, gain.differences.values(), other.differences.values()))
+    return table_of_differences(experiment, compared)
+
+
 if __name__ == "__main__":
     print(beta_or_epsilon())
-    if experiment := tuned_experiment(HERE, "variants:torch_last_layer"):
-        print(f"\n{last_layer(experiment)}")
+    for network, table in (
+        ("variants:torch_last_layer", last_layer),
+        ("variants:shufflenet_torch_last_layer", last_layer_of_shufflenet),
+    ):
+        if experiment := tuned_experiment(HERE, network):
+            print(f"\n{table(experiment)}")
