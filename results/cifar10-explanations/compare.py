@@ -138,12 +138,11 @@ def last_layer_of_shufflenet(experiment: Experiment) -> str:
         [compare(f"{method} - baseline", of[method], of["baseline"]) for method in methods] for of in (ours, theirs)
     )
     apply_holm_correction(gains)
-    name = "{0} - {0} of cifar10-networks"
-    compared = [(gain, gain.difference) for gain in gains]
-    compared.append(unpaired(name.format("baseline"), ours["baseline"].values(), theirs["baseline"].values()))
-    for gain, other in zip(gains, others, strict=True):
-        label = name.format(f"({gain.method})")
-        compared.append(unpaired(label, gain.differences.values(), other.differences.values()))
+    name, compared = "baseline - baseline of cifar10-networks", [(gain, gain.difference) for gain in gains]
+    compared.append(unpaired(name, ours["baseline"].values(), theirs["baseline"].values()))
+    for method, gain, other in zip(methods, gains, others, strict=True):
+        name = f"gain of {method} - its gain in cifar10-networks"
+        compared.append(unpaired(name, gain.differences.values(), other.differences.values()))
     return table_of_differences(experiment, compared)
 
 
