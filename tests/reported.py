@@ -120,13 +120,6 @@ TORCH_LAST_LAYER = Tuned(
     CIFAR10_TUNED.seeds,
     num_seeds=5,
 )
-SHUFFLENET_TORCH_LAST_LAYER = Tuned(
-    "cifar10-explanations",
-    "cifar10-variants.shufflenet_torch_last_layer-num_epochs=5{}",
-    ("0.01", "0.03", "0.1", "0.3"),
-    range(16, 17),
-    num_seeds=5,
-)
 CIFAR10_LONG = Tuned(
     "cifar10-own-stem-gpu",
     "cifar10-resnet18-num_epochs=20{}-stem=own-compile",
