@@ -42,7 +42,7 @@ def train(settings: Settings, report: Report = lambda line: None, show_bar: bool
 
     Args:
         settings: such as `Settings(dataset="digits", num_epochs=5)`.
-        report: called with one line of text at the start, and after every epoch.
+        report: called with each line to show: some at the start, one after every epoch, and warnings.
         show_bar: whether to draw a progress bar on standard error.
 
     Raises:

@@ -561,6 +561,24 @@ def resume_branches(tmp_path) -> Callable[..., torch.optim.Optimizer]:
     return go_on
 
 
+def test_loop_of_ones_own(tmp_path):
+    """Its optimizer may lack what SGD has, and a run that is finished says so."""
+    settings = preparation.parse([*FLAGS, "--num_epochs", "2", "--path", str(tmp_path)])
+    image_set, seen = preparation.load_images(settings), []
+    for stops in (True, False, False):
+        network, lines = nn.Linear(2, 2), []
+        optimizer = torch.optim.RMSprop(network.parameters())
+        with Run(settings, lines.append) as run:
+            run.resume(network, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), image_set)
+            for epoch in run.epochs[: 1 if stops else None]:
+                for _ in run.steps(Batches(image_set, "train", len(image_set.splits["train"]), False)):
+                    network(torch.ones(2)).sum().backward()
+                    optimizer.step()
+                seen.append(epoch)
+                run.record(epoch, 1.0, 1.0, 50.0, 50.0)
+    assert seen == [1, 2] and lines == [f"{settings.run_name} is finished already"]
+
+
 def test_state_of_a_gpu_is_resumed_as_that_of_a_cpu(resume_branches):
     """The fused optimizer of a GPU rounds differently on a CPU."""
     begun = resume_branches("a", "b", begin=True, fused=True)

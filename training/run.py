@@ -40,7 +40,7 @@ class Run:
 
     Args:
         settings: what `preparation.prepare` returns.
-        report: called with one line of text at the start, and after every epoch.
+        report: called with each line to show: some at the start, one after every epoch, and warnings.
         show_bar: whether to draw a progress bar on standard error.
 
     Raises:
@@ -53,16 +53,16 @@ class Run:
     def __init__(self, settings: Settings, report: Report = lambda line: None, show_bar: bool = False) -> None:
         self.settings, self.report, self.show_bar = settings, report, show_bar
         self.files = run_files(settings.path, settings.run_name)
-        self.first = together.rank() == 0
+        self.is_main_process = together.rank() == 0
         self.results: Results | None = None  # the numbers so far
-        self.notes: dict[str, Value] = {}  # what else the result file shall say
-        self.state: dict[str, Any] | None = None  # all that the epochs so far have led to
+        self.notes: dict[str, Value] = {}  # further lines of the header of the result file
+        self.state: dict[str, Any] | None = None  # what it takes to resume
         self.saved_state: dict[str, Any] | None = None  # the same as it was at the last checkpoint
         self.last_save = -math.inf
         self.contexts = ExitStack()
 
     def __enter__(self) -> "Run":
-        together.agree(self.open_files if self.first else lambda: None)
+        together.agree(self.open_files if self.is_main_process else lambda: None)
         self.results, self.state = together.from_first((self.results, self.state))
         return self
 
@@ -79,7 +79,7 @@ class Run:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         with self.contexts:
-            if self.first and self.saved_state is not self.state:
+            if self.is_main_process and self.saved_state is not self.state:
                 save_run(self.files, self.state)
             if error is None and CATCHING == [False]:  # nobody else asks for a signal that came after the last step
                 raise_if_stopped()
@@ -131,8 +131,9 @@ class Run:
                 except Exception:  # which one depends on what differs; of weights, it has a line for each
                     problem = f"is of a run with another {name}: {REMOVE_BOTH}"
                     raise ValueError(f"{self.files.checkpoint} {problem}") from None
-            for group in optimizer.param_groups:  # this goes with the device, which may be another one now
-                group["fused"] = optimizer.defaults["fused"]
+            if "fused" in optimizer.defaults:  # it goes with the device, which may be another one now
+                for group in optimizer.param_groups:
+                    group["fused"] = optimizer.defaults["fused"]
             set_random_states(self.state["random"])
             self.last_save = self.start
             self.start -= self.results.header["seconds"]
@@ -142,6 +143,9 @@ class Run:
     def introduce(self, network: nn.Module, image_set: ImageSet, settling_steps: int) -> None:
         """Report what the run does and where its first accuracies mislead, and draw the bar."""
         settings, num_images = self.settings, len(image_set.splits["train"])
+        if not self.epochs:
+            self.report(f"{settings.run_name} is finished already")
+            return
         size = sum(parameter.numel() for parameter in network.parameters())
         images = f"{settings.dataset}, {image_set.numbers}"
         where = f"{settings.device}, {settings.precision}; files in {settings.path}"
@@ -180,7 +184,7 @@ class Run:
         columns = {name: np.append(before[name], value) for name, value in zip(COLUMNS, numbers, strict=True)}
         described = describe_run(self.settings, time.monotonic() - self.start, self.results, together.size())
         self.results = Results(described | self.notes, columns)
-        together.agree(self.save if self.first else lambda: None)
+        together.agree(self.save if self.is_main_process else lambda: None)
         self.report(
             f"epoch {epoch}/{self.settings.num_epochs}: train loss {train_loss:.6f}, val loss {val_loss:.6f},"
             f" val accuracy {val_accuracy:.3f} %, test accuracy {test_accuracy:.3f} %, {self.speed:,.0f} images/s"
@@ -219,9 +223,9 @@ def change_since(begun: Results, notes: Mapping[str, Value]) -> str | None:
     """What has changed since a run was begun, if anything has. Files of early versions do not say all of it."""
     for name, now in notes.items():
         if (before := begun.header.get(name, now)) != now:
-            kind, of = ("code", "network") if name == "network_code" else ("images", "dataset")
+            kind, setting = ("code", "network") if name == "network_code" else ("images", "dataset")
             since = f"since {begun.header['name']} was begun: {name} was {before}, now {now}"
-            return f"the {kind} of {begun.header[of]} changed {since}"
+            return f"the {kind} of {begun.header[setting]} changed {since}"
     return None
 
 
