@@ -92,8 +92,8 @@ def initialize_scales(network: nn.Module, bn_weight: float) -> list[str]:
         ValueError: there is no such batch norm; one is lazy, or computes γ or β from other parameters; or `bn_weight`
             is not a finite number above 0 that their types can hold. Nothing is changed then.
     """
-    layers = {name: module for name, module in network.named_modules() if isinstance(module, _BatchNorm)}
-    layers = {name: layer for name, layer in layers.items() if layer.weight is not None}
+    modules = network.named_modules()
+    layers = {name: layer for name, layer in modules if isinstance(layer, _BatchNorm) and layer.weight is not None}
     if not layers:
         raise ValueError("there is no batch norm with a scale γ in the network")
     for name, layer in layers.items():
@@ -155,9 +155,10 @@ SIGMA_ACT = 0.58  # standard deviation of a rectified standard normal variable, 
 class NormalizesImages(nn.Sequential):
     """What `prepend_input_norm` returns: `nn.Sequential(input_norm, network)` that has the network's attributes, too.
 
-    So `num_classes`, `default_cfg` or `set_grad_checkpointing` of a network of timm are found as before. What begins
-    with an underscore or with `forward` is not passed on: `forward_features` would compute without the input layer.
-    Names of weights that the network gives, as timm's `no_weight_decay`, lack the `1.` in front.
+    So `num_classes`, `default_cfg` or `set_grad_checkpointing` of a network of timm are found as before, and a new `fc`
+    takes the place of the old one. What begins with an underscore or with `forward` is not passed on:
+    `forward_features` would compute without the input layer. Names of weights that the network gives, as timm's
+    `no_weight_decay`, lack the `1.` in front.
     """
 
     def forward(self, images: Tensor) -> Any:
@@ -172,6 +173,13 @@ class NormalizesImages(nn.Sequential):
             if name.startswith(("_", "forward")):
                 raise
             return getattr(super().__getattr__("1"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_own = name in self.__dict__ or name in self._modules or hasattr(type(self), name)
+        if is_own or not hasattr(self, name):
+            super().__setattr__(name, value)
+        else:  # a layer of its own would come behind the network
+            setattr(self[1], name, value)
 
 
 def prepend_input_norm(network: nn.Module, bn_weight: float, num_channels: int | None = None) -> NormalizesImages:

@@ -299,11 +299,19 @@ def test_attributes_of_a_network_behind_the_input_norm():
         assert network.factor == network[1].factor == 2.5 and "factor" not in vars(network)
         for name in ("forward_features", "_version_of_mine", "no_such_name", "__deepcopy__"):
             assert not hasattr(network, name)
+    saved.head = saved.num_classes = None  # the first is a new one of the whole
+    assert "head" in vars(saved) and saved[1].num_classes is None and "num_classes" not in vars(saved)
     with pytest.raises(AttributeError, match="'Described' object has no attribute 'no_such_name'"):
         _ = whole.no_such_name
     assert not hasattr(whole[:1], "num_classes") and len(whole[:1]) == 1
     traced = prepend_input_norm(torch.fx.symbolic_trace(described()), 0.1)  # which has a __deepcopy__ of its own
     assert len(copy.deepcopy(traced)) == 2
+
+
+def test_new_head_takes_the_place_of_the_old_one():
+    network = prepend_input_norm(torchvision.models.resnet18(num_classes=10), 0.1)
+    network.fc = nn.Identity()
+    assert len(network) == 2 and network(torch.rand(2, 3, 32, 32)).shape == (2, 512)
 
 
 @pytest.mark.parametrize(
