@@ -64,10 +64,10 @@ def make(experiment: Experiment, planned: Sequence[PlannedRun]) -> None:
     if plan.report is not None or not planned:
         return
     left, num_done = experiment.left(planned), experiment.num_done(planned)
-    is_own = plan.first.dataset not in DATASETS or ":" in plan.first.network  # which may have changed
+    is_own = plan.common.dataset not in DATASETS or ":" in plan.common.network  # which may have changed
     if (left or is_own) and not (ARRIVED or plan.cluster):
         check_here(experiment, planned)
-    epochs = f"{plan.first.num_epochs} epoch{'s' * (plan.first.num_epochs > 1)}"
+    epochs = f"{plan.common.num_epochs} epoch{'s' * (plan.common.num_epochs > 1)}"
     how = f"on {plan.cluster}" if plan.cluster else f"{plan.jobs} at a time"
     kind = "tuning runs" if planned[0].for_tuning else "runs"
     say(f"{len(planned)} {kind} of {epochs}, {how}; {num_done} are finished in {experiment.folder}")
@@ -116,7 +116,8 @@ def list_experiments(experiments: Iterable[Experiment]) -> None:
         plan = experiment.plan
         planned, kind = (experiment.runs, "runs") if experiment.runs else (plan.tuning_runs, "tuning runs")
         done = f"{experiment.num_done(planned)} of {len(planned)} {kind} are finished"
-        done += f", {len(experiment.failed)} cannot be read" * bool(experiment.failed)
+        if experiment.failed:
+            done += f", {len(experiment.failed)} cannot be read"
         what = f"{', '.join(plan.methods)}; seeds {' '.join(ranges(plan.seeds))}"
         say(f"{plan.table_name}: {what}; {done}", experiment.report_command, "")
 
@@ -132,7 +133,8 @@ def report(experiment: Experiment, tuning: Sequence[str], own_network: str | Non
     notes = [*note_unsettled(experiment.finished.values()), *tuning, *tables.selection_note(plan.select)]
     notes += [*note_missing_checksums(to_compare), *mixed_circumstances(to_compare)]
     text = "\n\n".join([*(tables.tables(comparisons) if to_compare else []), *notes])
-    say(*[text] * bool(text))
+    if text:
+        say(text)
     for name, reason in experiment.failed.items():
         warn(f"{name} failed: {reason}", "reproduce.py")
     if not to_compare:
@@ -160,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     with one_line_endings("reproduce.py"):
         plan = parse(given)
-        experiment, own_network = Experiment(plan, command_of(given)), plan.first.network
+        experiment, own_network = Experiment(plan, command_of(given)), plan.common.network
         if plan.report is not None and sum(word.startswith("-") for word in given) == 1:
             found = find_experiments(plan.report)
             if not found:
@@ -179,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tuning = experiment.choose_learning_rates()
         make(experiment, experiment.runs)
         if not (experiment.finished or experiment.diverged or experiment.failed or ARRIVED):
-            kind = "tuning " * bool(tuning)
+            kind = "tuning " if tuning else ""
             hint = "give --report and the folder alone to see what it has"
             raise ValueError(f"{experiment.folder} has no finished {kind}run of this experiment: {hint}")
         report(experiment, tuning, own_network)

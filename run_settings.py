@@ -35,11 +35,9 @@ class Known(NamedTuple):
 DATASETS = {"cifar10": Known(45_000, 32, 10), "cifar100": Known(45_000, 32, 100), "digits": Known(1_293, 8, 10)}
 SMALL_IMAGE = 64  # pixels: up to here, images keep their size, stay decoded, and a ResNet gets the stem for small ones
 LARGE_IMAGE = 224  # pixels of all others, unless another size is given
-SCHEDULES = ("cos", "none")
 STEMS = ("auto", "small", "own")
 INPUT_NORMS = ("bn", "dataset")
 SELECTIONS = ("best", "last")  # the epoch whose test accuracy counts: that of the best validation accuracy, the last
-EQUIVALENTS = ("no", "logits", "logits+rates")
 PRECISIONS = ("float32", "strict", "tf32", "bfloat16")
 MAX_SEED = 88265  # from 0 to here, every seed makes draws of its own
 OWN_SEED = "seed"  # as a split_seed: that of the run itself
@@ -122,7 +120,7 @@ class Settings:
     batch_size: int = setting(TRAINING, 128, "images in a batch", whole(1))
     num_epochs: int = setting(TRAINING, 180, "passes over the training images", whole(1))
     learning_rate: float = setting(TRAINING, 0.1, "initial learning rate", positive)
-    scheduler: str = setting(TRAINING, "cos", "learning rate: half a cosine, or constant", choices=SCHEDULES)
+    scheduler: str = setting(TRAINING, "cos", "learning rate: half a cosine, or constant", choices=("cos", "none"))
     momentum: float = setting(TRAINING, 0.9, "momentum of SGD", fraction)
     weight_decay: float = setting(TRAINING, 1e-4, "weight decay; biases, γ and β have none", not_negative)
     device: str | None = setting(FILES, None, "cpu, cuda, cuda:1 ... (default: the accelerator that torch finds)")
@@ -149,7 +147,7 @@ class Settings:
         BEYOND,
         "no",
         "train with γ = 1 instead: with the logits scaled, or with learning rates scaled too",
-        choices=EQUIVALENTS,
+        choices=("no", "logits", "logits+rates"),
     )
     bn_weight: float = setting(METHOD, 0.1, "initial γ of every batch norm; 1 is usual", positive)
     c: float = setting(METHOD, 100.0, "divides the learning rate of γ; 0 means 1", reduction)
@@ -204,15 +202,20 @@ def make_parser() -> Parser:
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for one in fields(Settings):
         options = {key: value for key, value in one.metadata.items() if key != "group"}
-        if one.default not in (None, False, "", Path()):
+        if one.default is not False and one.default not in (None, "", Path()):
             options["help"] += f" (default: {as_typed(one.default)})"
         groups[one.metadata["group"]].add_argument(f"--{one.name}", default=one.default, **options)
     return parser
 
 
-def parse(argv: Sequence[str] | None = None) -> Settings:
-    """The settings of a run from the flags of `train.py`. FlagError or SettingError names the one that is wrong."""
-    return Settings(**vars(make_parser().parse_args(argv)))
+def parse(argv: Sequence[str] | None = None, command: Parser | None = None) -> Settings:
+    """The settings of a run from the flags of `train.py`. FlagError or SettingError names the one that is wrong.
+
+    `command` is the parser of a command that has these flags beside its own, which may be meant by a wrong one.
+    """
+    parser = make_parser()
+    parser.others = command.names if command else []
+    return Settings(**vars(parser.parse_args(argv)))
 
 
 def as_arguments(settings: Settings) -> list[str]:
@@ -246,8 +249,9 @@ def split_seed(values: Mapping[str, Value]) -> int:
 
 
 def compared(values: Mapping[str, Value]) -> dict[str, Value]:
-    """The settings of `COMPARED` among these; one that is missing is at its default."""
-    return {name: values.get(name, DEFAULTS[name]) for name in COMPARED}
+    """The settings of `COMPARED` among these; one that is missing is at its default, a c of 0 is 1."""
+    found = {name: values.get(name, DEFAULTS[name]) for name in COMPARED}
+    return found | {"c": found["c"] or 1.0}  # both mean no reduction
 
 
 def determining(settings: Settings) -> dict[str, Value]:

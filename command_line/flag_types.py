@@ -39,6 +39,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, epilog: str = "", **options: Any) -> None:
         options |= {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(epilog=f"{epilog}\nUSAGE.md explains more.", **options)
+        self.others: list[str] = []  # names of further flags that may be meant by one that does not exist
+
+    @property
+    def names(self) -> list[str]:
+        """Those of its flags, without the hyphens."""
+        return [option[2:] for action in self._actions for option in action.option_strings if option[:2] == "--"]
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         given = sys.argv[1:] if args is None else args
@@ -46,7 +52,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if flag := re.match(r"unrecognized arguments: --(\w+)", message):
-            names = [option[2:] for action in self._actions for option in action.option_strings if option[:2] == "--"]
+            names = self.others + self.names
             short = [name for name in names if "".join(word[0] for word in name.split("_")) == flag[1]]  # lr
             if close := short or get_close_matches(flag[1], names, n=1):
                 message += f": did you mean --{close[0]}?"
@@ -111,8 +117,3 @@ def number(what: str, allowed: Callable[[float], bool]) -> Callable[[str], float
 def as_typed(value: str | float | bool) -> str:
     """A value as one would type it after its flag: 100 for 100.0."""
     return str(value).removesuffix(".0")
-
-
-def is_flag(argument: str, name: str) -> bool:
-    """Whether a command's argument is the flag of this name, with or without its value."""
-    return argument == f"--{name}" or argument.startswith(f"--{name}=")

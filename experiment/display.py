@@ -18,7 +18,7 @@ class Display:
     """A bar over the experiment, the table, and a line for each run at work; where there is no terminal, a line for
     each run that begins or ends.
 
-    How far a run is, its result file tells.
+    A run's progress is read from its result file.
 
     Args:
         runs: those to make, by name.
@@ -51,14 +51,14 @@ class Display:
         self.draw()
 
     def end(self, name: str, text: str, rows: Sequence[str], failed: bool) -> None:
-        """A run has ended, of which there is `text` to say; a terminal shows it where the run has failed."""
+        """Note that a run has ended. `text` is printed, on a terminal only if the run failed."""
         self.epochs[name] = count_epochs(self.runs[name].settings)
         del self.left[name]
         self.at_work.remove(name)
         self.num_done, self.rows = self.num_done + 1, rows
         if failed or not self.on_terminal:
-            time_left = self.time_left()
-            say(f"{self.num_done}/{self.bar.total} {text}" + f" ({time_left})" * bool(time_left))
+            time_left = f" ({left})" if (left := self.time_left()) else ""
+            say(f"{self.num_done}/{self.bar.total} {text}{time_left}")
         self.draw()
 
     def time_left(self) -> str:
@@ -77,7 +77,7 @@ class Display:
         for name in self.at_work:
             method, _, settings, for_tuning = self.runs[name]
             elapsed = tqdm.format_interval(time.monotonic() - self.began[name])
-            rate = f" at {as_typed(settings.learning_rate)}" * for_tuning
+            rate = f" at {as_typed(settings.learning_rate)}" if for_tuning else ""
             epoch = min(self.epochs[name] + 1, settings.num_epochs)
             texts.append(f"{elapsed} {method}{rate}, seed {settings.seed}: epoch {epoch}/{settings.num_epochs}")
         while len(self.lines) < len(texts):

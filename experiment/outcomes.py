@@ -45,10 +45,10 @@ class Experiment:
 
     def __init__(self, plan: argparse.Namespace, command: str) -> None:
         self.plan, self.command = plan, command
-        self.folder: Path = plan.report or plan.first.path / "results"
+        self.folder: Path = plan.report or plan.common.path / "results"
         self.runs: list[PlannedRun] = plan.runs
         self.learning_rates: dict[str, float] = {}
-        self.restarts: bool = plan.report is None and plan.first.restart
+        self.restarts: bool = plan.report is None and plan.common.restart
         self.finished: dict[str, Results] = {}
         self.failed: dict[str, str] = {}
         self.diverged: dict[str, str] = {}

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import run_settings
-from command_line.flag_types import FlagError, Parser, as_typed, file_name, folder, is_flag, whole
+from command_line.flag_types import FlagError, Parser, SettingError, as_typed, file_name, folder, whole
 from run_settings import COMPARED, DEFAULTS, MAX_SEED, NAMED, PAPER, SELECTIONS, WITHOUT_EFFECT, Settings, Value
 
 EXAMPLES = """All other flags are those of train.py, see python train.py --help. The same command resumes an experiment.
@@ -64,8 +64,6 @@ def make_parser() -> Parser:
     files("--name", default="", type=file_name, help="beginning of all file names (default: made from the settings)")
     files("--jobs", default=1, type=whole(1), help="runs at a time on this machine (default: %(default)s)")
     files("--cluster", type=cluster, metavar="tcp://HOST:PORT", help="Dask scheduler whose workers make the runs")
-    schedule = {"action": "append", "default": [], "help": argparse.SUPPRESS}  # train.py's; earlier, also --cluster
-    files("--scheduler", type=lambda text: cluster(text) if text.startswith("tcp:") else text, **schedule)
     files("--device", help="device of every run (default: with --jobs, runs share out all GPUs; cpu without any)")
     files("--list", action="store_true", help="print the commands of all runs instead")
     report_help = "make no runs: table and figures of those in FOLDER (default: results/ below --path)"
@@ -83,30 +81,31 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         - `runs`: all runs to compare, in the order in which they are to be made; none as long as their learning rates
           are to be chosen.
         - `tuning_runs`: the runs on which the rates are chosen.
-        - `first`: the settings of one of all these runs.
+        - `common`: settings with what all these runs share.
         - `shared`: what determines the numbers of all runs to compare, by name.
         - `table_name`: how the names of the table and the figures begin.
     """
-    args, args.others = make_parser().parse_known_args(argv)
-    given = [name for name in (*COMPARED, "seed", "learning_rate") for other in args.others if is_flag(other, name)]
-    if set(given) - {"learning_rate"}:
-        raise FlagError(f"argument --{given[0]}: the experiment sets it: give --settings, --bn_weights or --seeds")
-    if given and args.learning_rates:
+    parser = make_parser()
+    args, args.others = parser.parse_known_args(argv)
+    given = {argument.partition("=")[0] for argument in args.others}
+    for name in (*COMPARED, "seed"):
+        if f"--{name}" in given:
+            raise FlagError(f"argument --{name}: the experiment sets it: give --settings, --bn_weights or --seeds")
+    if "--learning_rate" in given and args.learning_rates:
         raise FlagError("argument --learning_rate: --learning_rates has the rates: leave it out")
-    args.others += [f"--scheduler={value}" for value in args.scheduler if not value.startswith("tcp:")]
-    args.cluster = next((value for value in reversed(args.scheduler) if value.startswith("tcp:")), args.cluster)
     if args.cluster and args.jobs > 1:
         raise FlagError("argument --jobs: the cluster has its own number of workers: leave it out with --cluster")
     plan_methods(args)
     check_contrasts(args)
     plan_seeds(args)
-    args.all_runs = run_settings.parse(args.others)  # what they share
+    args.common = run_settings.parse(args.others, parser)
     rates = args.learning_rates = sorted(set(args.learning_rates))
     args.runs = [] if rates else plan_runs(args)
     args.tuning_runs = [plan_run(args, n, seed, x) for seed in args.tuning_seeds for x in rates for n in args.methods]
-    args.first = (args.runs or args.tuning_runs)[0].settings
-    args.report = args.first.path / "results" if args.report is True else args.report
-    determining = run_settings.determining(args.first)
+    args.report = args.common.path / "results" if args.report is True else args.report
+    if args.report is not None and not args.report.is_dir():
+        raise FlagError(f"argument --report: there is no folder {args.report}")
+    determining = run_settings.determining(args.common)
     args.shared = {name: value for name, value in determining.items() if name not in (*COMPARED, "seed")}
     name_table(args)
     return args
@@ -119,16 +118,13 @@ def command_of(given: Sequence[str]) -> str:
     parser.add_argument("--report", nargs="?")
     for name in {"cluster", "jobs", *WITHOUT_EFFECT} - {"name"}:
         parser.add_argument(f"--{name}", **{"action": "store_true"} if DEFAULTS.get(name) is False else {})
-    parser.add_argument("--scheduler", action="append", default=[])
-    others, lasting = parser.parse_known_args(given)
-    schedules = [f"--scheduler={value}" for value in others.scheduler if not value.startswith("tcp:")]
-    return shlex.join([*PROGRAM, *lasting, *schedules])
+    _, lasting = parser.parse_known_args(given)
+    return shlex.join([*PROGRAM, *lasting])
 
 
 def name_table(args: argparse.Namespace) -> None:
     """Name the table by what sets it apart from others of the same runs, and put that into `args.shared`, too."""
-    at_default = replace(args.first, learning_rate=DEFAULTS["learning_rate"])
-    parts = [args.name or run_settings.experiment_name(at_default if args.learning_rates else args.first)]
+    parts = [args.name or run_settings.experiment_name(args.common)]
     if args.learning_rates:
         del args.shared["learning_rate"]
         args.shared["learning_rates"] = "+".join(map(as_typed, args.learning_rates))
@@ -192,7 +188,7 @@ def plan_run(args: argparse.Namespace, method: str, seed: int, learning_rate: fl
     """The run of a method with a seed, at a learning rate of its own where there is one."""
     values = args.methods[method] | {"seed": seed}
     values |= {} if learning_rate is None else {"learning_rate": learning_rate}
-    settings = replace(args.all_runs, name="", **values)
+    settings = replace(args.common, **values)
     flags = [*args.others, *(text for name, value in values.items() for text in (f"--{name}", as_typed(value)))]
     if args.name:
         unusual = learning_rate not in (None, DEFAULTS["learning_rate"])
@@ -218,6 +214,10 @@ def named_method(text: str) -> tuple[str, dict[str, Value]]:
             raise argparse.ArgumentTypeError(f"{text!r}: {part!r} is no {', '.join(COMPARED)}=VALUE") from None
     if name in NAMED or file_name(name) == "":
         raise argparse.ArgumentTypeError(f"{text!r} needs a name of its own before the colon")
+    try:
+        Settings(**values)
+    except SettingError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
     values["c"] = values["c"] or 1.0  # both mean no reduction
     if values["equivalent"] == DEFAULTS["equivalent"]:
         del values["equivalent"]  # as in the paper's methods

@@ -11,7 +11,7 @@ from statistics import fmean
 
 from command_line.files import write_atomically
 from command_line.flag_types import as_typed
-from reporting.tables import markdown
+from reporting.tables import markdown, shown
 from run_settings import Settings, Value, determining, differences
 from saved_runs.results import header_lines, read_header
 
@@ -26,7 +26,9 @@ def mean_accuracy(accuracies: Accuracies) -> float:
 
 def choose_learning_rates(tuning: Tuning) -> dict[str, float]:
     """For each setting, the rate with the highest mean of the best validation accuracies, the smallest on a tie."""
-    means = {setting: {rate: mean_accuracy(of) for rate, of in rates.items()} for setting, rates in tuning.items()}
+    means = {
+        setting: {rate: mean_accuracy(seeds) for rate, seeds in rates.items()} for setting, rates in tuning.items()
+    }
     return {setting: max(sorted(rates), key=rates.get) for setting, rates in means.items()}
 
 
@@ -36,9 +38,10 @@ def tuning_table(tuning: Tuning, chosen: Mapping[str, float]) -> str:
     for setting, rates in tuning.items():
         for rate, accuracies in rates.items():
             diverged = sum(accuracy is None for accuracy in accuracies.values())
-            remarks = [f"{diverged} diverged"] * bool(diverged) + ["chosen"] * (rate == chosen.get(setting))
+            remarks = [f"{diverged} diverged"] if diverged else []
+            remarks += ["chosen"] if rate == chosen.get(setting) else []
             row = {"setting": setting, "learning rate": as_typed(rate), "tuning seeds": f"{len(accuracies)}"}
-            row["val accuracy (%)"] = f"{mean_accuracy(accuracies):.2f}".replace("nan", "–")
+            row["val accuracy (%)"] = shown(mean_accuracy(accuracies), ".2f")
             rows.append({**row, "remark": ", ".join(remarks)})
     return markdown(rows, list(rows[0]))
 
@@ -57,7 +60,7 @@ def explain_choice(tuning: Tuning, seeds: Sequence[int], left: int) -> list[str]
     means = "the mean of the best validation accuracies over the seeds " + ", ".join(map(str, seeds))
     lines = [f"The rates are chosen by {means}; a tie goes to the smaller one."]
     any_diverged = any(None in accuracies.values() for accuracies in by_rate)
-    return lines + ["A tuning run that diverged counts as 0 %."] * any_diverged
+    return [*lines, "A tuning run that diverged counts as 0 %."] if any_diverged else lines
 
 
 def divergence_file(folder: Path, settings: Settings) -> Path:

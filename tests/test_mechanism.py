@@ -167,6 +167,13 @@ def test_folder_unless_one_is_given(few_digits, tmp_path, monkeypatch, capsys):
     assert (folder / "mechanism.md").exists() and str(folder / "mechanism-rotation") in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["bn_weight", "equivalent", "seed"])
+def test_settings_in_which_its_trainings_differ(name, few_digits, capsys):
+    with pytest.raises(SystemExit):
+        mechanism.main([*FLAGS, f"--{name}", {"bn_weight": "0.3", "equivalent": "logits", "seed": "2"}[name]])
+    assert f"argument --{name}: it is set here: leave it out" in capsys.readouterr().err
+
+
 def test_network_without_convolutions(few_digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         mechanism.main([*FLAGS, "--network", "test_mechanism:perceptron", "--output", str(tmp_path)])

@@ -84,7 +84,7 @@ def beta_or_epsilon() -> str:
 def tuned_experiment(folder: Path, network: str) -> Experiment | None:
     """The experiment of a folder with this network and tuned rates, if all its runs are there."""
     for experiment in find_experiments(folder):
-        of_network = experiment.plan.tuning_runs and experiment.plan.first.network == network
+        of_network = experiment.plan.tuning_runs and experiment.plan.common.network == network
         if of_network and experiment.runs and not experiment.left(experiment.runs):
             return experiment
     return None

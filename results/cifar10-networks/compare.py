@@ -5,6 +5,7 @@ python results/cifar10-networks/compare.py
 
 import sys
 from dataclasses import replace
+from itertools import product
 from math import nan
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def complete_experiments() -> dict[str, Experiment]:
     experiments = {}
     for experiment in find_experiments(HERE):
         if experiment.runs and not experiment.left(experiment.runs):
-            experiments[experiment.plan.first.network.rpartition(":")[2]] = experiment
+            experiments[experiment.plan.common.network.rpartition(":")[2]] = experiment
     return experiments
 
 
@@ -54,11 +55,8 @@ def compare_networks(experiments: dict[str, Experiment], sign: int = 1) -> list[
 def table(experiments: dict[str, Experiment]) -> str:
     """A row for each network and method: accuracies in percent and rates, gain in points, p, verdict."""
     helps, harms = compare_networks(experiments), compare_networks(experiments, sign=-1)
-    rows = []
-    for c, other_way in zip(helps, harms, strict=True):
-        network, _, gamma = c.method.partition(", ")
-        experiment = experiments[network]
-        method = next(name for name, label in METHODS.items() if label == gamma)
+    pairs, rows = product(experiments.items(), METHODS.items()), []
+    for c, other_way, ((network, experiment), (method, label)) in zip(helps, harms, pairs, strict=True):
         baseline = compare("baseline", accuracy_by_seed(experiment.runs_by_method["baseline"]), {})
         rates = {name: as_typed(experiment.learning_rates[name]) for name in (method, "baseline")}
         verdict = "helps" if c.corrected_p_value <= LEVEL else "undecided"
@@ -66,7 +64,7 @@ def table(experiments: dict[str, Experiment]) -> str:
         rows.append(
             {
                 "network": network,
-                "γ": gamma.removeprefix("γ "),
+                "γ": label.removeprefix("γ "),
                 "with the method (rate)": f"{c.mean:.2f} ± {c.deviation:.2f} ({rates[method]})",
                 "without (rate)": f"{baseline.mean:.2f} ± {baseline.deviation:.2f} ({rates['baseline']})",
                 "difference (95 % CI)": "{:+.2f} ({:+.2f} to {:+.2f})".format(c.difference, *c.interval),

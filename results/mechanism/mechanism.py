@@ -27,7 +27,7 @@ import run_settings
 import train
 from command_line.endings import one_line_endings, say
 from command_line.files import write_atomically
-from command_line.flag_types import Parser, as_typed, folder, whole
+from command_line.flag_types import FlagError, Parser, as_typed, folder, whole
 from experiment.plan import distinct, seed_range
 from image_sets.batches import Batches
 from image_sets.loading import ImageSet
@@ -77,8 +77,8 @@ def measure_initialization(network: nn.Module, images: Tensor, labels: Tensor) -
 
 def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
     """All convolutions that are trained by name, in the order of `network.named_modules()`; ValueError without any."""
-    found = {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
-    found = {name: layer for name, layer in found.items() if layer.weight.requires_grad}
+    modules = network.named_modules()
+    found = {name: layer for name, layer in modules if isinstance(layer, nn.Conv2d) and layer.weight.requires_grad}
     if not found:
         raise ValueError("the network has no convolution that is trained, and nothing to look at")
     return found
@@ -151,7 +151,7 @@ def mean_over_seeds(measured: Sequence[Measured]) -> Measured:
 
     def mean(values: Sequence[Any]) -> Any:
         if isinstance(values[0], dict):
-            return {name: mean([of[name] for of in values]) for name in values[0]}
+            return {name: mean([value[name] for value in values]) for name in values[0]}
         return np.mean(values, axis=0).astype(np.asarray(values[0]).dtype)  # steps stay whole numbers
 
     return type(measured[0])(*(mean(values) for values in zip(*(vars(one).values() for one in measured), strict=True)))
@@ -263,9 +263,13 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: measure, write and print the numbers, draw; see `one_line_endings` for its exit codes."""
     with one_line_endings("mechanism.py"):
-        args, others = make_parser().parse_known_args(argv)
+        parser = make_parser()
+        args, others = parser.parse_known_args(argv)
         flags = [f"--dataset={args.dataset}", *(DIGITS if args.dataset == "digits" else ()), *others]
-        first = preparation.prepare(run_settings.parse(flags))
+        first = preparation.prepare(run_settings.parse(flags, parser))
+        for name in (*run_settings.COMPARED, "seed"):
+            if vars(first)[name] != run_settings.DEFAULTS[name]:
+                raise FlagError(f"argument --{name}: it is set here: leave it out")
         output = args.output or first.path / "results" / f"mechanism-{run_settings.experiment_name(first)}"
         output.mkdir(parents=True, exist_ok=True)
         seeds, steps = distinct(args.seeds), [*(step for step in MEASURED if step < args.steps), args.steps]
