@@ -153,7 +153,7 @@ def describe(runs: Iterable[Results]) -> str:
     first, rates = headers[0], {header["learning_rate"] for header in headers}
     epochs = f"{first['num_epochs']} epoch{'s' * (first['num_epochs'] != 1)}"
     rate = f"learning rate {as_typed(*rates)}" if len(rates) == 1 else "each setting at its own learning rate"
-    split = ", a split for each seed" * (first["split_seed"] == OWN_SEED)
+    split = ", a split for each seed" if first["split_seed"] == OWN_SEED else ""
     return f"{describe_network(first)}, {epochs}, {rate}{split}"
 
 
@@ -163,18 +163,20 @@ def save_figures(
     networks: Path,
     comparisons: Sequence[Comparison] | None = None,
     own_network: str | None = None,
+    output: Path | None = None,
 ) -> tuple[list[Path], list[str]]:
     """Draw and write every figure that can be made. OSError where one cannot be written. Nothing is downloaded.
 
     Two figures show trained networks, those of `SHOWN` with the smallest seed. What they show is also written to
-    STEM-scales-and-shifts.npz, from which they are drawn where the weights are missing.
+    ...-scales-and-shifts.npz, and where the weights are missing, they are drawn from such a file of `stem`.
 
     Args:
-        stem: the folder, and how the names of the files begin.
+        stem: the folder of the results, and how the names of the files begin.
         runs: the finished runs by method and seed.
         networks: the folder with the trained weights, NAME-best.pt; `images` beside it has the data.
         comparisons: what `forest_plot` shows; by default every method beside the baseline.
         own_network: MODULE:FUNCTION that may be imported to draw its trained weights; see `observe_runs`.
+        output: the folder for the files; by default, that of `stem`.
 
     Returns:
         The files of the figures; and a line on figures of trained networks that cannot be made, with the reason. A
@@ -185,8 +187,9 @@ def save_figures(
     first_runs = {name: seeds[min(seeds)] for name in SHOWN if (seeds := runs.get(name))}
     seeds_shown = sorted({run.header["seed"] for run in first_runs.values()})
     of_seed = f"{title}, seed {' and '.join(map(str, seeds_shown))}"
+    output = output or stem.parent
     archive = stem.with_name(f"{stem.name}-scales-and-shifts.npz")
-    weights, measured, missing = observe_runs(first_runs, networks, archive, own_network)
+    weights, measured, missing = observe_runs(first_runs, networks, archive, own_network, output)
     bn_weights = {method: PAPER[method]["bn_weight"] for method in weights}
     figures: dict[str, tuple[Callable[[], Figure], str]] = {
         "learning-curves": (lambda: learning_curves(runs), title),
@@ -203,7 +206,7 @@ def save_figures(
         with suppress(ValueError):  # there are too few methods or seeds for it
             figure = draw()
             figure.suptitle(textwrap.fill(title, int(11 * figure.get_figwidth())), fontsize=10)
-            made += save(figure, stem.with_name(f"{stem.name}-{name}"))
+            made += save(figure, output / f"{stem.name}-{name}")
     return made, missing
 
 
@@ -216,8 +219,9 @@ def read_runs(files: Iterable[Path]) -> Runs:
     groups: dict[str, list[Path]] = {name: [] for name in named}
     for file in files:
         values = compared(read_results(file).header)
-        own_name = "γ {bn_weight}, c {c}, {input_norm}".format(**values)
-        own_name += f", {values['equivalent']}" * (values["equivalent"] != DEFAULTS["equivalent"])
+        own_name = f"γ {as_typed(values['bn_weight'])}, c {as_typed(values['c'])}, {values['input_norm']}"
+        if values["equivalent"] != DEFAULTS["equivalent"]:
+            own_name += f", {values['equivalent']}"
         groups.setdefault(next((name for name in named if named[name] == values), own_name), []).append(file)
     runs = {name: read_by_seed(group, name) for name, group in groups.items() if group}
     first, *others = (next(iter(seeds.values())) for seeds in runs.values())
@@ -253,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             results, (files, tables) = results.parent, without_tables(args.files)
             runs = read_runs(files)
         networks = args.networks or results.absolute().parent / "networks"
-        made, missing = save_figures((args.output or results) / name, runs, networks, comparisons, args.network)
+        made, missing = save_figures(results / name, runs, networks, comparisons, args.network, args.output)
         say(*made)
         for line in (*tables, *missing):
             warn(line, "figures.py")

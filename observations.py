@@ -121,7 +121,7 @@ def save_observations(file: Path, runs: Mapping[str, Results], found: Observatio
 
     It takes some hundred kB, where the weights take some hundred MB. OSError where it cannot be written.
     """
-    arrays = {f"{method}/{name}": values for method, of in found.weights.items() for name, values in of.items()}
+    arrays = {f"{method}/{name}": values for method, arrays in found.weights.items() for name, values in arrays.items()}
     for method, layers in found.normalized_values.items():
         arrays |= {f"{method}/{layer.name}{NORMALIZED}": np.array(layer[1:]) for layer in layers}
     content = io.BytesIO()
@@ -162,15 +162,20 @@ def name_of(run: Results) -> str:
 
 
 def observe_runs(
-    runs: Mapping[str, Results], networks: Path, archive: Path, own_network: str | None = None
+    runs: Mapping[str, Results],
+    networks: Path,
+    archive: Path,
+    own_network: str | None = None,
+    output: Path | None = None,
 ) -> Observations:
     """The learned γ and β and the normalized values of trained networks, as far as their files allow.
 
     Args:
         runs: for each method a finished run, all of one data set.
         networks: the folder with their weights, NAME-best.pt; `images` beside it has the data. Nothing is downloaded.
-        archive: written where there are weights and images, and read where weights are missing.
+        archive: read where weights are missing.
         own_network: MODULE:FUNCTION that may be imported. Code of another module is not run, as nobody asked for it.
+        output: the folder in which the archive is written where there are weights and images; by default, its own.
 
     Raises:
         OSError: the archive cannot be written.
@@ -198,7 +203,7 @@ def observe_runs(
             found.normalized_values[method] = measure_run(run, trained[method], image_set)
     except (OSError, ValueError) as error:
         return found._replace(normalized_values={}, missing=[f"no normalized values: {reason(error)}"])
-    save_observations(archive, runs, found)
+    save_observations((output or archive.parent) / archive.name, runs, found)
     return found
 
 
@@ -250,7 +255,8 @@ def learned_scales_and_shifts(weights: Mapping[str, Weights], bn_weights: Mappin
         margin = 0.05 * np.ptp(within) or 0.05
         low, high = within.min() - margin, within.max() + margin
         panel.set_ylim(low, high)
-        ends = {method: of[0, [0, -1], place] for method, (depths, of) in found.items() if depths[0] == 0}
+        at_input = {method: quantiles[0] for method, (depths, quantiles) in found.items() if depths[0] == 0}
+        ends = {method: quantiles[[0, -1], place] for method, quantiles in at_input.items()}
         texts = [f"{method} {a:.1f} to {b:.1f}" for method, (a, b) in ends.items() if a < low or b > high]
         if texts:
             panel.set_title(f"batch norm 0, off the scale: {', '.join(texts)}", loc="left", fontsize=8)
