@@ -194,10 +194,11 @@ def report(proposed_files: Sequence[Path], baseline_files: Sequence[Path], selec
         (proposed, by_seed), (baseline, also_by_seed) = plain
         if by_seed != also_by_seed or not (by_seed or len(proposed) == len(baseline)):
             raise ValueError(f"{files[0]} and {files[1]} need a column seed in both, or as many lines, to be paired")
-        highest = [max(of.values()) for of in (proposed, baseline)]
-        if min(highest) <= 1 < max(highest):
-            which = files[highest.index(min(highest))]
-            raise ValueError(f"{which} has fractions, the other file percent: give both in percent")
+        for file, accuracies in zip(files, (proposed, baseline), strict=True):
+            if not 1 < max(accuracies.values()) <= 100:
+                raise ValueError(f"{file} must have percent, with one above 1 and none above 100")
+        if select != "best":
+            raise ValueError("argument --select: files of accuracies have no epochs: leave it out")
         comparisons = [compare("baseline", baseline, {}), compare("proposed", proposed, baseline)]
         comparisons[0].reference = None
         apply_holm_correction(comparisons)
@@ -205,7 +206,8 @@ def report(proposed_files: Sequence[Path], baseline_files: Sequence[Path], selec
     else:
         proposed = read_by_seed(proposed_files, "--proposed", select)
         baseline = read_by_seed(baseline_files, "--baseline", select)
-        check_alike(*(next(iter(of.values())) for of in (proposed, baseline)), "the files of --proposed and --baseline")
+        firsts = (next(iter(runs.values())) for runs in (proposed, baseline))
+        check_alike(*firsts, "the files of --proposed and --baseline")
         runs = [*proposed.values(), *baseline.values()]
         comparisons = compare_all({"baseline": baseline, "proposed": proposed})
         lines = [*note_unsettled(runs), *selection_note(select), *note_missing_checksums(runs)]

@@ -327,7 +327,8 @@ def test_plain_files_by_line(tmp_path, capsys):
         (BY_SEED, "seed,accuracy\na,1,95\nb,2,94\n", "b: not all lines have as many columns\n"),
         (BY_SEED, "seed,acc\n1,95\n", "b is not of accuracies, as the other file is: CSV with the columns seed and "),
         (BY_SEED, "seed,accuracy\n\n", "b is not of accuracies, as the other file is: CSV with the columns seed and "),
-        (BY_SEED, "seed,accuracy\n1,0.95\n2,1\n", "b has fractions, the other file percent: give both in percent"),
+        (BY_SEED, "seed,accuracy\n1,0.95\n2,1\n", "b must have percent, with one above 1 and none above 100"),
+        (BY_SEED, "seed,accuracy\n1,95\n2,100.1\n", "b must have percent, with one above 1 and none above 100"),
         (BY_SEED, "", "b is not of accuracies, as the other file is: CSV with the columns seed and "),
     ],
 )
