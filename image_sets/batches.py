@@ -26,7 +26,7 @@ class Batches:
         split: 'train', 'val' or 'test'.
         batch_size: number of images in a batch.
         normalize: whether to normalize with the statistics of the set (`input_norm` is 'dataset').
-        share: gives, of what there is for each image of a batch, that of the images to take: all, by default.
+        share: cuts this process's part out of a tensor with one entry per image of a batch; by default, all of it.
 
     Raises:
         ValueError: `split` is none of these, or the set has no statistics to normalize with.
@@ -71,7 +71,7 @@ class Batches:
         images = self.image_set.images
         if not isinstance(images, Tensor):
             seeds = self.shares(torch.randint(2**63 - 1, (self.num_images,)))
-            keys = ([*zip(part.tolist(), of.tolist(), strict=True)] for part, of in zip(parts, seeds, strict=True))
+            keys = ([*zip(part.tolist(), its.tolist(), strict=True)] for part, its in zip(parts, seeds, strict=True))
             for batch in images.batches(keys):
                 yield batch.to(self.indices.device, non_blocking=True)
             return

@@ -108,6 +108,8 @@ def find_images(folder: Path, report: Callable[[str], None] = lambda line: None)
             labels += [label] * len(found)
     if left_out:
         report(f"{folder}: {counted(left_out)}")
+    if parts[1].name == "test" and (folder / "val").is_dir():
+        report(f"{folder / 'val'} is not used: a tenth of {parts[0]} is for validation")
     return FoundImages(files, labels, classes, num_train, folder, files[:num_train])
 
 
@@ -135,7 +137,7 @@ def note(path: str, seen: dict[tuple[int, int], str]) -> None:
 def counted(left_out: Counter[str]) -> str:
     """How images end, and how many files of which other ending are left out."""
     others = listed([f"{number} {ending}" for ending, number in left_out.most_common()])
-    return f"images end with {' '.join(ENDINGS)}" + f"; left out are {others}" * bool(left_out)
+    return f"images end with {' '.join(ENDINGS)}" + (f"; left out are {others}" if left_out else "")
 
 
 def identify(found: FoundImages, contents: Sequence[str] = ()) -> str:

@@ -185,7 +185,7 @@ def split_indices(
 ) -> dict[str, Tensor]:
     """Indices of the training, validation and test images, where the test images come last.
 
-    A tenth of the first `num_complete_train` images, equally many of every class, is drawn for validation.
+    A tenth of the first `num_complete_train` images is drawn for validation, in proportion to the classes.
     """
     try:
         train, val = stratified_split(labels[:num_complete_train].numpy(), 0.1, split_seed)

@@ -131,9 +131,12 @@ def test_folder_with_the_name_of_a_known_data_set(tmp_path, forbidden_network):
 def test_val_in_place_of_test(tmp_path):
     folder = make_folder(tmp_path / "beetles", num_train=4, num_test=3)
     shutil.copytree(folder / "test", folder / "val")
-    assert [file.parts[-3] for file in find_images(folder).images[4:]] == ["test"] * 3
+    lines = []
+    assert [file.parts[-3] for file in find_images(folder, lines.append).images[4:]] == ["test"] * 3
+    assert lines == [f"{folder / 'val'} is not used: a tenth of {folder / 'train'} is for validation"]
     shutil.rmtree(folder / "test")
-    assert [file.parts[-3] for file in find_images(folder).images[4:]] == ["val"] * 3
+    assert [file.parts[-3] for file in find_images(folder, lines.append).images[4:]] == ["val"] * 3
+    assert len(lines) == 1
 
 
 @pytest.mark.parametrize(
