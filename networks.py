@@ -153,7 +153,7 @@ def find_function(name: str) -> Callable[..., Any]:
     if not callable(function):
         file = getattr(module, "__file__", None) or "built in"
         in_models = callable(getattr(getattr(module, "models", None), function_name, None))  # as in timm
-        hint = f": give {module_name}.models:{function_name}" * in_models
+        hint = f": give {module_name}.models:{function_name}" if in_models else ""
         raise ValueError(f"{module_name} ({file}) has no function {function_name}{hint}")
     return function
 

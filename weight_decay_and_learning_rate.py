@@ -63,7 +63,7 @@ def adjust_weight_decay_and_learning_rate(
         raise ValueError(f"c must be 0 or 1 (no reduction) or above 1, not {c!r}")
     weight_decay, learning_rate, c = map(float, (weight_decay, learning_rate, c))  # torch.load refuses an np.float64
     by_name = dict(network.named_parameters(remove_duplicate=False))
-    skip_list = set(skip_list)
+    skip_list = {skip_list} if isinstance(skip_list, str) else set(skip_list)
     unknown = skip_list - by_name.keys()
     if unknown:
         raise ValueError(f"in skip_list, but not in the network: {', '.join(sorted(unknown))}")

@@ -32,7 +32,7 @@ def answer_at_once(program: str, parse: Callable[[], object]) -> None:
         parse()
         missing = [name for name in ("torch", "torchvision", "scipy", "sklearn", "tqdm") if find_spec(name) is None]
         if missing or sys.version_info < (3, 11):
-            what = f"this is {platform.python_version()}" + f", without {', '.join(missing)}" * bool(missing)
+            what = f"this is {platform.python_version()}" + (f", without {', '.join(missing)}" if missing else "")
             end(1, f"error: {what}; it takes Python 3.11 or newer and pip install -r requirements.txt", program)
         if shows_bar():
             warn("starting, which takes some seconds", program)

@@ -40,7 +40,7 @@ def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Color, stroke and marker of lines by name: the methods of `NAMED` have theirs, others take the next."""
     kinds = {"color": COLORS, "linestyle": STROKES, "marker": MARKERS}
     places = enumerate(dict.fromkeys([*NAMED, *names]))
-    return {name: {kind: of[place % len(of)] for kind, of in kinds.items()} for place, name in places}
+    return {name: {kind: choices[place % len(choices)] for kind, choices in kinds.items()} for place, name in places}
 
 
 def label_axes(panel: Axes, xlabel: str, ylabel: str) -> None:

@@ -69,7 +69,7 @@ def selection_note(select: str) -> list[str]:
 
 
 def table_rows(comparisons: Sequence[Comparison], methods: Mapping[str, Mapping[str, Value]]) -> list[dict[str, Value]]:
-    """A row with all digits for each comparison, with the settings of its method; what there is none of is empty."""
+    """One row per comparison, in full precision, with its method's settings; None where a value does not exist."""
     rows = []
     for c in comparisons:
         row = {"setting": c.method, **dict.fromkeys(COMPARED), "seeds": None}

@@ -95,16 +95,18 @@ def mixed_circumstances(runs: Iterable[Results]) -> list[str]:
         known = [run for run in runs if key in run.header]  # older files have none
         usual = Counter(run.header[key] for run in known).most_common(1)
         others = [str(run.header.get("name")) for run in known if run.header[key] != usual[0][0]]
-        lines += [f"not of the same {what} as the other runs: {', '.join(others)}"] * bool(others)
+        lines += [f"not of the same {what} as the other runs: {', '.join(others)}"] if others else []
     found = {name: sorted({str(run.header.get(name)) for run in runs}) for name in CIRCUMSTANCES}
-    return lines + [f"not all runs have the same {name}: {'; '.join(of)}" for name, of in found.items() if of[1:]]
+    several = {name: values for name, values in found.items() if len(values) > 1}
+    return lines + [f"not all runs have the same {name}: {'; '.join(values)}" for name, values in several.items()]
 
 
 def note_missing_checksums(runs: Iterable[Results]) -> list[str]:
     """A line where some of the runs were read from files without a checksum."""
     checked = [run.checked for run in runs]
     missing = checked.count(False)
-    return [f"{missing} of {len(checked)} result files have no checksum to compare their numbers with"] * (missing > 0)
+    line = f"{missing} of {len(checked)} result files have no checksum to compare their numbers with"
+    return [line] if missing else []
 
 
 def note_unsettled(runs: Iterable[Results]) -> list[str]:

@@ -87,7 +87,7 @@ class Results:
 
     @property
     def settled(self) -> bool:
-        """Whether the run has made so many; also where it is not known."""
+        """Whether the run has made at least `settling_steps` training steps; True if their number is unknown."""
         steps = self.steps_per_epoch
         return steps is None or self.num_epochs * steps >= self.settling_steps
 

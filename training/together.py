@@ -148,7 +148,7 @@ def in_turn(load: Callable[[], Result]) -> Result:
 
 
 def share(part: Tensor) -> Tensor:
-    """This process's share of what there is for each image of a batch; shares differ by one image at the most."""
+    """This process's part of a tensor with one entry per image of a batch; parts differ by at most one entry."""
     return part[len(part) * rank() // size() : len(part) * (rank() + 1) // size()]
 
 

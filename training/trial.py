@@ -35,7 +35,7 @@ def check_network(
     height, width = image_set.size
     with refusing("network", f"{settings.network} cannot train on two images of {height}×{width} pixels"):
         logits = try_images(trial, 2, image_set.size)
-    check_logits(settings, logits, num_classes)
+    check_output(settings, logits, num_classes)
     if (num_train - 1) % settings.batch_size == 0:
         last = f"a last batch of one of the {num_train} training images of {settings.dataset}"
         with refusing("batch_size", f"{settings.batch_size} leaves {last}, and {settings.network} cannot train on one"):
@@ -58,7 +58,7 @@ def refusing(name: str, problem: str) -> Iterator[None]:
         raise SettingError(name, f"{problem}: {in_one_line(error)}") from error
 
 
-def check_logits(settings: Settings, logits: Any, num_classes: int) -> None:
+def check_output(settings: Settings, logits: Any, num_classes: int) -> None:
     """SettingError where a network computes this for two images, and cannot be trained with it."""
     what = None
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
