@@ -103,10 +103,10 @@ def as_vector(values: Any, name: str) -> tuple[np.ndarray, float]:
         numbers, rounding = plain_numbers(values)
         vector = np.asarray(numbers)
         if vector.dtype.kind not in "biufO" or not all(isinstance(value, REAL) for value in vector.flat):
-            raise TypeError(f"they are of the type {vector.dtype}")
+            raise TypeError(f"this is a {type(values).__name__} of {vector.dtype}")
         vector = vector.astype(np.float64)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last of tensors that are not dense
-        raise ValueError(f"{name} must be a sequence of real numbers: {error}") from None
+        raise ValueError(f"{name} must be a list or an array of real numbers: {error}") from None
     if vector.ndim != 1:
         raise ValueError(f"{name} must have one dimension, not {vector.ndim}")
     if not np.isfinite(vector).all():

@@ -46,7 +46,7 @@ def load_network(results_file: str | os.PathLike, weights_file: str | os.PathLik
     run = read_results(file)
     settings = DEFAULTS | run.header
     if not run.finished:
-        raise ValueError(f"{file} is not of a finished run")
+        raise ValueError(f"{file} is not of a finished run: give its command again, which resumes it")
     network = rebuild_network(run, weights_file or run_files(folder, file.stem).best_weights)
     if settings["input_norm"] == "dataset":
         statistics = CIFAR10_STATISTICS

@@ -125,7 +125,7 @@ def test_scale_does_not_matter(scale):
         ([1, None], [1, 2], "d1 holds a value that is not a finite number"),
         (np.ma.array([1, 2, 3], mask=[0, 1, 0]), [1, 2, 3], "d1 holds a masked value"),
         *[
-            ([1, 2, 3], numbers, "d2 must be a sequence of real numbers")
+            ([1, 2, 3], numbers, "d2 must be a list or an array of real numbers: ")
             for numbers in (
                 ["1", "2", "4"],
                 np.array([1, "2", 4], dtype=object),
