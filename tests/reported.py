@@ -136,6 +136,7 @@ NETWORKS = {  # those of which all runs are there, with their rates
         "plain_networks.plain2": ("0.03", "0.1", "0.3", "1", "3"),
         "plain_networks.plain4": ("0.03", "0.1", "0.3", "1"),
         "plain_networks.plain8": ("0.03", "0.1", "0.3"),
+        "regnet_y_400mf": ("0.01", "0.03", "0.1", "0.3"),
         "shufflenet_v2_x0_5": ("0.01", "0.03", "0.1", "0.3"),
     }.items()
 }
