@@ -218,7 +218,7 @@ def named_method(text: str) -> tuple[str, dict[str, Value]]:
         Settings(**values)
     except SettingError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-    values["c"] = values["c"] or 1.0  # both mean no reduction
+    values = run_settings.compared(values)
     if values["equivalent"] == DEFAULTS["equivalent"]:
         del values["equivalent"]  # as in the paper's methods
     return name, values
