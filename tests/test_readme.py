@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 README, USAGE, MODULES = ((ROOT / f"{name}.md").read_text() for name in ("README", "USAGE", "MODULES"))
 NOT_OF_THE_PAPER = {"stem", "image_size", "no_flip", "split_seed", "workers", "precision", "compile", "equivalent"}
 NOT_OF_THE_PAPER |= {"tensorboard", "debias"}
+TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("results/*/README.md")]
 FOLDERS = sorted(file.parent.name for file in ROOT.glob("*/__init__.py"))
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 EXAMPLES = [*EXAMPLE.findall(README), *EXAMPLE.findall(USAGE), *EXAMPLE.findall(MODULES)]
@@ -29,6 +30,17 @@ EXAMPLES = [*EXAMPLE.findall(README), *EXAMPLE.findall(USAGE), *EXAMPLE.findall(
 def test_example_runs(example, small_network, runs_here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("file", TEXTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_lead_somewhere(file):
+    links = re.findall(r"\]\(([^)\s]+)\)", file.read_text())
+    for path, _, title in (link.partition("#") for link in links if "://" not in link):
+        target = file.parent / path if path else file
+        assert target.exists(), path
+        if title:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert title in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def modules() -> dict[str, Path]:
