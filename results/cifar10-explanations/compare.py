@@ -95,11 +95,14 @@ def accuracies_by_method(experiment: Experiment) -> dict[str, dict[int, float]]:
     return {method: accuracy_by_seed(runs) for method, runs in experiment.runs_by_method.items()}
 
 
-def unpaired(name: str, ours: Iterable[float], theirs: Iterable[float]) -> tuple[Comparison, float]:
-    """Welch's two-sided test and interval, and the difference of the means."""
+def unpaired(
+    name: str, ours: Iterable[float], theirs: Iterable[float], alternative: str = "two-sided"
+) -> tuple[Comparison, float]:
+    """Welch's test with its two-sided interval, and the difference of the means."""
     ours, theirs = list(ours), list(theirs)
-    test = stats.ttest_ind(ours, theirs, equal_var=False)
-    return Comparison(name, {}, {}, test.confidence_interval(0.95), test.pvalue), np.mean(ours) - np.mean(theirs)
+    interval = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    p_value = stats.ttest_ind(ours, theirs, equal_var=False, alternative=alternative).pvalue
+    return Comparison(name, {}, {}, interval, p_value), np.mean(ours) - np.mean(theirs)
 
 
 def table_of_differences(experiment: Experiment, compared: Iterable[tuple[Comparison, float]]) -> str:
@@ -146,11 +149,24 @@ def last_layer_of_shufflenet(experiment: Experiment) -> str:
     return table_of_differences(experiment, compared)
 
 
+def larger_gamma(experiment: Experiment) -> str:
+    """The plan of cifar10-own-stem-small0.3: γ = 0.3 beside both settings of cifar10-own-stem."""
+    earlier = accuracies_by_method(tuned_experiment(HERE.parent / "cifar10-own-stem", "resnet18"))
+    ours = accuracies_by_method(experiment)["small0.3"].values()
+    compared = [
+        unpaired("small0.3 - proposed", ours, earlier["proposed"].values()),
+        unpaired("small0.3 - baseline", ours, earlier["baseline"].values(), "greater"),
+    ]
+    apply_holm_correction([test for test, _ in compared])
+    return table_of_differences(experiment, compared)
+
+
 if __name__ == "__main__":
     print(beta_or_epsilon())
-    for network, table in (
-        ("variants:torch_last_layer", last_layer),
-        ("variants:shufflenet_torch_last_layer", last_layer_of_shufflenet),
+    for folder, network, table in (
+        (HERE, "variants:torch_last_layer", last_layer),
+        (HERE, "variants:shufflenet_torch_last_layer", last_layer_of_shufflenet),
+        (HERE.parent / "cifar10-own-stem-small0.3", "resnet18", larger_gamma),
     ):
-        if experiment := tuned_experiment(HERE, network):
+        if experiment := tuned_experiment(folder, network):
             print(f"\n{table(experiment)}")
