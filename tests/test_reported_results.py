@@ -963,11 +963,11 @@ def test_first_screen():
             cifar10,
             corrected(both)["proposed"],
         ),
-        "the same, each with the best of four learning rates": (cifar10_fair, corrected(both)["fair"]),
+        "the same, each at the best of four rates": (cifar10_fair, corrected(both)["fair"]),
         "the same, 20 epochs, 8 seeds": (cifar10_long, planned_tests_of_twenty_epochs()["gain"][1]),
-        "the 8×8 digits of scikit-learn, 5 epochs, learning rate 0.05": (why, compared(why, list(SETTINGS)[1:])),
-        "the same, with another split of the images for each of 30 seeds": (splits, compared(splits, ["proposed"])),
-        "digits, 5 epochs, each with the best of six learning rates": (fair, compared(fair, settings)),
+        "digits, 5 epochs, learning rate 0.05": (why, compared(why, list(SETTINGS)[1:])),
+        "the same, 30 seeds, each with its own split": (splits, compared(splits, ["proposed"])),
+        "digits, 5 epochs, each at the best of six rates": (fair, compared(fair, settings)),
         "digits, 20 epochs, learning rate 0.05": (long, compared(long, ["proposed"])),
     }
     expected = []
