@@ -211,9 +211,8 @@ def test_cifar10():
         text,
         f"the test accuracy is {spread(cifar10('proposed'))} % at its best rate, 0.1,",
         f"The baseline has {spread(cifar10('baseline'))} % at 0.1, and {spread(cifar10_fair('baseline'))} % at its",
-        "of the {:.2f} points at the paper's rate, {:.2f} remain".format(*(of.mean() for of in gains.values())),
-        "by {:.1f}, {:.1f}, {:.1f} and {:.1f} points".format(*CIFAR10_TUNED.leads("proposed", "baseline")),
     )
+    assert min(CIFAR10_TUNED.leads("proposed", "baseline")) > 0 and "ahead at every rate" in " ".join(text.split())
 
 
 def test_small_logits_on_cifar10():
@@ -800,7 +799,7 @@ def test_what_the_paper_observes():
         lines_of("What the paper observes"),
         f"which end at {ranges['proposed', '20']} times their",
         f"less closely for `baseline` ({ranges['baseline', '20']}).",
-        f"{small:.2f} % of them are beyond ±3 there.",
+        f"{small:.2f} % of the values are beyond ±3 there.",
         f"it is {others[0]:.2f} to {others[-1]:.2f} %.",
         "β / γ ends at {:.2f} with the method and at {:.2f} without (mean".format(*shift_by_scale),
     )
