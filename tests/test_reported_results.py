@@ -941,7 +941,7 @@ def test_modes():
     check_sentences(
         text,
         f"The {(bfloat16() - first('proposed')).mean():+.2f} of bfloat16",
-        f"have {why('proposed').mean():.2f} %, it is {(bfloat16() - why('proposed')).mean():+.2f}, and by",
+        f"have {why('proposed').mean():.2f} %, it is {(bfloat16() - why('proposed')).mean():+.2f}, and at",
         f"the last epoch +{between(bfloat16(last) - first('proposed', last))}.",
         f"eleven took {seconds[0]:.0f} to {seconds[10]:.0f} s and four {seconds[11]:.0f} to {seconds[14]:.0f} s;",
         f"bfloat16 took {slow[0]:.0f} to {slow[-1]:,.0f} s.",
