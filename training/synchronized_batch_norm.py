@@ -4,8 +4,7 @@ Each layer stays what it is, with all that it does besides: `synchronize` change
 gets from `F.batch_norm` in training. On GPUs that is what `nn.SyncBatchNorm` computes, elsewhere what this module does.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -135,14 +134,3 @@ class AddUp(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return AddUp.apply(gradient, context.group), None
-
-
-@contextmanager
-def sync_batch_norms_as_others() -> Iterator[None]:
-    """Let `nn.SyncBatchNorm` compute as `nn.BatchNorm2d` does where it is not synchronized: torch's refuses a CPU."""
-    own_forward = nn.SyncBatchNorm.forward
-    nn.SyncBatchNorm.forward = _BatchNorm.forward
-    try:
-        yield
-    finally:
-        nn.SyncBatchNorm.forward = own_forward

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from command_line.flag_types import SettingError
@@ -29,7 +30,7 @@ from command_line.signals import LAUNCHED
 from image_sets.batches import Batch
 from seeds import random_states, set_random_states
 from training.devices import find_device
-from training.synchronized_batch_norm import WholeBatch, sync_batch_norms_as_others, synchronize
+from training.synchronized_batch_norm import WholeBatch, synchronize
 
 EXCHANGE = timedelta(minutes=10)
 LOADING = timedelta(hours=2)  # while another process downloads or decodes images
@@ -61,6 +62,7 @@ def joined() -> Iterator[None]:
     if not LAUNCHED:
         yield
         return
+    nn.SyncBatchNorm.forward = _BatchNorm.forward  # torch's own refuses a CPU; `synchronize` does its work
     own_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]) and dist.is_nccl_available()
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpus else "gloo", timeout=EXCHANGE)
@@ -68,7 +70,7 @@ def joined() -> Iterator[None]:
     except RuntimeError as error:
         raise ConnectionError(f"the processes cannot reach each other: {error}") from error
     try:
-        with sync_batch_norms_as_others(), redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
+        with redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
             yield
     except EXPECTED:
         silence(rank() > 0)
