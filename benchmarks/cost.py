@@ -28,11 +28,12 @@ import torch
 from torch import optim
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import run_settings
 from folders import make_photographs
 from image_sets.batches import Batches
 from saved_runs.circumstances import machine_name
 from train import train_one_epoch
-from training.preparation import construct, load_images, parse
+from training.preparation import construct, load_images, prepare
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 DATA_SETS = {
@@ -71,7 +72,7 @@ def memory() -> float:
 def measure(began: float, flags: list[str], seconds: float, num_threads: int) -> Cost:
     """Train in this process for so long, after a first step that is not counted."""
     torch.set_num_threads(num_threads)
-    settings = parse([*flags, "--device", "cpu"])
+    settings = prepare(run_settings.parse([*flags, "--device", "cpu"]))
     image_set = load_images(settings)
     network = construct(settings, len(image_set.classes), image_set.size)
     optimizer = optim.SGD(adjust_weight_decay_and_learning_rate(network, learning_rate=0.001), momentum=0.9)

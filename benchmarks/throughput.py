@@ -39,11 +39,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from image_sets.batches import Batch, Batches
 from image_sets.loading import ImageSet
 from networks import construct_network
-from run_settings import STEMS
+from run_settings import STEMS, Settings
 from saved_runs.circumstances import machine_name
 from train import train_one_epoch
 from training.devices import speed_up, use_precision
-from training.preparation import parse
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 PLAIN = "plain loop"
@@ -119,7 +118,7 @@ def make_training(args: argparse.Namespace, mode: str) -> Callable[[Iterable[Bat
         optimizer = optim.SGD(network.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
         return partial(train_plainly, network, optimizer=optimizer)
     precision, compiled = mode.split()[0], "compiled" in mode
-    settings = parse(["--device", str(args.device), "--precision", precision, "--batch_size", str(args.batch_size)])
+    settings = Settings(batch_size=args.batch_size, precision=precision)
     speed_up(network, precision, compiled)
     parameters = adjust_weight_decay_and_learning_rate(network, learning_rate=0.001, c=100)
     optimizer = optim.SGD(parameters, momentum=0.9, fused=args.device.type == "cuda")

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 from torch import Tensor, nn
 
+import run_settings
 import train
 from batch_norm import ScaleBatchNorm2d
 from command_line.endings import in_words
@@ -67,6 +68,11 @@ def stochastic_depth(num_classes: int) -> nn.Module:
     layers = [StochasticDepth(nn.Conv2d(8, 8, 3, padding=1)) for _ in range(2)]
     first, last = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()], nn.Linear(8 * 6 * 6, num_classes)
     return nn.Sequential(*first, *layers, nn.Flatten(), last)
+
+
+def prepared(flags: list[str]) -> Settings:
+    """The settings of a run, complete and checked."""
+    return preparation.prepare(run_settings.parse(flags))
 
 
 def train_small() -> None:

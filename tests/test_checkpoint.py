@@ -27,7 +27,7 @@ from saved_runs.checkpoint import load_checkpoint, save_run, save_with_digest
 from saved_runs.lock import AtWorkError, lock_run
 from saved_runs.results import read_results, run_files, write_results
 from seeds import make_deterministic
-from small import stop_in_epoch
+from small import prepared, stop_in_epoch
 from trained_networks import load_weights
 from training import preparation
 from training import run as saved_run
@@ -179,7 +179,7 @@ def test_signal_after_the_last_step_ends_a_loop_over_runs(alone, tmp_path):
         if line.startswith("epoch 4/4"):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    settings = preparation.parse([*FLAGS, "--path", str(tmp_path)])
+    settings = prepared([*FLAGS, "--path", str(tmp_path)])
     with pytest.raises(KeyboardInterrupt, match=str(int(signal.SIGTERM))):
         train.train(settings, interrupt_at_the_end)
     assert same(outcome(tmp_path), outcome(alone))
@@ -542,7 +542,7 @@ class Branches(nn.Module):
 @pytest.fixture
 def resume_branches(tmp_path) -> Callable[..., torch.optim.Optimizer]:
     """A function that resumes a run of two branches, or makes its first epoch, and returns the optimizer."""
-    settings = preparation.parse([*FLAGS, "--path", str(tmp_path)])
+    settings = prepared([*FLAGS, "--path", str(tmp_path)])
     image_set = preparation.load_images(settings)
 
     def go_on(*names: str, begin: bool = False, fused: bool = False) -> torch.optim.Optimizer:
@@ -563,7 +563,7 @@ def resume_branches(tmp_path) -> Callable[..., torch.optim.Optimizer]:
 
 def test_loop_of_ones_own(tmp_path):
     """Its optimizer may lack what SGD has, and a run that is finished says so."""
-    settings = preparation.parse([*FLAGS, "--num_epochs", "2", "--path", str(tmp_path)])
+    settings = prepared([*FLAGS, "--num_epochs", "2", "--path", str(tmp_path)])
     image_set, seen = preparation.load_images(settings), []
     for stops in (True, False, False):
         network, lines = nn.Linear(2, 2), []

@@ -19,6 +19,7 @@ from image_sets.loading import load_image_set
 from networks import construct_network, zero_biases
 from saved_runs.results import COLUMNS
 from seeds import make_deterministic
+from small import prepared
 from trained_networks import load_network
 from training import preparation
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
@@ -221,7 +222,7 @@ def test_runs_of_the_equivalent(few_digits, tmp_path):
 
 def test_logits_start_smaller_and_nothing_else():
     own = ["--network", "test_equivalence:Residual"]
-    settings = [preparation.parse([*QUICK, *own, *more]) for more in (["--bn_weight", "1"], ["--equivalent", "logits"])]
+    settings = [prepared([*QUICK, *own, *more]) for more in (["--bn_weight", "1"], ["--equivalent", "logits"])]
     networks = []
     for of_run in settings:
         make_deterministic(1)
@@ -235,6 +236,6 @@ def test_logits_start_smaller_and_nothing_else():
 
 def test_flag_where_there_is_no_equivalent():
     flags = [*QUICK, "--network", "mobilenet_v3_small", "--image_size", "64", "--equivalent"]
-    preparation.parse([*flags, "logits"])
+    prepared([*flags, "logits"])
     with pytest.raises(SettingError, match=r"equivalent: mobilenet_v3_small: .* not homogeneous: Hard"):
-        preparation.parse([*flags, "logits+rates"])
+        prepared([*flags, "logits+rates"])

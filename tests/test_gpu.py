@@ -23,6 +23,7 @@ from image_sets.loading import load_image_set
 from saved_runs.checkpoint import load_checkpoint
 from saved_runs.results import Results
 from seeds import random_states, set_random_states
+from small import prepared
 from training import preparation
 from training.devices import speed_up, use_precision
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
@@ -38,7 +39,7 @@ def gpu() -> torch.device:
 def run(folder: Path, device: torch.device, *flags: str, stop_after: str | None = None) -> Results:
     """Train on a few digits; a signal comes with the line that starts with `stop_after`."""
     small = ["--dataset", "digits", "--batch_size", "48", "--num_epochs", "3", "--name", "x"]
-    settings = preparation.parse([*small, "--path", str(folder), "--device", device.type, *flags])
+    settings = prepared([*small, "--path", str(folder), "--device", device.type, *flags])
 
     def report(line: str) -> None:
         if stop_after and line.startswith(stop_after):
@@ -148,7 +149,7 @@ def without_waiting(gpu) -> Iterator[Callable[[Iterable[Batch]], Iterator[Batch]
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("normalize", [False, True])
 def test_nothing_waits_for_the_gpu_within_an_epoch(gpu, without_waiting, small_network, small_cifar10, normalize):
-    settings = preparation.parse(["--dataset", "digits", "--batch_size", "10", "--device", gpu.type])
+    settings = prepared(["--dataset", "digits", "--batch_size", "10", "--device", gpu.type])
     for image_set in (load_image_set("digits", device=gpu), load_image_set("cifar10", small_cifar10, gpu)):
         for split in image_set.splits:
             for _ in without_waiting(Batches(image_set, split, 2, normalize)):
@@ -186,7 +187,7 @@ def test_processes_compute_what_one_does(gpu, tmp_path, monkeypatch, number):
 @pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", False)])
 def test_optimizer_is_fused_on_a_gpu(small_network, tmp_path, monkeypatch, device, fused):
     """The run gets as far as its optimizer, with everything on the CPU."""
-    settings = preparation.parse(["--dataset", "digits", "--path", str(tmp_path), "--device", "cpu"])
+    settings = prepared(["--dataset", "digits", "--path", str(tmp_path), "--device", "cpu"])
     monkeypatch.setattr(train, "prepare", lambda settings: replace(preparation.prepare(settings), device=device))
     monkeypatch.setattr(preparation, "load_image_set", lambda name, *_, **__: loading.load_image_set(name))
     monkeypatch.setattr(nn.Module, "to", lambda self, *_: self)

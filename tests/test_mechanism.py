@@ -12,7 +12,7 @@ from image_sets.loading import load_image_set
 from mechanism import AtInitialization, FirstSteps, measure_first_steps, measure_initialization
 from networks import construct_network
 from seeds import make_deterministic
-from training import preparation
+from small import prepared
 from weight_decay_and_learning_rate import adjust_weight_decay_and_learning_rate
 
 FLAGS = ["--dataset", "digits", "--network", "test_mechanism:small_network", "--device", "cpu", "--batch_size", "64"]
@@ -65,7 +65,7 @@ def test_gradients_are_those_of_finite_differences():
 
 def test_first_steps(few_digits):
     """Beside a plain loop, over more than an epoch: 144 images are three batches."""
-    settings = preparation.parse([*FLAGS, "--seed", "3", "--learning_rate", "0.2", "--bn_weight", "0.5"])
+    settings = prepared([*FLAGS, "--seed", "3", "--learning_rate", "0.2", "--bn_weight", "0.5"])
     image_set = load_image_set("digits")
     found = measure_first_steps(settings, image_set, [0, 1, 5])
     assert found.steps.tolist() == [0, 1, 5]

@@ -20,8 +20,8 @@ from networks import construct_network, find_seed_problem
 from observations import batch_norms, measure_normalized_values, measure_run
 from saved_runs.results import Results
 from seeds import make_deterministic
+from small import prepared
 from trained_networks import load_network
-from training import preparation
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--dataset", "digits", "--num_epochs", "3", "--batch_size", "48", "--learning_rate", "0.02", "--device", "cpu"]
@@ -247,7 +247,7 @@ def stop_after_an_epoch(line: str) -> None:
 
 def run_and_weights(flags: list[str], path: Path, stop: bool = False) -> tuple[Results, dict[str, torch.Tensor]]:
     """What comes of a run; with `stop`, of one that is stopped after its first epoch and resumed."""
-    settings = preparation.parse([*flags, "--path", str(path), "--scheduler", "none"])  # which keeps its last weights
+    settings = prepared([*flags, "--path", str(path), "--scheduler", "none"])  # which keeps its last weights
     if stop:
         with pytest.raises(KeyboardInterrupt):
             train.train(settings, stop_after_an_epoch)
@@ -326,7 +326,7 @@ def test_trained_weights_are_said_to_be_lost(write_module, few_digits, tmp_path)
     name = write_module(TRAINED)
     lines: list[str] = []
     flags = [*QUICK, "--network", f"{name}:small", "--path", str(tmp_path)]
-    train.train(preparation.parse(flags), lines.append)
+    train.train(prepared(flags), lines.append)
     assert lines[0].startswith(f"{name}:small: the network seems to have been trained, and loses with its γ and β what")
     with pytest.warns(UserWarning, match="seems to have been trained"):
         construct_network(f"{name}:small", dataset="digits")
@@ -376,10 +376,10 @@ def test_function_that_has_changed(write_module, few_digits, tmp_path, capsys):
     flags = [*QUICK, "--network", f"{name}:small", "--path", str(tmp_path)]
     train.main([*flags, "--name", "finished"])
     with pytest.raises(KeyboardInterrupt):
-        train.train(preparation.parse(flags), stop_after_an_epoch)
+        train.train(prepared(flags), stop_after_an_epoch)
     (tmp_path / f"{name}.py").write_text(DROPOUT.replace("8", "12").replace("72", "108") + "\n# of another size")
     with pytest.raises(ValueError, match=f"the code of {name}:small has changed since it was imported"):
-        train.train(preparation.parse([*flags, "--restart"]))
+        train.train(prepared([*flags, "--restart"]))
     importlib.reload(sys.modules[name])
     with pytest.raises(SystemExit, match="1"):
         train.main(flags)

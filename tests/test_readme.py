@@ -14,7 +14,7 @@ import run_settings
 from experiment import plan
 from folders import make_folder
 from run_settings import NAMED
-from training import preparation
+from small import prepared
 
 ROOT = Path(__file__).parent.parent
 README, USAGE, MODULES = ((ROOT / f"{name}.md").read_text() for name in ("README", "USAGE", "MODULES"))
@@ -126,7 +126,7 @@ def test_command_of_the_paper_has_every_flag():
     command = USAGE.split("## The paper's training\n\n```\n")[1].split("```")[0].replace("\\\n", " ").split()
     assert command[:2] == ["python", "train.py"]
     arguments = [argument.strip("'").replace("cuda:0", "cpu") for argument in command[2:]]
-    given, default = vars(preparation.parse(arguments)), vars(preparation.parse(["--device", "cpu"]))
+    given, default = vars(prepared(arguments)), vars(prepared(["--device", "cpu"]))
     of_the_paper = set(default) - {"checkpoint_seconds", "restart", *NOT_OF_THE_PAPER}
     assert set(arguments[::2]) == {f"--{name}" for name in of_the_paper}
     assert {name for name in default if given[name] != default[name]} == {"name"}

@@ -20,6 +20,7 @@ import train
 from command_line.flag_types import FlagError, SettingError
 from run_settings import determining
 from saved_runs.results import read_results
+from small import prepared
 from training import preparation
 from training.devices import speed_up
 
@@ -247,7 +248,7 @@ def test_loss_is_checked_where_it_is_not_read_at_every_step(monkeypatch):
     images = [torch.ones(4, 2), torch.full((4, 2), float("nan")), torch.ones(4, 2)]
     batches = [(image, torch.zeros(4, dtype=torch.int64)) for image in images]
     with pytest.raises(FloatingPointError, match="the loss of step 2 is nan"):
-        settings = preparation.parse(["--device", "cpu"])
+        settings = prepared(["--device", "cpu"])
         train.train_one_epoch(network, batches, torch.optim.SGD(network.parameters(), 0.1), settings)
 
 
@@ -325,7 +326,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys, flag, value, message):
     assert err.startswith("train.py: error: ")
     assert message.startswith("unrecognized") or f"argument {flag}: " in err
     with pytest.raises((FlagError, SettingError)) as error:  # from Python, the same sentence
-        preparation.parse(["--dataset", "digits", flag, value])
+        prepared(["--dataset", "digits", flag, value])
     assert " ".join(str(error.value.args[-1]).split()) in err
     if message.endswith("not "):
         assert repr(value) in err
@@ -348,7 +349,7 @@ def test_only_whole_batches_are_compiled(small_network, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, mode, dynamic: whole(f, backend="aot_eager", dynamic=dynamic))
     torch._dynamo.reset()
     counters.clear()
-    settings = preparation.parse(["--dataset", "digits", "--device", "cpu", "--batch_size", "16", "--compile"])
+    settings = prepared(["--dataset", "digits", "--device", "cpu", "--batch_size", "16", "--compile"])
     plain, fast = (preparation.construct_network("", 10, "digits", 0.1) for _ in range(2))
     fast.load_state_dict(plain.state_dict())
     speed_up(fast, compiled=True)
@@ -366,7 +367,7 @@ def test_every_batch_goes_through_the_hooks_of_a_network(small_network, monkeypa
     """Such as one that normalizes the images, whatever the size of the batch."""
     whole = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode, dynamic: whole(f, backend="aot_eager", dynamic=dynamic))
-    settings = preparation.parse(["--dataset", "digits", "--device", "cpu", "--batch_size", "16", *flags])
+    settings = prepared(["--dataset", "digits", "--device", "cpu", "--batch_size", "16", *flags])
     network = preparation.construct_network("", 10, "digits", 0.1).eval()
     images = torch.rand(20, 3, 8, 8)
     expected = network(images * 3 - 1)
@@ -382,7 +383,7 @@ def test_logits_in_bfloat16(small_network):
     for precision in ("float32", "bfloat16"):
         torch.manual_seed(1)
         network = preparation.construct_network("", 10, "digits", 0.1)
-        settings = preparation.parse(["--dataset", "digits", "--device", "cpu", "--precision", precision])
+        settings = prepared(["--dataset", "digits", "--device", "cpu", "--precision", precision])
         logits.append(train.compute_logits(network, torch.rand(16, 3, 8, 8), settings))
         logits[-1].logsumexp(1).sum().backward()
         gradients.append(network[1].weight.grad)
@@ -429,19 +430,19 @@ def test_default_name_that_no_file_could_have():
     others = "--batch_size 99 --num_epochs 12345678 --scheduler none --stem own --compile --precision bfloat16"
     numbers = "--learning_rate 0.12345678901234567 --momentum 0.12345678901234567 --weight_decay 0.1234567890123456"
     with pytest.raises(SettingError, match="name: these settings are too long for a default name: give one"):
-        preparation.parse([*others.split(), *numbers.split(), "--bn_weight", "0.12345678901234567"])
+        prepared([*others.split(), *numbers.split(), "--bn_weight", "0.12345678901234567"])
 
 
 def test_path_in_every_spelling(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for spelling in (f"{tmp_path}/runs", f"{tmp_path}/runs/", "runs", "./runs/", "~/runs", "~/runs/"):
-        assert preparation.parse(["--path", spelling]).path.absolute() == tmp_path / "runs"
-    assert preparation.parse([]).path.absolute() == tmp_path
+        assert prepared(["--path", spelling]).path.absolute() == tmp_path / "runs"
+    assert prepared([]).path.absolute() == tmp_path
 
 
 def test_defaults_of_the_paper():
-    settings = vars(preparation.parse(["--device", "cpu"]))
+    settings = vars(prepared(["--device", "cpu"]))
     expected = {"dataset": "cifar10", "network": "resnet18", "batch_size": 128, "num_epochs": 180}
     expected |= {"learning_rate": 0.1, "scheduler": "cos", "momentum": 0.9, "weight_decay": 1e-4}
     expected |= {"bn_weight": 0.1, "c": 100, "input_norm": "bn", "seed": 1, "path": Path().absolute()}

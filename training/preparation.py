@@ -3,7 +3,6 @@
 import os
 import sys
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -13,7 +12,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-import run_settings
 from command_line.flag_types import SettingError
 from command_line.signals import raise_if_stopped
 from equivalence import Groups, equivalent, logits_alone
@@ -28,11 +26,6 @@ from training.run import Report
 
 # what this process has imported of networks of one's own: the module's spec, which a reload replaces, and its code
 IMPORTED: dict[str, tuple[object, str | None]] = {}
-
-
-def parse(argv: Sequence[str] | None = None) -> Settings:
-    """The settings of a run from the flags of `train.py`, complete and checked."""
-    return prepare(run_settings.parse(argv))
 
 
 def prepare(settings: Settings) -> Settings:
