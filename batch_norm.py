@@ -64,9 +64,7 @@ class ScaleBatchNorm2d(_BatchNorm):
         if self.affine:
             nn.init.constant_(self.weight, self.bn_weight)
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 4:
-            raise ValueError(f"expected 4D input (got {input.dim()}D input)")
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bn_weight={self.bn_weight}"
