@@ -67,11 +67,6 @@ def shows_bar() -> bool:
     return sys.stderr.isatty()
 
 
-def in_words(error: Exception) -> str:
-    """What an error says to the user of a command: settings are flags there."""
-    return f"argument --{error.name}: {error.problem}" if isinstance(error, SettingError) else str(error)
-
-
 def in_one_line(error: BaseException) -> str:
     """The kind of an error and what it says."""
     return one_line(f"{type(error).__name__}: {error}")
@@ -119,7 +114,8 @@ def one_line_endings(program: str, stopped: str = "stopped") -> Iterator[None]:
         except (FloatingPointError, ValueError, OSError) as error:
             codes = {FlagError: 2, SettingError: 2, AtWorkError: AT_WORK, FloatingPointError: DIVERGED}
             code = next((codes[kind] for kind in codes if isinstance(error, kind)), 1)
-            end(code, f"error: {in_words(error)}", program)
+            what = f"argument --{error.name}: {error.problem}" if isinstance(error, SettingError) else error
+            end(code, f"error: {what}", program)
         except (RuntimeError, MemoryError) as error:
             words = r"out of memory|allocate memory|alloc_failed|create a memory object"  # torch's ways to say it
             if not isinstance(error, MemoryError) and not re.search(words, str(error), re.IGNORECASE):

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 import run_settings
 import train
 from batch_norm import ScaleBatchNorm2d
-from command_line.endings import in_words
 from command_line.flag_types import FlagError, SettingError
 from experiment.making import Outcome
 from run_settings import Settings
@@ -86,7 +85,7 @@ def make_run_here(settings: Settings, experiment: str, **_: str) -> Outcome:
     try:
         return train.train(settings)
     except SettingError as error:
-        return FlagError(in_words(error))
+        return FlagError(f"argument --{error.name}: {error.problem}")
     except KeyboardInterrupt as stop:
         return stop.args[0]
 
