@@ -84,13 +84,15 @@ def check_alike(one: Results, other: Results, which: str, apart_from: Sequence[s
         raise ValueError(f"{which} differ{more}: {listed}")
 
 
-def mixed_circumstances(runs: Iterable[Results]) -> list[str]:
-    """Lines on what is not the same for all runs.
+def note_provenance(runs: Iterable[Results]) -> list[str]:
+    """Lines on files without a checksum, and on what is not the same for all runs.
 
     Where code or images differ, of which the header has a hash, the line names the runs that differ from most: these
     numbers are not of the same thing. With other `CIRCUMSTANCES`, the test is sound, but less sharp.
     """
     runs, lines = list(runs), []
+    if missing := sum(not run.checked for run in runs):
+        lines.append(f"{missing} of {len(runs)} result files have no checksum to compare their numbers with")
     for key, what in IDENTITIES.items():
         known = [run for run in runs if key in run.header]  # older files have none
         usual = Counter(run.header[key] for run in known).most_common(1)
@@ -99,14 +101,6 @@ def mixed_circumstances(runs: Iterable[Results]) -> list[str]:
     found = {name: sorted({str(run.header.get(name)) for run in runs}) for name in CIRCUMSTANCES}
     several = {name: values for name, values in found.items() if len(values) > 1}
     return lines + [f"not all runs have the same {name}: {'; '.join(values)}" for name, values in several.items()]
-
-
-def note_missing_checksums(runs: Iterable[Results]) -> list[str]:
-    """A line where some of the runs were read from files without a checksum."""
-    checked = [run.checked for run in runs]
-    missing = checked.count(False)
-    line = f"{missing} of {len(checked)} result files have no checksum to compare their numbers with"
-    return [line] if missing else []
 
 
 def note_unsettled(runs: Iterable[Results]) -> list[str]:
