@@ -285,12 +285,9 @@ def experiment_name(settings: Settings) -> str:
 def differences(
     one: Mapping[str, Value], other: Mapping[str, Value], apart_from: Collection[str] = ()
 ) -> dict[str, tuple[Value, Value]]:
-    """The settings that determine a run's numbers and differ between two runs, with both values.
+    """The settings that determine a run's numbers and differ between the headers of two result files, with both values.
 
-    Args:
-        one: the header of a result file; a setting that is missing, because the file is older, was at its default.
-        other: that of the other run.
-        apart_from: settings that may differ.
+    One that is missing, because the file is older, was at its default.
     """
     names = [name for name in DEFAULTS if name not in (*WITHOUT_EFFECT, *apart_from)]
     values = {name: (one.get(name, DEFAULTS[name]), other.get(name, DEFAULTS[name])) for name in names}

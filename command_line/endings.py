@@ -97,11 +97,8 @@ def one_line_endings(program: str, stopped: str = "stopped") -> Iterator[None]:
 
     The exit code is 2 for a wrong flag, 3 where another process is at work on the run, 4 where the training has
     diverged, 1 for any other error that the user can do something about, 130 for Ctrl-C, 143 for SIGTERM and 129 for a
-    closed terminal. An error that only a programmer can mend keeps its traceback.
-
-    Args:
-        program: the command's name.
-        stopped: what to say where a signal stops it.
+    closed terminal. An error that only a programmer can mend keeps its traceback. `stopped` is what to say where a
+    signal stops it.
     """
     open_streams()
     with catch_signals(raising=True):

@@ -15,12 +15,7 @@ class FlagError(ValueError):
 
 
 class SettingError(ValueError):
-    """A setting of a run is wrong.
-
-    Args:
-        name: the setting's, which is that of its flag.
-        problem: what is wrong, and what to do.
-    """
+    """A setting of a run is wrong: `name` is also that of its flag, `problem` says what is wrong, and what to do."""
 
     def __init__(self, name: str, problem: str) -> None:
         super().__init__(name, problem)  # so it survives pickle

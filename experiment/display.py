@@ -18,12 +18,8 @@ class Display:
     """A bar over the experiment, the table, and a line for each run at work; where there is no terminal, a line for
     each run that begins or ends.
 
-    A run's progress is read from its result file.
-
-    Args:
-        runs: those to make, by name.
-        num_done: how many there are besides.
-        rows: of the table.
+    A run's progress is read from its result file. `runs` are those to make, by name; `num_done` others are finished;
+    `rows` are those of the table.
     """
 
     def __init__(self, runs: Mapping[str, PlannedRun], num_done: int, rows: Sequence[str]) -> None:

@@ -27,31 +27,17 @@ ENDING = "-command.txt"  # of the name of the file with the command; it begins a
 
 
 class Experiment:
-    """A plan, and what has come of it so far.
-
-    Args:
-        plan: what `plan.parse` returns.
-        command: what `command_of` makes of its flags.
-
-    Attributes:
-        folder: of the result files.
-        runs: those to compare; none as long as their learning rates are not chosen.
-        learning_rates: those that are chosen, by method.
-        restarts: whether its runs are made anew.
-        finished: the results of runs, by name.
-        failed: why runs have failed, by name.
-        diverged: why runs of the tuning have diverged, by name; these have not failed.
-    """
+    """A plan, as `plan.parse` returns it, and what has come of it so far; `command` is what `command_of` returns."""
 
     def __init__(self, plan: argparse.Namespace, command: str) -> None:
         self.plan, self.command = plan, command
-        self.folder: Path = plan.report or plan.common.path / "results"
-        self.runs: list[PlannedRun] = plan.runs
-        self.learning_rates: dict[str, float] = {}
-        self.restarts: bool = plan.report is None and plan.common.restart
-        self.finished: dict[str, Results] = {}
-        self.failed: dict[str, str] = {}
-        self.diverged: dict[str, str] = {}
+        self.folder: Path = plan.report or plan.common.path / "results"  # of the result files
+        self.runs: list[PlannedRun] = plan.runs  # to compare; none as long as their learning rates are not chosen
+        self.learning_rates: dict[str, float] = {}  # those that are chosen, by method
+        self.restarts: bool = plan.report is None and plan.common.restart  # whether its runs are made anew
+        self.finished: dict[str, Results] = {}  # by the name of the run, as the next two
+        self.failed: dict[str, str] = {}  # why
+        self.diverged: dict[str, str] = {}  # why, of runs of the tuning; these have not failed
 
     def write_command(self) -> Path:
         """Write the command beside the results, by which `find_experiments` finds the experiment; returns the file."""

@@ -25,19 +25,12 @@ PROGRAM = ["python", "reproduce.py"]
 
 
 class PlannedRun(NamedTuple):
-    """One run of the experiment.
+    """One run of the experiment."""
 
-    Attributes:
-        method: what it trains with, by name.
-        flags: of train.py, without `--device`.
-        settings: what `run_settings.parse` makes of them.
-        for_tuning: whether it is there to choose a learning rate, not to be compared.
-    """
-
-    method: str
-    flags: list[str]
-    settings: Settings
-    for_tuning: bool
+    method: str  # what it trains with, by name
+    flags: list[str]  # of train.py, without --device
+    settings: Settings  # what `run_settings.parse` makes of them
+    for_tuning: bool  # whether it is there to choose a learning rate, not to be compared
 
 
 def make_parser() -> Parser:

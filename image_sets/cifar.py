@@ -20,13 +20,7 @@ DOWNLOAD_TIMEOUT = 60.0  # seconds for which a server may be silent
 def find_cifar(dataset: type[CIFAR10], folder: Path, download: bool) -> FoundImages:
     """The images of CIFAR-10 or CIFAR-100, with whole files by their MD5 sums; statistics as in the paper's code.
 
-    Args:
-        dataset: torchvision's class for it.
-        folder: where its folder lies or shall lie; created where it is missing.
-        download: whether to download it where a file of it is missing or damaged.
-
-    Raises:
-        FileNotFoundError: a file of it is missing or damaged, and is not to be or cannot be downloaded.
+    FileNotFoundError where a file in `folder` is missing or damaged, and is not to be or cannot be downloaded.
     """
     try:
         try:

@@ -43,27 +43,16 @@ BITS, WHITE_IS_ZERO, ORIENTATION = 258, 262, 274  # tags of TIFF, the last one o
 
 @dataclass
 class FoundImages:
-    """The images of a data set as they are found.
+    """The images of a data set as they are found."""
 
-    Attributes:
-        images: the training images, then the test images.
-        labels: of each, from 0 on.
-        classes: the name of each label.
-        num_train: how many of them are training images, those for validation included.
-        folder: where they are.
-        files: those of the training images.
-        flip: whether an image and its mirror image are of the same class.
-        statistics: of the training images, where they are known already.
-    """
-
-    images: Images
-    labels: Sequence[int]
-    classes: list[str]
-    num_train: int
-    folder: Path = Path()
-    files: Sequence[Path] = ()
-    flip: bool = True
-    statistics: Statistics | None = None
+    images: Images  # the training images, then the test images
+    labels: Sequence[int]  # of each, from 0 on
+    classes: list[str]  # the name of each label
+    num_train: int  # how many of the images are training images, those for validation included
+    folder: Path = Path()  # where they are
+    files: Sequence[Path] = ()  # those of the training images
+    flip: bool = True  # whether an image and its mirror image are of the same class
+    statistics: Statistics | None = None  # of the training images, where they are known already
 
 
 def visible(folder: str | Path) -> list[os.DirEntry]:

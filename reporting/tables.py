@@ -90,12 +90,6 @@ def write_table(stem: Path, header: Mapping[str, Value], rows: Sequence[Mapping[
 
     Where an earlier version has written the same in another form, both files stay as they are. Returns both. OSError
     where one cannot be written.
-
-    Args:
-        stem: the path of both files without their ending.
-        header: the settings that all runs of the table share.
-        rows: those of `table_rows`, and others.
-        text: the table as it is shown.
     """
     stream = io.StringIO()
     stream.writelines(f"{line}\n" for line in header_lines(header))
