@@ -170,15 +170,14 @@ def observe_runs(
 ) -> Observations:
     """The learned γ and β and the normalized values of trained networks, as far as their files allow.
 
+    OSError where the archive cannot be written.
+
     Args:
         runs: for each method a finished run, all of one data set.
         networks: the folder with their weights, NAME-best.pt; `images` beside it has the data. Nothing is downloaded.
         archive: read where weights are missing.
         own_network: MODULE:FUNCTION that may be imported. Code of another module is not run, as nobody asked for it.
         output: the folder in which the archive is written where there are weights and images; by default, its own.
-
-    Raises:
-        OSError: the archive cannot be written.
     """
     found, trained = Observations({}, {}, []), {}
     if not runs:

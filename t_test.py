@@ -173,9 +173,7 @@ def compare_all(
 def report(proposed_files: Sequence[Path], baseline_files: Sequence[Path], select: str = "best") -> str:
     """The tables of two groups of result files, or of two files for `read_plain`, and what to know about their pairs.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the files cannot be compared.
+    ValueError where they cannot be compared.
     """
     files = [*proposed_files, *baseline_files]
     plain = list(map(read_plain, files)) if len(files) == 2 else []

@@ -139,9 +139,7 @@ class Experiment:
 def find_experiments(folder: Path) -> list[Experiment]:
     """The experiments in a folder, to be reported, with what has come of their runs.
 
-    Raises:
-        ValueError: what should be a command is none.
-        OSError: a file cannot be read.
+    ValueError where what should be a command is none.
     """
     experiments: dict[str, Experiment] = {}  # by command
     for file in sorted(folder.glob(f"*{ENDING}")):

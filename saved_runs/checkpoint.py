@@ -26,10 +26,8 @@ REMOVE_BOTH = "remove it and the result file of its run to start over, or give a
 def save_run(files: RunFiles, state: dict[str, Any]) -> None:
     """Write the state of a run as its checkpoint, then its best weights and its result file.
 
-    The checkpoint comes first: from it, the other two can be mended. It goes as soon as it is of no more use.
-
-    Raises:
-        OSError: a file cannot be written. What was there before still is.
+    The checkpoint comes first: from it, the other two can be mended. It goes as soon as it is of no more use. On an
+    OSError, what was there before still is.
     """
     save_with_digest(state, files.checkpoint)
     write_outcome(files, state)
@@ -58,12 +56,7 @@ def results_so_far(state: dict[str, Any]) -> Results:
 
 
 def load_checkpoint(file: str | os.PathLike) -> dict[str, Any]:
-    """The state that `save_run` has saved, with all tensors on the CPU.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, cut short, or of another version of this program.
-    """
+    """The state that `save_run` has saved, with all tensors on the CPU. ValueError where the file is of no use."""
     content = Path(file).read_bytes()
     with suppress(Exception):  # which one depends on what is in it
         if has_digest(content) and (state := load_saved(content))["format"] == FORMAT:

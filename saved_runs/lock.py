@@ -11,11 +11,9 @@ from saved_runs.results import RunFiles
 
 @contextmanager
 def lock_run(files: RunFiles) -> Iterator[None]:
-    """Keep every other process from working on the same run. The lock is free again when the process ends.
+    """Keep every other process from working on the same run. AtWorkError where one does already.
 
-    Raises:
-        AtWorkError: another process has the lock.
-        OSError: the file cannot be made, or not be locked.
+    The lock is free again when the process ends.
     """
     files.lock.parent.mkdir(parents=True, exist_ok=True)
     try:

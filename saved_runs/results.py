@@ -184,9 +184,7 @@ def read_results(file: str | os.PathLike) -> Results:
 def read_finished(file: Path, settings: Settings) -> Results | None:
     """What is in the result file of a run, None where there is no such file or it has not all epochs yet.
 
-    Raises:
-        ValueError: the file is damaged, or of a run with other settings.
-        OSError: it cannot be read.
+    ValueError where it is damaged, or of a run with other settings.
     """
     if not file.exists():
         return None

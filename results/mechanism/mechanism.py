@@ -50,18 +50,11 @@ CONVOLUTION = "convolution, from input to output"
 
 @dataclass
 class AtInitialization:
-    """What a network computes of a batch before its first step.
+    """What a network computes of a batch before its first step."""
 
-    Attributes:
-        gradient_norms: Euclidean norm of the gradient of each convolution's weights, by its name, in the order of
-            `network.named_modules()`.
-        logit_deviation: standard deviation of all logits of the batch.
-        loss: cross-entropy, in nats.
-    """
-
-    gradient_norms: dict[str, float]
-    logit_deviation: float
-    loss: float
+    gradient_norms: dict[str, float]  # Euclidean norm of the gradient of the weights, for each of `convolutions`
+    logit_deviation: float  # standard deviation of all logits of the batch
+    loss: float  # cross-entropy, in nats
 
 
 def measure_initialization(network: nn.Module, images: Tensor, labels: Tensor) -> AtInitialization:
@@ -86,19 +79,12 @@ def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
 
 @dataclass
 class FirstSteps:
-    """The first steps of a training, in arrays with an element for each of M measurements.
+    """The first steps of a training, in arrays (M,) with an element for each of M measurements."""
 
-    Attributes:
-        steps: how many steps were made until then, int (M,).
-        running: test accuracy in percent, (M,), as usual: with the running statistics of the batch norms.
-        estimated_anew: the same, of a copy whose statistics were estimated anew, with the weights as they are.
-        angles: between the weights of each convolution and its initial ones, in degrees, (M,), by its name.
-    """
-
-    steps: np.ndarray
-    running: np.ndarray
-    estimated_anew: np.ndarray
-    angles: dict[str, np.ndarray]
+    steps: np.ndarray  # how many steps were made until then, int
+    running: np.ndarray  # test accuracy in percent, as usual: with the running statistics of the batch norms
+    estimated_anew: np.ndarray  # the same, of a copy whose statistics were estimated anew, with the weights as they are
+    angles: dict[str, np.ndarray]  # between the weights and the initial ones, in degrees, for each of `convolutions`
 
 
 def construct(settings: Settings, image_set: ImageSet) -> nn.Module:
