@@ -27,11 +27,8 @@ METHODS = {"proposed": "γ 0.1", "small0.3": "γ 0.3"}
 
 def complete_experiments() -> dict[str, Experiment]:
     """The experiments of this folder whose runs are all there, by network."""
-    experiments = {}
-    for experiment in find_experiments(HERE):
-        if experiment.runs and not experiment.left(experiment.runs):
-            experiments[experiment.plan.common.network.rpartition(":")[2]] = experiment
-    return experiments
+    complete = (found for found in find_experiments(HERE) if found.runs and not found.left(found.runs))
+    return {experiment.plan.common.network.rpartition(":")[2]: experiment for experiment in complete}
 
 
 def compare_networks(experiments: dict[str, Experiment], sign: int = 1) -> list[Comparison]:
