@@ -8,15 +8,16 @@ from pathlib import Path
 
 from command_line.endings import in_one_line
 from command_line.files import DamagedFileError, write_atomically
+from command_line.flag_types import as_typed
 from experiment.plan import PROGRAM, PlannedRun, parse, plan_runs
 from experiment.tuning import (
     Tuning,
     choose_learning_rates,
     divergence_file,
     explain_choice,
+    mean_accuracy,
     note_divergence,
     read_divergence,
-    tuning_columns,
     tuning_table,
 )
 from run_settings import Value
@@ -122,9 +123,11 @@ class Experiment:
         return [table, *explain_choice(self.tuning, self.plan.tuning_seeds, left)]
 
     def tuning_of(self, method: str) -> dict[str, Value]:
-        """What the row of a method in the table has of its tuning."""
-        rate = self.learning_rates.get(method)
-        return {} if rate is None else tuning_columns(self.tuning[method], rate)
+        """What the row of a method in the table has of its tuning: its rate, and mean validation accuracies at all."""
+        if method not in self.learning_rates:
+            return {}
+        means = {f"val_accuracy_at_{as_typed(rate)}": mean_accuracy(of) for rate, of in self.tuning[method].items()}
+        return {"learning_rate": self.learning_rates[method], **means}
 
     @property
     def runs_by_method(self) -> dict[str, dict[int, Results]]:

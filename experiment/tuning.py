@@ -12,7 +12,7 @@ from statistics import fmean
 from command_line.files import write_atomically
 from command_line.flag_types import as_typed
 from reporting.tables import markdown, shown
-from run_settings import Settings, Value, determining, differences
+from run_settings import Settings, determining, differences
 from saved_runs.results import header_lines, read_header
 
 Accuracies = Mapping[int, float | None]  # by seed, validation accuracy in percent; None where the run has diverged
@@ -44,12 +44,6 @@ def tuning_table(tuning: Tuning, chosen: Mapping[str, float]) -> str:
             row["val accuracy (%)"] = shown(mean_accuracy(accuracies), ".2f")
             rows.append({**row, "remark": ", ".join(remarks)})
     return markdown(rows, list(rows[0]))
-
-
-def tuning_columns(rates: Mapping[float, Accuracies], chosen: float) -> dict[str, Value]:
-    """What the row of a setting has of its tuning: its rate, and the mean validation accuracies of all."""
-    means = {f"val_accuracy_at_{as_typed(rate)}": mean_accuracy(accuracies) for rate, accuracies in rates.items()}
-    return {"learning_rate": chosen, **means}
 
 
 def explain_choice(tuning: Tuning, seeds: Sequence[int], left: int) -> list[str]:
