@@ -20,15 +20,13 @@ def compute_statistics(batches: Iterable[Tensor], num_images: int, show_bar: boo
 
     ValueError where a channel has one value only.
     """
-    sums, squares, count = np.zeros(3, np.int64), np.zeros(3, np.int64), 0  # whole numbers add up in any order
+    counts = np.zeros((3, 256), np.int64)  # of each value in each channel
     with tqdm(total=num_images, desc="statistics", unit="image", disable=not show_bar, leave=False) as bar:
         for batch in until_stopped(batches):
             channels = batch.transpose(0, 1).flatten(1)
-            counts = torch.stack([torch.bincount(channel, minlength=256) for channel in channels]).cpu().numpy()
-            sums += counts @ np.arange(256)
-            squares += counts @ np.arange(256) ** 2
-            count += channels.shape[1]
+            counts += torch.stack([torch.bincount(channel, minlength=256) for channel in channels]).cpu().numpy()
             bar.update(len(batch))
+    sums, squares, count = counts @ np.arange(256), counts @ np.arange(256) ** 2, counts[0].sum().item()
     mean = sums / count
     deviation = np.sqrt([(q * count - s**2) / count**2 for s, q in zip(sums.tolist(), squares.tolist(), strict=True)])
     if not deviation.all():
