@@ -44,14 +44,8 @@ def make_photographs(folder: Path, number: int) -> None:
 
 def reference_loader(folder: Path, batch_size: int, workers: int) -> DataLoader:
     """The loader of torchvision's reference training, with the transforms of ours: PIL, one image at a time."""
-    transform = v2.Compose(
-        [
-            v2.RandomResizedCrop(224, antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-        ]
-    )
+    augment = [v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()]
+    transform = v2.Compose([*augment, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
     images = ImageFolder(folder / "train", transform)
     return DataLoader(images, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
 

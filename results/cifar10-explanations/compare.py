@@ -39,15 +39,8 @@ CONTRASTS = {  # the weights of the settings, in their order
 
 def accuracies(rate: str) -> np.ndarray:
     """Test accuracies in percent (settings, seeds)."""
-    return np.array(
-        [
-            [
-                read_results(HERE / f"cifar10-{network}-num_epochs=5{RATES[rate]}{rest}-seed{seed}.csv").test_accuracy
-                for seed in SEEDS
-            ]
-            for network, rest in SETTINGS.values()
-        ]
-    )
+    names = [f"cifar10-{network}-num_epochs=5{RATES[rate]}{rest}" for network, rest in SETTINGS.values()]
+    return np.array([[read_results(HERE / f"{name}-seed{n}.csv").test_accuracy for n in SEEDS] for name in names])
 
 
 def contrast(values: np.ndarray, weights: tuple[int, ...]) -> tuple[float, tuple[float, float], float]:
@@ -63,12 +56,9 @@ def beta_or_epsilon() -> str:
     rows, tests = [], []
     for rate in RATES:
         values = accuracies(rate)
-        means, deviations = values.mean(axis=1), values.std(axis=1, ddof=1)
         row = {"rate": rate}
-        row |= {
-            name: f"{mean:.2f} ± {deviation:.2f}"
-            for name, mean, deviation in zip(SETTINGS, means, deviations, strict=True)
-        }
+        for name, of_seeds in zip(SETTINGS, values, strict=True):
+            row[name] = f"{of_seeds.mean():.2f} ± {of_seeds.std(ddof=1):.2f}"
         for name, weights in CONTRASTS.items():
             difference, interval, p_value = contrast(values, weights)
             row[name] = DIFFERENCE.format(difference, *interval)
