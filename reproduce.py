@@ -25,7 +25,7 @@ from experiment.outcomes import Experiment, find_experiments, remove
 from reporting import tables
 from reporting.comparison import Comparison, is_contrast
 from run_settings import DATASETS
-from saved_runs.by_seed import note_provenance, note_unsettled
+from saved_runs.by_seed import note_unsettled, notes_on
 from saved_runs.results import Results
 from t_test import compare_all
 
@@ -130,8 +130,7 @@ def report(experiment: Experiment, tuning: Sequence[str], own_network: str | Non
     """
     plan, runs, comparisons = experiment.plan, experiment.runs_by_method, compare(experiment)
     stem, to_compare = experiment.folder / plan.table_name, [run for seeds in runs.values() for run in seeds.values()]
-    notes = [*note_unsettled(experiment.finished.values()), *tuning, *tables.selection_note(plan.select)]
-    notes += note_provenance(to_compare)
+    notes = [*note_unsettled(experiment.finished.values()), *tuning, *notes_on(to_compare)]
     text = "\n\n".join([*(tables.tables(comparisons) if to_compare else []), *notes])
     if text:
         say(text)

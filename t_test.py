@@ -36,8 +36,8 @@ import numpy as np
 from scipy.stats import ttest_rel
 
 from reporting.comparison import Comparison, is_contrast
-from reporting.tables import selection_note, tables, without_tables
-from saved_runs.by_seed import accuracy_by_seed, check_alike, note_provenance, note_unsettled, read_by_seed, read_plain
+from reporting.tables import tables, without_tables
+from saved_runs.by_seed import accuracy_by_seed, check_alike, note_unsettled, notes_on, read_by_seed, read_plain
 from saved_runs.results import Results
 
 REAL = Real | Decimal | np.bool_ | None  # what an array of objects may hold
@@ -200,7 +200,7 @@ def report(proposed_files: Sequence[Path], baseline_files: Sequence[Path], selec
         check_alike(*firsts, "the files of --proposed and --baseline")
         runs = [*proposed.values(), *baseline.values()]
         comparisons = compare_all({"baseline": baseline, "proposed": proposed})
-        lines = [*note_unsettled(runs), *selection_note(select), *note_provenance(runs)]
+        lines = [*note_unsettled(runs), *notes_on(runs)]
     if alone := sorted(proposed.keys() ^ baseline.keys()):
         lines.append(f"seeds without a partner, which count in the means alone: {', '.join(map(str, alone))}")
     return "\n".join(["\n\n".join(tables(comparisons)), *lines])

@@ -63,11 +63,6 @@ def markdown(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> str:
     return "\n".join(f"| {' | '.join(row.get(name, '').ljust(widths[name]) for name in columns)} |" for row in rows)
 
 
-def selection_note(select: str) -> list[str]:
-    """The line that says which epoch's test accuracy counts, where it is not that of the best validation accuracy."""
-    return [] if select == "best" else ["The test accuracies are those of the last epoch."]
-
-
 def table_rows(comparisons: Sequence[Comparison], methods: Mapping[str, Mapping[str, Value]]) -> list[dict[str, Value]]:
     """One row per comparison, in full precision, with its method's settings; None where a value does not exist."""
     rows = []

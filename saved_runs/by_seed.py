@@ -84,13 +84,15 @@ def check_alike(one: Results, other: Results, which: str, apart_from: Sequence[s
         raise ValueError(f"{which} differ{more}: {listed}")
 
 
-def note_provenance(runs: Iterable[Results]) -> list[str]:
-    """Lines on files without a checksum, and on what is not the same for all runs.
+def notes_on(runs: Iterable[Results]) -> list[str]:
+    """What to know of runs that are compared: that the last epoch counts, missing checksums, what is not the same.
 
     Where code or images differ, of which the header has a hash, the line names the runs that differ from most: these
     numbers are not of the same thing. With other `CIRCUMSTANCES`, the test is sound, but less sharp.
     """
     runs, lines = list(runs), []
+    if any(run.select == "last" for run in runs):
+        lines.append("The test accuracies are those of the last epoch.")
     if missing := sum(not run.checked for run in runs):
         lines.append(f"{missing} of {len(runs)} result files have no checksum to compare their numbers with")
     for key, what in IDENTITIES.items():

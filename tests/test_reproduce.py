@@ -452,7 +452,7 @@ def test_stopped_experiment_goes_on(no_training, tmp_path, monkeypatch, capsys):
         return []
 
     with stopped_at_seed(2, monkeypatch), monkeypatch.context() as patch:
-        patch.setattr(reproduce, "note_provenance", send)
+        patch.setattr(reproduce, "notes_on", send)
         assert run(tmp_path, "--seeds", "1-3") == 143
     captured = capsys.readouterr()
     assert captured.err.startswith("reproduce.py: stopped: run the same")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from command_line.files import DamagedFileError
 from run_settings import DEFAULTS
-from saved_runs.by_seed import note_provenance, note_unsettled
+from saved_runs.by_seed import note_unsettled, notes_on
 from saved_runs.results import CHECKSUM, COLUMNS, Results, read_results, write_results
 
 
@@ -118,9 +118,9 @@ def test_older_file_has_no_checksum(tmp_path):
     file.write_text("".join(line for line in lines if "sha256" not in line))
     assert_same(read_results(file), make_results(name="x"))
     read = [read_results(file), make_results(name="x"), read_results(file)]
-    assert note_provenance(read) == ["2 of 3 result files have no checksum to compare their numbers with"]
+    assert notes_on(read) == ["2 of 3 result files have no checksum to compare their numbers with"]
     write_results(file, read_results(file))
-    assert note_provenance([read_results(file)]) == []
+    assert notes_on([read_results(file)]) == []
 
 
 def test_same_results_are_the_same_file(tmp_path):
