@@ -489,6 +489,9 @@ def test_other_networks():
             *(-gains[name, "proposed"] for name in ("plain2", "plain8"))
         ),
         f"gain with both, up to {max(gains.values()):.2f} points.",
+        "lose {} instead of {:.2f} points.".format(
+            between(-gain(SHRINKING["plain8_to_1"][0].accuracies)), -gains["plain8", "proposed"]
+        ),
         f"γ = 0.1 with c = 1 loses {lost_by_plain2('init')},",
         f"γ = 1 with c = 100 loses {lost_by_plain2('rate')[:-1]}; [planned).",
         "(p = 0.06)",  # recomputed below
@@ -546,6 +549,35 @@ def test_networks_of_the_first_screen():
         expected[f"`{name}`"] = [f"{NETWORKS[name].accuracies('baseline').mean():.2f}", *cells]
     [[_, *rows], _] = tables_of(FIRST_SCREEN)
     assert {name.partition(",")[0]: cells for name, *cells in rows} == expected
+
+
+SHRINKING = {  # networks that are complete, with the runs of those whose last feature maps have another size
+    name: (
+        replace(
+            original, folder="cifar10-shrinking", experiment=f"cifar10-shrinking.{name}-num_epochs=5{{}}", rates=rates
+        ),
+        original,
+    )
+    for name, original, rates in [("plain8_to_1", NETWORKS["plain8"], ("0.03", "0.1", "0.3", "1"))]
+}
+
+
+def test_shrinking():
+    """Welch's two-sided tests of the gains beside those of the originals; those not made count with a p of 1."""
+    text, rows, p_values = lines_of("What came of it so far", FOLDERS["cifar10-shrinking"]), [], []
+    for name, (of, original) in SHRINKING.items():
+        gains, theirs = gain(of.accuracies), gain(original.accuracies)
+        p_values.append(stats.ttest_ind(gains, theirs, equal_var=False).pvalue)
+        cells = [f"{spread(of.accuracies(method))} ({of.chosen_rate(method)})" for method in ("baseline", "proposed")]
+        rows.append([f"`{name}`", *cells, between(gains, "+"), between_unpaired(gains, theirs, "+")])
+        low, high = interval(gains)
+        assert low < 0 < high  # "no longer harms measurably"
+        for method in ("baseline", "proposed"):
+            assert (of.accuracies(method) == of.accuracies(method, last)).all()  # "the best epoch is the last"
+    p_values += [1] * (3 - len(p_values))
+    [[_, *found]] = tables_of(text)
+    assert found == [[*row, f"{holm(p, p_values):.2g}"] for row, p in zip(rows, p_values, strict=False)]
+    check_sentences(text)
 
 
 PLAIN2_PARTS = replace(NETWORKS["plain2"], folder="cifar10-plain2-parts")
