@@ -97,10 +97,13 @@ def test_equivalent_trains_alike(bn_weight, c, name, input_norm, few_digits):
 
 
 def test_what_is_between_the_method_and_small_logits(few_digits, monkeypatch):
-    """With ε and β's rate both changed, the method is `logits`; with one of the two, it is neither."""
+    """With ε and β's rate both changed, the method is `logits`; with one of the two, it is neither.
+
+    And `fast_resnet18` is ResNet-18.
+    """
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "results/cifar10-explanations")
     rates, losses = {"weight_decay": 0.01, "learning_rate": 0.05}, {}
-    for name in ("logits", "resnet18", "small_epsilon", "slow_shift", "both"):
+    for name in ("logits", "resnet18", "small_epsilon", "slow_shift", "both", "fast_resnet18"):
         make_deterministic(1)
         function = "resnet18" if name == "logits" else name
         network = construct_network(f"variants:{function}", 10, "digits", 1 if name == "logits" else 0.1).double()
@@ -108,6 +111,7 @@ def test_what_is_between_the_method_and_small_logits(few_digits, monkeypatch):
         if name == "logits":
             network, groups = logits_alone(network, 0.1, **rates, c=1)
         losses[name], _ = train_six_steps(network, groups)
+    np.testing.assert_allclose(losses.pop("fast_resnet18"), losses["resnet18"], rtol=0, atol=1e-8)
     apart = {name: np.abs(np.subtract(losses[name], losses["logits"])).max() for name in losses if name != "logits"}
     assert apart.pop("both") < 1e-7
     assert min(apart.values()) > 1e-3

@@ -17,7 +17,7 @@ from experiment.outcomes import Experiment, find_experiments
 from reporting.comparison import Comparison
 from reporting.tables import markdown
 from saved_runs.by_seed import accuracy_by_seed
-from saved_runs.results import read_results
+from saved_runs.results import Results, read_results
 from t_test import apply_holm_correction, compare
 
 HERE = Path(__file__).parent
@@ -139,6 +139,41 @@ def last_layer_of_shufflenet(experiment: Experiment) -> str:
     return table_of_differences(experiment, compared)
 
 
+def weight_decay() -> str | None:
+    """Question 3: the validation accuracies of each pair, and best against best; None while runs are left."""
+    rows, compared = [], {}
+    for method, ending in (("baseline", "weight1-c1-dataset"), ("proposed", "weight0.1-c100-bn")):
+        runs: dict[tuple[float, float], dict[int, Results]] = {}  # by weight decay and rate, and by seed
+        for folder, network in ((HERE, "variants.fast_resnet18"), (HERE.parent / "cifar10-own-stem", "resnet18")):
+            for file in folder.glob(f"cifar10-{network}-num_epochs=5*-{ending}-seed*.csv"):
+                run = read_results(file)
+                pair = run.header["weight_decay"], run.header["learning_rate"]
+                runs.setdefault(pair, {})[run.header["seed"]] = run
+        tuned = {pair: [runs[pair][n].val_accuracy for n in (16, 17) if n in runs[pair]] for pair in sorted(runs)}
+        highest = max(values[0] for values in tuned.values())
+        close = [pair for pair, values in tuned.items() if values[0] >= highest - 2]
+        best = max(close, key=lambda pair: (np.mean(tuned[pair]), -pair[1]))
+        seeds = [seed for seed in sorted(runs[best]) if seed < 16]
+        if len(tuned) < 12 or len(seeds) < 5 or any(len(tuned[pair]) < 2 for pair in close):
+            return None
+        compared[method] = {seed: runs[best][seed].test_accuracy for seed in seeds}
+        for decay in sorted({decay for decay, _ in tuned}):
+            row = {"setting": method, "weight decay": as_typed(decay)}
+            for pair in (pair for pair in tuned if pair[0] == decay):
+                text = f"{np.mean(tuned[pair]):.2f}" if pair in close else f"({tuned[pair][0]:.2f})"
+                row[as_typed(pair[1])] = f"**{text}**" if pair == best else text
+            rows.append(row)
+    name, (theirs, ours) = "proposed - baseline", compared.values()
+    if ours.keys() == theirs.keys():
+        gain = compare(name, ours, theirs)
+        difference = gain.difference
+    else:
+        gain, difference = unpaired(name, ours.values(), theirs.values(), "greater")
+    means = ", ".join(f"{method} {np.mean(list(of.values())):.2f}" for method, of in compared.items())
+    text = f"{means}; {DIFFERENCE.format(difference, *gain.interval)}, p {gain.p_value:.2g}"
+    return f"{markdown(rows, list(rows[-1]))}\n\n{text}"
+
+
 def larger_gamma(experiment: Experiment) -> str:
     """The plan of cifar10-own-stem-small0.3: γ = 0.3 beside both settings of cifar10-own-stem."""
     earlier = accuracies_by_method(tuned_experiment(HERE.parent / "cifar10-own-stem", "resnet18"))
@@ -153,6 +188,8 @@ def larger_gamma(experiment: Experiment) -> str:
 
 if __name__ == "__main__":
     print(beta_or_epsilon())
+    if table := weight_decay():
+        print(f"\n{table}")
     for folder, network, table in (
         (HERE, "variants:torch_last_layer", last_layer),
         (HERE, "variants:shufflenet_torch_last_layer", last_layer_of_shufflenet),

@@ -6,6 +6,7 @@ Their weights are drawn as `--network resnet18 --stem own` draws them, but for t
 
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from networks import reinit_network, zero_biases
 
@@ -17,6 +18,30 @@ def resnet18(num_classes: int) -> torchvision.models.ResNet:
     network = torchvision.models.resnet18(num_classes=num_classes)
     reinit_network(network)
     zero_biases(network)
+    return network
+
+
+class ToOnePixel(nn.Conv2d):
+    """A 3×3 convolution (padding 1, no bias) that leaves out the taps outside the image where the output is one pixel.
+
+    They see padding alone. On a CPU, torch takes most of a training step for their gradients, which are 0.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As `nn.Conv2d`, but for rounding."""
+        height, width = images.shape[2:]
+        if max(height, width) > min(self.stride):
+            return super().forward(images)
+        inside = self.weight[:, :, 1 : 1 + height, 1 : 1 + width]
+        return F.linear(images.flatten(1), inside.flatten(1))[..., None, None]
+
+
+def fast_resnet18(num_classes: int) -> nn.Module:
+    """The network as it is, but for rounding, which trains in half the time where its last feature maps are 1×1."""
+    network = resnet18(num_classes)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+            layer.__class__ = ToOnePixel
     return network
 
 
