@@ -139,16 +139,22 @@ def last_layer_of_shufflenet(experiment: Experiment) -> str:
     return table_of_differences(experiment, compared)
 
 
+def runs_by_pair(ending: str) -> dict[tuple[float, float], dict[int, Results]]:
+    """The runs of question 3 whose names end so but for the seed, by weight decay and rate, and by seed."""
+    runs: dict[tuple[float, float], dict[int, Results]] = {}
+    for folder, network in ((HERE, "variants.fast_resnet18"), (HERE.parent / "cifar10-own-stem", "resnet18")):
+        for file in folder.glob(f"cifar10-{network}-num_epochs=5*-{ending}-seed*.csv"):
+            run = read_results(file)
+            pair = run.header["weight_decay"], run.header["learning_rate"]
+            runs.setdefault(pair, {})[run.header["seed"]] = run
+    return runs
+
+
 def weight_decay() -> str | None:
     """Question 3: the validation accuracies of each pair, and best against best; None while runs are left."""
     rows, compared = [], {}
     for method, ending in (("baseline", "weight1-c1-dataset"), ("proposed", "weight0.1-c100-bn")):
-        runs: dict[tuple[float, float], dict[int, Results]] = {}  # by weight decay and rate, and by seed
-        for folder, network in ((HERE, "variants.fast_resnet18"), (HERE.parent / "cifar10-own-stem", "resnet18")):
-            for file in folder.glob(f"cifar10-{network}-num_epochs=5*-{ending}-seed*.csv"):
-                run = read_results(file)
-                pair = run.header["weight_decay"], run.header["learning_rate"]
-                runs.setdefault(pair, {})[run.header["seed"]] = run
+        runs = runs_by_pair(ending)
         tuned = {pair: [runs[pair][n].val_accuracy for n in (16, 17) if n in runs[pair]] for pair in sorted(runs)}
         highest = max(values[0] for values in tuned.values())
         close = [pair for pair, values in tuned.items() if values[0] >= highest - 2]
@@ -157,12 +163,11 @@ def weight_decay() -> str | None:
         if len(tuned) < 12 or len(seeds) < 5 or any(len(tuned[pair]) < 2 for pair in close):
             return None
         compared[method] = {seed: runs[best][seed].test_accuracy for seed in seeds}
-        for decay in sorted({decay for decay, _ in tuned}):
-            row = {"setting": method, "weight decay": as_typed(decay)}
-            for pair in (pair for pair in tuned if pair[0] == decay):
-                text = f"{np.mean(tuned[pair]):.2f}" if pair in close else f"({tuned[pair][0]:.2f})"
-                row[as_typed(pair[1])] = f"**{text}**" if pair == best else text
-            rows.append(row)
+        of_method = {decay: {"setting": method, "weight decay": as_typed(decay)} for decay, _ in tuned}
+        for (decay, rate), values in tuned.items():
+            text = f"{np.mean(values):.2f}" if (decay, rate) in close else f"({values[0]:.2f})"
+            of_method[decay][as_typed(rate)] = f"**{text}**" if (decay, rate) == best else text
+        rows += of_method.values()
     name, (theirs, ours) = "proposed - baseline", compared.values()
     if ours.keys() == theirs.keys():
         gain = compare(name, ours, theirs)
