@@ -66,7 +66,8 @@ def equivalent(
     known = {layer.forward for layer in HOMOGENEOUS}  # a layer derived from one of them may do more
     unlike = {type(leaf).__name__ for leaf in leaves if type(leaf).forward not in known}
     if unlike:
-        raise ValueError(f"there is no equivalent where a layer is not homogeneous: {', '.join(sorted(unlike))}")
+        names = ", ".join(sorted(unlike))
+        raise ValueError(f"cannot rewrite this network with γ = 1: f(s·x) may differ from s·f(x) for {names}")
     last = last_layer(other)
     check_bn_weight(bn_weight, last.weight.dtype)
     scales = {last.weight: 1 / bn_weight}
@@ -74,7 +75,7 @@ def equivalent(
     for layer in leaves:
         if isinstance(layer, _BatchNorm):
             if layer.weight is None or layer.bias is None:
-                raise ValueError("there is no equivalent where a batch norm lacks γ or β")
+                raise ValueError("cannot rewrite this network with γ = 1: a batch norm lacks γ or β")
             scales |= {layer.weight: bn_weight, layer.bias: bn_weight}
             if scaled:
                 layer.eps /= bn_weight**2
@@ -102,9 +103,9 @@ def check_logits(network: nn.Module, other: nn.Module, images: Tensor) -> None:
             try:
                 logits.append(copy.deepcopy(trial).cpu().double().train()(images.cpu().double()))
             except RuntimeError as error:
-                raise ValueError(f"whether there is an equivalent cannot be tried in float64: {error}") from error
+                raise ValueError(f"the network with γ = 1 cannot be checked in float64: {error}") from error
     if not torch.allclose(*logits, rtol=0, atol=1e-4 * logits[0].abs().max().item()):
-        raise ValueError("there is no equivalent where forward does what is not homogeneous, such as torch.tanh")
+        raise ValueError("cannot rewrite this network with γ = 1: forward is not homogeneous (torch.tanh, for example)")
 
 
 def logits_alone(
@@ -134,7 +135,7 @@ def rescale(
 ) -> Groups:
     """Divide parameters by their scales, in place, and make the parameter groups with which they train as before."""
     if not all(isinstance(parameter, nn.Parameter) for parameter in scales):
-        raise ValueError("there is no equivalent where a layer computes its weights from other parameters")
+        raise ValueError("cannot rewrite this network with γ = 1: a layer computes its weights from other parameters")
     with torch.no_grad():
         for parameter, scale in scales.items():
             parameter /= scale

@@ -136,13 +136,17 @@ def plan_methods(args: argparse.Namespace) -> None:
     """Put the methods of all flags together. FlagError where two have the same name or the same settings."""
     names = [name for name, _ in args.methods]
     args.methods = dict(args.methods)
+    if len(args.methods) < len(names):
+        raise FlagError(f"argument --settings: two of {', '.join(names)} have the same name: remove or rename one")
     for bn_weight in args.bn_weights:
         values = PAPER["proposed"] | {"bn_weight": bn_weight}
         if values not in args.methods.values():
             args.methods[f"bn_weight {as_typed(bn_weight)}"] = values
-    different = {tuple(values.values()) for values in args.methods.values()}
-    if len(different) < len(args.methods) or len(set(names)) < len(names):
-        raise FlagError(f"argument --settings: two of {', '.join(names)} are the same")
+    first: dict[tuple[Value, ...], str] = {}
+    for name, values in args.methods.items():
+        other = first.setdefault(tuple(values.values()), name)
+        if other != name:
+            raise FlagError(f"argument --settings: {other} and {name} have the same {', '.join(values)}: remove one")
 
 
 def check_contrasts(args: argparse.Namespace) -> None:

@@ -128,8 +128,8 @@ def test_groups_of_the_equivalent():
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([nn.BatchNorm2d(3), nn.Hardswish(), nn.Flatten(), nn.Linear(3, 2)], "not homogeneous: Hardswish"),
-        ([BatchNormAct2d(3), nn.Flatten(), nn.Linear(3, 2)], "not homogeneous: BatchNormAct2d"),
+        ([nn.BatchNorm2d(3), nn.Hardswish(), nn.Flatten(), nn.Linear(3, 2)], "differ from .* for Hardswish"),
+        ([BatchNormAct2d(3), nn.Flatten(), nn.Linear(3, 2)], "differ from .* for BatchNormAct2d"),
         ([nn.BatchNorm2d(3, affine=False), nn.Flatten(), nn.Linear(3, 2)], "a batch norm lacks γ or β"),
         ([nn.BatchNorm2d(3), nn.Flatten()], "no linear layer"),
     ],
@@ -180,7 +180,7 @@ def test_images_show_what_no_layer_shows(name, bn_weight):
     initialize_scales(network, bn_weight)
     before, images = {key: value.clone() for key, value in network.state_dict().items()}, torch.rand(8, 3, 8, 8)
     random_state = torch.get_rng_state()
-    problem = "cannot be tried in float64" if name == "float32" else "forward does what is not homogeneous, such as"
+    problem = "cannot be checked in float64" if name == "float32" else "forward is not homogeneous"
     with nullcontext() if homogeneous else pytest.raises(ValueError, match=problem):
         equivalent(network, bn_weight, images=images)
     assert torch.equal(torch.get_rng_state(), random_state) and network.training
@@ -241,5 +241,5 @@ def test_logits_start_smaller_and_nothing_else():
 def test_flag_where_there_is_no_equivalent():
     flags = [*QUICK, "--network", "mobilenet_v3_small", "--image_size", "64", "--equivalent"]
     prepared([*flags, "logits"])
-    with pytest.raises(SettingError, match=r"equivalent: mobilenet_v3_small: .* not homogeneous: Hard"):
+    with pytest.raises(SettingError, match=r"equivalent: mobilenet_v3_small: cannot rewrite .* for Hard"):
         prepared([*flags, "logits+rates"])

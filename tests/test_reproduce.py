@@ -151,8 +151,8 @@ def test_where_runs_are_made(flags, where, tmp_path, monkeypatch):
         (["--settings", "a:bn_weight=x"], "'bn_weight=x' is no bn_weight, c, input_norm, equivalent=VALUE"),
         (["--settings", "a:bn_weight=-1"], "argument --settings: 'a:bn_weight=-1': bn_weight: must be a number from"),
         (["--settings", "baseline:c=5"], "needs a name of its own"),
-        (["--settings", "a:c=0", "b:c=1"], "two of a, b are the same"),  # neither reduces the rate
-        (["--settings", "a:c=2", "a:c=3"], "two of a, a are the same"),
+        (["--settings", "a:c=0", "b:c=1"], "a and b have the same bn_weight, c,"),  # neither reduces the rate
+        (["--settings", "a:c=2", "a:c=3"], "two of a, a have the same name: remove or rename one"),
         (["--bn_weights", "0.1", "nan"], "argument --bn_weights: must be a number from 1e-30 to 1e30, not 'nan'"),
         (["--seeds", "3-1"], "not '3-1'"),
         (["--seeds", "88265-999999999"], "seeds above 88265 repeat the draws"),
