@@ -83,8 +83,7 @@ def table_rows(comparisons: Sequence[Comparison], methods: Mapping[str, Mapping[
 def write_table(stem: Path, header: Mapping[str, Value], rows: Sequence[Mapping[str, Value]], text: str) -> list[Path]:
     """Write the table of an experiment as STEM.csv, below the settings that its runs share, and `text` as STEM.md.
 
-    Where an earlier version has written the same in another form, both files stay as they are. Returns both. OSError
-    where one cannot be written.
+    Returns both. OSError where one cannot be written.
     """
     stream = io.StringIO()
     stream.writelines(f"{line}\n" for line in header_lines(header))
@@ -93,23 +92,9 @@ def write_table(stem: Path, header: Mapping[str, Value], rows: Sequence[Mapping[
     writer.writeheader()
     writer.writerows(rows)
     contents = {stem.with_name(f"{stem.name}.csv"): stream.getvalue(), stem.with_name(f"{stem.name}.md"): f"{text}\n"}
-    before = [file.read_bytes().decode(errors="replace") for file in contents if file.exists()]
-    if not (len(before) == 2 and same_table(before[0], stream.getvalue()) and notes(before[1]) == notes(text)):
-        for file, content in contents.items():
-            write_atomically(file, content.encode())
+    for file, content in contents.items():
+        write_atomically(file, content.encode())
     return list(contents)
-
-
-def same_table(before: str, now: str) -> bool:
-    """Whether an earlier table has all that a new one has; it may lack default settings, and have further columns."""
-    (old_header, old_rows), (header, rows) = parse_table(before), parse_table(now)
-    same_rows = len(old_rows) == len(rows) and all(row.items() <= old_rows[n].items() for n, row in enumerate(rows))
-    return old_header == header and same_rows
-
-
-def notes(text: str) -> list[str]:
-    """The lines that stand in no Markdown table."""
-    return [line for line in text.splitlines() if not line.startswith("|")]
 
 
 def parse_table(content: str) -> tuple[dict[str, Value], list[dict[str, str]]]:

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from reporting.comparison import Comparison
-from reporting.tables import NARROW_TABLE_COLUMNS, certainty_table, markdown, table, table_rows, tables, write_table
+from reporting.tables import NARROW_TABLE_COLUMNS, certainty_table, markdown, table, table_rows, tables
 from run_settings import COMPARED
 
 BASELINE = Comparison("baseline", {1: 94.0, 2: 95.0, 3: 93.0}, {}, (math.nan, math.nan), math.nan, reference=None)
@@ -78,27 +78,3 @@ def test_rows_with_all_digits():
     assert empty == {"standard_deviation", *tests}
     assert (contrast["seeds"], contrast["bn_weight"], contrast["mean"]) == (None, None, None)
     assert contrast["compared_with"] == "single"
-
-
-def test_an_earlier_table_stays_where_it_says_the_same(tmp_path):
-    """One that lacks a setting which came later, and has a column that went; one of other numbers or notes goes."""
-    rows, text = table_rows([BASELINE, PROPOSED], SETTINGS), "| a |\n\na note"
-    header = {"dataset": "digits", "split_seed": 0}
-    table_file, text_file = write_table(tmp_path / "x", header, rows, text)
-    lines = table_file.read_text().replace("# split_seed: 0\n", "").splitlines()
-    older = "".join(f"{line}\n" if line.startswith("#") else f"{line},further\n" for line in lines)
-    older_text = "| a | further |\n\na note\n"
-    for new_header, new_rows, new_text, stays in [
-        (header, rows, text, True),
-        (header | {"split_seed": 1}, rows, text, False),
-        (header, [rows[0], rows[1] | {"difference": 1.25}], text, False),
-        (header, rows[:1], text, False),
-        (header, rows, f"{text}\n\nanother", False),
-    ]:
-        table_file.write_text(older)
-        text_file.write_text(older_text)
-        write_table(tmp_path / "x", new_header, new_rows, new_text)
-        assert (table_file.read_text() == older) == (text_file.read_text() == older_text) == stays
-    table_file.unlink()
-    write_table(tmp_path / "x", header, rows, text)
-    assert text_file.read_text() == f"{text}\n" and table_file.exists()
