@@ -54,6 +54,10 @@ def leave(*_: Any) -> Tensor:
     raise SystemExit(0)
 
 
+def leave_evaluation(network: Odd, features: Tensor) -> Tensor:
+    return features if network.training else leave()
+
+
 NOT_HELD = {
     "buffer that is not persistent": lambda: Odd(count_in_buffer),
     "flag beside a buffer": lambda: Odd(once, ready=False),
@@ -62,8 +66,19 @@ NOT_HELD = {
 OTHERS = {
     "exit": (lambda: Odd(leave), "cannot train on two images of 8×8 pixels: SystemExit: 0"),
     "complex": (lambda: nn.Sequential(Odd(lambda _, x: x), Complex()), "computes logits of type torch.complex64"),
+    "tuple in evaluation": (
+        lambda: Twice(Odd(lambda _, x: x)),
+        r"computes tuple .* in evaluation mode",
+    ),
+    "exit in evaluation": (lambda: Odd(leave_evaluation), "cannot be evaluated: SystemExit: 0"),
     "no gradient": (lambda: nn.Sequential(Odd(lambda _, x: x), Detached()), "from which no gradient leads to its par"),
 }
+
+
+class Twice(nn.Sequential):
+    def forward(self, images: Tensor) -> Any:
+        logits = super().forward(images)
+        return logits if self.training else (logits, logits)
 
 
 class Complex(nn.Module):

@@ -58,8 +58,8 @@ def refusing(name: str, problem: str) -> Iterator[None]:
         raise SettingError(name, f"{problem}: {in_one_line(error)}") from error
 
 
-def check_output(settings: Settings, logits: Any, num_classes: int) -> None:
-    """SettingError where a network computes this for two images, and cannot be trained with it."""
+def check_output(settings: Settings, logits: Any, num_classes: int, training: bool = True) -> None:
+    """SettingError where a network computes this for two images, and cannot be trained or evaluated with it."""
     what = None
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if shape != (2, num_classes):
@@ -68,10 +68,10 @@ def check_output(settings: Settings, logits: Any, num_classes: int) -> None:
         what = f"logits of type {logits.dtype}, not real numbers"
     elif not logits.isfinite().all():
         what = "values that are not finite before its first step"
-    elif not logits.requires_grad:
+    elif training and not logits.requires_grad:
         what = "logits from which no gradient leads to its parameters"
     if what:
-        raise SettingError("network", f"{settings.network} computes {what}")
+        raise SettingError("network", f"{settings.network} computes {what}{'' if training else ' in evaluation mode'}")
 
 
 def check_state(settings: Settings, trial: nn.Module, image_set: ImageSet) -> None:
@@ -86,7 +86,9 @@ def check_state(settings: Settings, trial: nn.Module, image_set: ImageSet) -> No
             torch.save(trial.state_dict(), saved := io.BytesIO())
             anew.load_state_dict(load_saved(saved.getvalue()))
         for training in (False, True):
-            outputs = [try_images(network.train(training), 2, image_set.size, seed=1) for network in (trial, anew)]
+            with refusing("network", f"{settings.network} cannot be evaluated"):  # that it trains was seen
+                outputs = [try_images(network.train(training), 2, image_set.size, seed=1) for network in (trial, anew)]
+            check_output(settings, outputs[0], len(image_set.classes), training)
             if not torch.equal(*outputs):
                 problem = "what it computes depends on more than its state_dict, so it cannot be saved and resumed"
                 remedy = "keep that in a buffer or in get_extra_state"
