@@ -227,7 +227,8 @@ def debias_running_statistics(network: nn.Module) -> Iterator[None]:
 
     At its end, the statistics are as before, for the training to go on. Layers stay as they are that have no running
     statistics or no momentum (None or 0), or have seen no batch. The result is wrong where the momentum has changed,
-    where statistics did not start at 0 and 1, and where they are free of their start already, as those saved above.
+    where statistics did not start at 0 and 1 (as those of `equivalence.equivalent`), and where they are free of their
+    start already, as those saved above.
 
     Raises:
         ValueError: a running variance is below r, and so did not start at 1. Nothing is changed then.

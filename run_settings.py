@@ -159,6 +159,8 @@ class Settings:
             object.__setattr__(self, one.name, checked(one.name, getattr(self, one.name), one.default, **one.metadata))
         if Path(self.dataset).is_absolute():
             raise SettingError("dataset", how_to_name(Path(self.dataset), self.path / "images"))
+        if self.debias and self.equivalent == "logits+rates":  # whose running variances do not start at 1
+            raise SettingError("debias", "does not go with --equivalent logits+rates: leave one of them out")
         if self.dataset in DATASETS:
             check_batch_size(self, DATASETS[self.dataset].num_train)
         try:

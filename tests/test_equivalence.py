@@ -241,5 +241,7 @@ def test_logits_start_smaller_and_nothing_else():
 def test_flag_where_there_is_no_equivalent():
     flags = [*QUICK, "--network", "mobilenet_v3_small", "--image_size", "64", "--equivalent"]
     prepared([*flags, "logits"])
+    with pytest.raises(SettingError, match=r"debias: does not go with --equivalent logits\+rates"):
+        prepared([*QUICK, "--debias", "--equivalent", "logits+rates"])
     with pytest.raises(SettingError, match=r"equivalent: mobilenet_v3_small: cannot rewrite .* for Hard"):
         prepared([*flags, "logits+rates"])
