@@ -52,8 +52,8 @@ def evaluate(d1: Any, d2: Any) -> float:
     Args:
         d1: n numbers, such as the test accuracies of the proposed method: a list of numbers or of tensors, an array, a
             tensor on any device, or a pandas Series.
-        d2: n numbers that pair with them by position, such as the baseline's accuracies with the same seeds. Labelled
-            ones, as two Series, must have the same labels in the same order.
+        d2: n numbers that pair with them by position, such as the baseline's accuracies with the same seeds. Two
+            Series must have the same labels in the same order.
 
     Returns:
         The p-value, between 0 and 1; NaN, which is never at most 0.05, where all differences are equal, or differ by no
@@ -63,8 +63,8 @@ def evaluate(d1: Any, d2: Any) -> float:
         ValueError: the lengths or the labels differ, there are fewer than two pairs, an input does not have exactly
             one dimension, or a value is missing (NaN or masked), infinite, or no real number.
     """
-    pairs_of_labels = zip(labels(d1), labels(d2), strict=False)  # one of them may have none
-    if not all(ours.equals(theirs) for ours, theirs in pairs_of_labels):
+    indices = [getattr(values, "index", None) for values in (d1, d2)]  # of a list, it is a method
+    if all(hasattr(index, "equals") for index in indices) and not indices[0].equals(indices[1]):
         raise ValueError("d1 and d2 have different labels: align them first, as Series by d1.align(d2, join='inner')")
     (d1, rounding1), (d2, rounding2) = as_vector(d1, "d1"), as_vector(d2, "d2")
     if len(d1) != len(d2):
@@ -76,12 +76,6 @@ def evaluate(d1: Any, d2: Any) -> float:
     if np.ptp(d1 - d2) <= 2 * (rounding1 * np.abs(d1).max() + rounding2 * np.abs(d2).max()):
         return nan
     return float(ttest_rel(d1, d2, alternative="greater").pvalue)
-
-
-def labels(values: Any) -> list[Any]:
-    """The pandas indices of a Series or of a labelled array of xarray; of anything else, none."""
-    index = getattr(values, "index", None)  # of a list, it is a method
-    return [index] if hasattr(index, "equals") else list(dict(getattr(values, "indexes", {})).values())
 
 
 def as_vector(values: Any, name: str) -> tuple[np.ndarray, float]:

@@ -69,24 +69,13 @@ def test_low_precision_tensors():
     assert evaluate(list(d1), list(d2)) == evaluate(d1, d2)
 
 
-class Labelled:
-    """An array of one dimension as xarray has it."""
-
-    def __init__(self, values, labels):
-        self.values, self.indexes = values, {"seed": pd.Index(labels)}
-
-    def __array__(self, *_, **__):
-        return np.array(self.values)
-
-
 def test_other_labels_are_refused():
     ours, theirs = pd.Series(PROPOSED), pd.Series(BASELINE)
-    array, other_array = Labelled(PROPOSED, range(5)), Labelled(BASELINE, range(1, 6))
-    for one, other in [(ours, theirs[::-1]), (ours, theirs.set_axis([1, 2, 3, 4, 5])), (array, other_array)]:
+    for other in (theirs[::-1], theirs.set_axis([1, 2, 3, 4, 5])):
         with pytest.raises(ValueError, match="d1 and d2 have different labels"):
-            evaluate(one, other)
+            evaluate(ours, other)
     assert evaluate(*ours.align(theirs[::-1], join="inner")) == evaluate(ours, theirs)  # as the message says
-    assert evaluate(array, theirs) == evaluate(array, BASELINE) == evaluate(PROPOSED, BASELINE)
+    assert evaluate(ours, BASELINE) == evaluate(PROPOSED, BASELINE)
 
 
 ROUNDED = np.array(PROPOSED, dtype=np.float32)
