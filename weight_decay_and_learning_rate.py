@@ -43,7 +43,7 @@ def adjust_weight_decay_and_learning_rate(
         network: any module but a scripted or exported one, whose layers have no types. It is left as it is.
         weight_decay: coefficient for the third group.
         learning_rate: rate of the first and third group, before any schedule.
-        c: γ learns at 1/c of the rate; 0 or 1 for no reduction.
+        c: γ learns at 1/c of the rate, in the paper with c = 100; 0 or 1 for no reduction.
         skip_list: names, as in `network.named_parameters()`, of parameters of the third group that get no decay.
 
     Returns:
