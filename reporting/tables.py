@@ -97,12 +97,6 @@ def write_table(stem: Path, header: Mapping[str, Value], rows: Sequence[Mapping[
     return list(contents)
 
 
-def parse_table(content: str) -> tuple[dict[str, Value], list[dict[str, str]]]:
-    """The settings that the runs of a table share, and its rows. csv.Error where there are none."""
-    lines = content.splitlines()
-    return DEFAULTS | read_header(lines), list(csv.DictReader(line for line in lines if not line.startswith("#")))
-
-
 def read_table_seeds(stem: Path, header: Mapping[str, Value]) -> dict[tuple[str, ...], tuple[str, int]]:
     """By `values_of` each method in the table STEM.csv, its name and how many finished runs it has; empty without one.
 
@@ -111,11 +105,12 @@ def read_table_seeds(stem: Path, header: Mapping[str, Value]) -> dict[tuple[str,
     file = stem.with_name(f"{stem.name}.csv")
     if not file.exists():
         return {}
-    content = file.read_bytes().decode(errors="replace")
+    lines = file.read_bytes().decode(errors="replace").splitlines()
     if not is_table(file):
         raise ValueError(f"{file} is not the table of an experiment: move it away, or give another --name")
     try:
-        before, rows = parse_table(content)
+        before = DEFAULTS | read_header(lines)
+        rows = csv.DictReader(line for line in lines if not line.startswith("#"))
         seeds = {values_of(row): (row["setting"], int(row["seeds"])) for row in rows if row["seeds"]}
     except (KeyError, TypeError, ValueError, csv.Error):
         raise ValueError(f"{file} is damaged: remove it") from None

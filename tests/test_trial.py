@@ -66,10 +66,7 @@ NOT_HELD = {
 OTHERS = {
     "exit": (lambda: Odd(leave), "cannot train on two images of 8×8 pixels: SystemExit: 0"),
     "complex": (lambda: nn.Sequential(Odd(lambda _, x: x), Complex()), "computes logits of type torch.complex64"),
-    "tuple in evaluation": (
-        lambda: Twice(Odd(lambda _, x: x)),
-        r"computes tuple .* in evaluation mode",
-    ),
+    "tuple in evaluation": (lambda: Twice(Odd(lambda _, x: x)), r"computes tuple .* in evaluation mode"),
     "exit in evaluation": (lambda: Odd(leave_evaluation), "cannot be evaluated: SystemExit: 0"),
     "no gradient": (lambda: nn.Sequential(Odd(lambda _, x: x), Detached()), "from which no gradient leads to its par"),
 }

@@ -86,7 +86,7 @@ def check_state(settings: Settings, trial: nn.Module, image_set: ImageSet) -> No
             torch.save(trial.state_dict(), saved := io.BytesIO())
             anew.load_state_dict(load_saved(saved.getvalue()))
         for training in (False, True):
-            with refusing("network", f"{settings.network} cannot be evaluated"):  # that it trains was seen
+            with refusing("network", f"{settings.network} cannot be {'trained' if training else 'evaluated'}"):
                 outputs = [try_images(network.train(training), 2, image_set.size, seed=1) for network in (trial, anew)]
             check_output(settings, outputs[0], len(image_set.classes), training)
             if not torch.equal(*outputs):
